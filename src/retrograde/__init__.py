@@ -1,0 +1,23 @@
+"""Better backward passes for PyTorch: one line attaches them, and what they save is measured."""
+
+from retrograde import errors as errors
+from retrograde.accounting.flops import Flops as Flops
+from retrograde.engine.layers import register_layer as register_layer
+from retrograde.engine.slots import Call as Call
+from retrograde.engine.slots import Method as Method
+from retrograde.engine.slots import Needs as Needs
+from retrograde.engine.slots import Operands as Operands
+from retrograde.engine.slots import Rule as Rule
+from retrograde.engine.slots import Site as Site
+from retrograde.engine.slots import Step as Step
+from retrograde.engine.slots import Tier as Tier
+from retrograde.kernels.delta import Delta as Delta
+from retrograde.kernels.geometry import Geometry as Geometry
+from retrograde.methods.dither import Dither as Dither
+from retrograde.plan import Plan as Plan
+from retrograde.plan import make_plan as make_plan
+from retrograde.session import Session as Session
+from retrograde.session import Summary as Summary
+from retrograde.session import attach as attach
+
+__version__ = "0.1.0"

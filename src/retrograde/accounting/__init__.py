@@ -1,0 +1,1 @@
+"""What a step costs: FLOPs, zeros, and how they are counted."""

@@ -1,0 +1,87 @@
+"""FLOPs of a layer's three products, kept as four numbers that must not be confused.
+
+- *dense*: what plain backpropagation multiplies (dense-equivalent).
+- *needed*: multiply-adds whose δ operand is not zero.
+- *executed*: what the kernel in use did; `Flops.overhead` holds the methods' own work beside it.
+- *discounted*: executed, with low-precision products counted at `DISCOUNTS`.
+
+Two FLOPs for each multiply-add, as in `torch.utils.flop_counter`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+from retrograde.kernels.geometry import Geometry
+
+DISCOUNTS = {"float64": 1.0, "float32": 1.0, "bfloat16": 0.5, "float16": 0.5, "int8": 0.25}
+"""Weight of one FLOP by the precision that the product ran in. An assumption, stated wherever it is used."""
+
+
+def linear_flops(rows: int, outputs: int, inputs: int) -> int:
+    """FLOPs of any one of ``x Wᵀ``, ``δ W`` and ``δᵀ x``: they cost the same."""
+    return 2 * rows * outputs * inputs
+
+
+def convolution_flops(
+    input_shape: Sequence[int], weight_shape: Sequence[int], output_shape: Sequence[int], geometry: Geometry
+) -> int:
+    """FLOPs of any one of a convolution's three products; padding is counted as if it were data, as torch does."""
+    positions = input_shape if geometry.transposed else output_shape
+    return 2 * prod(positions) * prod(weight_shape[1:])
+
+
+@dataclass
+class Product:
+    """Cost of one of a layer's three products (FLOPs)."""
+
+    dense: float = 0.0
+    needed: float = 0.0
+    executed: float = 0.0
+    discounted: float = 0.0
+
+
+@dataclass
+class Flops:
+    """Cost of the attached layers over some stretch of training (FLOPs).
+
+    Attributes:
+        forward: ``z = W x``, counted once for each backward pass through the layer.
+        input_grad: ``dx = δ W``.
+        weight_grad: ``dW = δᵀ x``.
+        overhead: the methods' own arithmetic: statistics, noise, rounding.
+    """
+
+    forward: Product = field(default_factory=Product)
+    input_grad: Product = field(default_factory=Product)
+    weight_grad: Product = field(default_factory=Product)
+    overhead: float = 0.0
+
+    def _sum(self, name: str) -> float:
+        return sum(getattr(p, name) for p in (self.forward, self.input_grad, self.weight_grad))
+
+    @property
+    def dense(self) -> float:
+        """Dense-equivalent FLOPs of forward, input and weight gradient."""
+        return self._sum("dense")
+
+    @property
+    def needed(self) -> float:
+        """FLOPs whose δ operand is not zero (forward counted whole), with the overhead."""
+        return self._sum("needed") + self.overhead
+
+    @property
+    def executed(self) -> float:
+        """FLOPs really done, with the overhead."""
+        return self._sum("executed") + self.overhead
+
+    @property
+    def discounted(self) -> float:
+        """Executed FLOPs at the precision discounts of `DISCOUNTS`, with the overhead."""
+        return self._sum("discounted") + self.overhead
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, sums first, ready for JSON."""
+        sums = {name: getattr(self, name) for name in ("dense", "needed", "executed", "discounted")}
+        return {**sums, **asdict(self)}

@@ -1,0 +1,3 @@
+"""The command line: one file for each command. Results go to stdout, everything else to stderr."""
+
+from retrograde.cli.main import main as main

@@ -1,0 +1,109 @@
+"""``retrograde demo``: every method against plain backpropagation on the bundled digits."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from retrograde.cli import output
+from retrograde.cli.options import Given
+from retrograde.errors import OptionError
+from retrograde.lab.demo import DemoRow, run_demo
+from retrograde.report import write
+
+_MARK = ".retrograde-demo"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train every method and plain backpropagation on the bundled digits; a table and a report at the end.
+
+    Attributes:
+        output: the report to write.
+        runs: folder for the run folders; an earlier demonstration's is replaced.
+        seeds: paired seeds.
+        epochs: epochs of each run.
+        json: print JSON.
+    """
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    runs: Path = Path("runs/demo")
+    seeds: int = 3
+    epochs: int = 15
+    json: bool = False
+
+    def run(self, given: Given) -> int:
+        """Train, write the report, print the table."""
+        if self.seeds < 1 or self.epochs < 1:
+            raise OptionError(f"demo: seeds={self.seeds} and epochs={self.epochs} must be 1 or more.")
+        _clear(self.runs)
+        with output.progress_bar() as bar:
+            task = bar.add_task("demo", total=None, note="")
+            rows = run_demo(
+                self.runs,
+                seeds=self.seeds,
+                epochs=self.epochs,
+                progress=lambda what, done, total: bar.update(task, completed=done, total=total, note=what),
+            )
+        page = write([self.runs], self.output, "Demonstration on the digits")
+        if self.json:
+            output.print_json({"rows": [asdict(row) for row in rows], "report": str(page)})
+        else:
+            output.print_table(_table(rows, self.seeds))
+            output.print_table(f"report: {page}")
+        return 0
+
+
+def _clear(folder: Path) -> None:
+    """Replace an earlier demonstration's folder, and nothing else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        raise OptionError(
+            f"the folder {folder} is not empty and no demonstration made it. Choose another --runs."
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _MARK).touch()
+
+
+def _table(rows: list[DemoRow], seeds: int) -> Table:
+    table = Table(
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        caption_justify="left",
+        caption=(
+            f"digits, {seeds} seed(s); FLOPs as a share of the dense-equivalent; needed: with zeros skipped; executed: "
+            "by the kernel in use, overhead included; time: ratio to plain, runs interleaved"
+        ),
+    )
+    for name in ("model", "method"):
+        table.add_column(name, overflow="fold")
+    for name in (
+        "test accuracy",
+        "zeros (own)",
+        "needed",
+        "executed",
+        "parameters",
+        "saved",
+        "seconds",
+        "time",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        zeros = "–" if row.zeros is None else f"{row.zeros:.1%} ({row.own_zeros:.1%})"
+        table.add_row(
+            row.model,
+            row.label,
+            f"{row.accuracy:.2%} ± {row.accuracy_deviation:.2%}",
+            zeros,
+            f"{row.needed:.1%}",
+            f"{row.executed:.1%}",
+            f"{row.parameters:,}",
+            f"{row.saved_bytes / 2**20:.2f} MiB",
+            f"{row.seconds:.1f}",
+            f"×{row.seconds_ratio:.2f}",
+        )
+    return table

@@ -1,0 +1,73 @@
+"""Entry point: finds the command, runs it, and turns errors into messages and exit codes."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from retrograde.cli import output
+from retrograde.cli.demo import Demo
+from retrograde.cli.doctor import Doctor
+from retrograde.cli.flags import from_recipe
+from retrograde.cli.methods import Methods
+from retrograde.cli.options import read_given
+from retrograde.cli.plan import PlanCommand
+from retrograde.cli.report import Report
+from retrograde.cli.train import Train
+from retrograde.errors import RetrogradeError
+
+EXIT_BAD_INPUT = 3
+EXIT_INTERRUPTED = 130
+
+_DESCRIPTION = """Better backward passes for PyTorch: what they do to your model, and what they save.
+
+Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in argv
+    try:
+        given = read_given(argv)
+        return _run(given)
+    except RetrogradeError as error:
+        if as_json:
+            output.print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        output.log.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
+        output.log.print(str(error), markup=False, highlight=False)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        output.log.print("interrupted", style="bold yellow")
+        return EXIT_INTERRUPTED
+
+
+def _run(given: Given) -> int:
+    flags = from_recipe(given.recipe)
+    try:
+        command: Any = tyro.cli(
+            Annotated[Demo, tyro.conf.subcommand("demo")]
+            | Annotated[Methods, tyro.conf.subcommand("methods")]
+            | Annotated[PlanCommand, tyro.conf.subcommand("plan", default=PlanCommand(flags))]
+            | Annotated[Train, tyro.conf.subcommand("train", default=Train(flags))]
+            | Annotated[Report, tyro.conf.subcommand("report")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")],
+            prog="retrograde",
+            description=_DESCRIPTION,
+            args=given.rest or ["--help"],
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+    except SystemExit as error:
+        if error.code and given.flags:
+            # The parser knows nothing of these: they were taken out of the command line before it saw it.
+            output.log.print(f"Options of the chosen methods: {', '.join(given.flags)}")
+        raise
+    return command.run(given)

@@ -1,0 +1,131 @@
+"""What is read from a command line before its flags: the recipe that gives their defaults, and methods' options.
+
+A method's options are flags only once the method is chosen, so they cannot be declared beforehand.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retrograde.errors import OptionError
+from retrograde.lab.files import read_run
+from retrograde.lab.recipe import Recipe, make_recipe, read_recipe
+from retrograde.methods.registry import available, suggest
+
+_OWN_FIELDS = frozenset(Recipe.model_fields) - {"methods"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A command line, read as far as its recipe and methods.
+
+    Attributes:
+        rest: the command line without the methods' options.
+        recipe: the recipe of ``--recipe``, or of the run that ``--resume`` goes on with, or the default one.
+        options: options of the chosen methods, by method.
+        flags: all flags that the chosen methods have.
+    """
+
+    rest: list[str]
+    recipe: Recipe
+    options: dict[str, dict[str, Any]]
+    flags: list[str]
+
+    def build(self, flags: Any, names: Sequence[str]) -> Recipe:
+        """The command's recipe: flags and method options laid over `recipe`.
+
+        Args:
+            flags: a `RecipeFlags`.
+            names: methods of ``--method``, which replace the recipe's.
+        """
+        methods = self.recipe.methods
+        if names:
+            methods = {name: methods.get(name, {}) for name in names}
+        merged = {name: {**given, **self.options.get(name, {})} for name, given in methods.items()}
+        return make_recipe({**dataclasses.asdict(flags), "methods": merged}, "flags")
+
+
+def read_given(arguments: Sequence[str]) -> Given:
+    """Find the recipe, and take ``--scale 1`` or ``--dither.scale 1`` out of the command line.
+
+    Raises:
+        OptionError: an unreadable recipe, an unknown method, an option of two methods without its prefix, or an option
+            without a value.
+    """
+    recipe = _recipe(arguments)
+    methods = available()
+    chosen = _values(arguments, "--method") or list(recipe.methods)
+    for name in chosen:
+        if name not in methods:
+            raise OptionError(
+                f"there is no method {name!r}.{suggest(name, methods)} See `retrograde methods`."
+            )
+    fields = {name: {f.name for f in dataclasses.fields(methods[name])} for name in chosen}  # pyright: ignore[reportArgumentType]
+    rest: list[str] = []
+    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        flag, equals, value = argument.partition("=")
+        target = _target(flag, fields)
+        if target is None:
+            rest.append(argument)
+            continue
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise OptionError(
+                    f"option {argument} of method {target[0]!r} has no value. Write {argument} VALUE."
+                )
+            value = waiting.pop(0)
+        options[target[0]][target[1]] = None if value.lower() == "none" else value
+    flags = [f"--{name}.{option}" for name, known in fields.items() for option in sorted(known)]
+    return Given(rest, recipe, options, flags)
+
+
+def _recipe(arguments: Sequence[str]) -> Recipe:
+    if file := _values(arguments, "--recipe"):
+        return make_recipe(read_recipe(Path(file[0])), file[0])
+    folder = _values(arguments, "--out") or _values(arguments, "-o")
+    if "--resume" in arguments and folder:
+        return make_recipe(read_run(Path(folder[0]))["recipe"], folder[0])
+    return Recipe()
+
+
+def _values(arguments: Sequence[str], flag: str) -> list[str]:
+    """What follows `flag`, up to the next flag; empty when it is not there."""
+    for position, argument in enumerate(arguments):
+        if argument.startswith(flag + "="):
+            return [argument.partition("=")[2]]
+        if argument == flag:
+            values: list[str] = []
+            for value in arguments[position + 1 :]:
+                if value.startswith("-"):
+                    break
+                values.append(value)
+            return values
+    return []
+
+
+def _target(flag: str, fields: dict[str, set[str]]) -> tuple[str, str] | None:
+    """``(method, option)`` that a flag names, or None when it is the command's own."""
+    if not flag.startswith("--"):
+        return None
+    name, dot, option = flag[2:].replace("-", "_").partition(".")
+    if dot:
+        if name not in fields:
+            return None
+        if option not in fields[name]:
+            raise OptionError(
+                f"method {name!r} has no option {option!r}.{suggest(option, fields[name])} "
+                f"Its options: {', '.join(sorted(fields[name]))}."
+            )
+        return name, option
+    owners = [method for method, known in fields.items() if name in known]
+    if name in _OWN_FIELDS or not owners:
+        return None
+    if len(owners) > 1:
+        forms = " or ".join(f"--{method}.{name}" for method in owners)
+        raise OptionError(f"option --{name} belongs to several of the chosen methods. Write {forms}.")
+    return owners[0], name

@@ -1,0 +1,36 @@
+"""What the commands print: results on stdout, as a table or as JSON; progress and messages on stderr."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+log = Console(stderr=True, soft_wrap=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    # Not through rich, which would wrap long lines.
+    Console().file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_table(table: Table | Any) -> None:
+    """A table on stdout, as wide as the terminal; 120 columns where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def progress_bar() -> Progress:
+    """A bar with the time left, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=log,
+    )

@@ -1,0 +1,110 @@
+"""``retrograde train``: a training run by a recipe, resumable and measured."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from retrograde.cli import output
+from retrograde.cli.flags import RecipeFlags
+from retrograde.cli.options import Given
+from retrograde.cli.signals import stop_request
+from retrograde.lab import tensorboard
+from retrograde.lab.recipe import Recipe
+from retrograde.lab.trainer import CHECKPOINT_SECONDS, Progress, train
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model; leaves metrics.jsonl, a checkpoint, TensorBoard logs and the folded model in a run folder.
+
+    Options of the chosen methods are flags too: --scale 2, or --dither.scale 2. Interrupted or killed, the run goes on
+    with --resume.
+
+    Attributes:
+        recipe: TOML recipe; flags given beside it win.
+        method: methods to attach; none is plain backpropagation.
+        out: run folder; default: a new one under runs/.
+        resume: go on from the checkpoint in the run folder.
+        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
+        checkpoint_seconds: time between checkpoints; one is written after each epoch too.
+        json: print the result as JSON.
+    """
+
+    fields: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RecipeFlags)
+    recipe: Path | None = None
+    method: tuple[str, ...] = ()
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    resume: bool = False
+    data_dir: Path | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    json: bool = False
+
+    def run(self, given: Given) -> int:
+        """Train, then print the result."""
+        recipe = given.build(self.fields, self.method)
+        folder = self.out or _new_folder(recipe)
+        if not tensorboard.is_available():
+            output.log.print("no TensorBoard logs: install retrograde[tensorboard] to have them", style="dim")
+        output.log.print(f"run folder: {folder}", style="dim", highlight=False)
+        with output.progress_bar() as bar:
+            task = bar.add_task(recipe.label, total=None, note="loading data")
+
+            def show(progress: Progress) -> None:
+                note = f"epoch {progress.epoch}  loss {progress.loss:.3f}"
+                if progress.validation:
+                    note += f"  validation {progress.validation['accuracy']:.1%}"
+                bar.update(task, total=progress.steps, completed=progress.step, note=note)
+
+            with stop_request() as stop:
+                result = train(
+                    recipe,
+                    folder,
+                    data_dir=self.data_dir,
+                    resume=self.resume,
+                    progress=show,
+                    stop=stop,
+                    checkpoint_seconds=self.checkpoint_seconds,
+                )
+        result["folder"] = str(folder)
+        if self.json:
+            output.print_json(result)
+        else:
+            output.print_table(_table(recipe, result))
+        return 0
+
+
+# The flags' class is made from the recipe; a checker cannot follow that, tyro can.
+Train.__annotations__["fields"] = Annotated[RecipeFlags, tyro.conf.arg(name="")]
+
+
+def _new_folder(recipe: Recipe) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    model = recipe.model.replace(":", ".")
+    methods = "+".join(recipe.methods) or "plain"
+    return Path("runs") / f"{stamp}-{Path(recipe.data).name}-{model}-{methods}"
+
+
+def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    flops = result["flops"]
+    table.add_row("methods", recipe.label)
+    table.add_row("test accuracy", f"{result['test']['accuracy']:.2%}")
+    if result["zeros"] is not None:
+        table.add_row(
+            "zeros in the gradients", f"{result['zeros']:.1%} (of their own {result['own_zeros']:.1%})"
+        )
+    table.add_row("FLOPs, dense-equivalent", f"{flops['dense']:.3g}")
+    for name in ("needed", "executed", "discounted"):
+        table.add_row(f"FLOPs, {name}", f"{flops[name]:.3g} ({flops[name] / flops['dense']:.1%})")
+    table.add_row("fallbacks", str(result["fallbacks"]))
+    table.add_row(
+        "training time", f"{result['seconds']:.1f} s ({result['step_seconds'] * 1e3:.1f} ms a step)"
+    )
+    table.add_row("folder", result["folder"])
+    return table

@@ -1,0 +1,1 @@
+"""How a layer runs: slots, class swap, the autograd boundary and the clock. `docs/design.md` explains why."""

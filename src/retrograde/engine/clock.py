@@ -1,0 +1,103 @@
+"""The clock: optimizer steps drive the methods, so a training loop has nothing to call."""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from retrograde.engine.program import LayerProgram
+from retrograde.errors import NoEffectError, RetrogradeWarning
+
+_IDLE_STEPS = 3
+
+
+class Clock:
+    """Calls the programs of the layers whose parameters an optimizer owns, before and after each of its steps.
+
+    Ownership is looked up by parameter identity at every step, so sharding, added parameter groups and several
+    optimizers over one model are followed. A step that ``GradScaler`` skips never reaches the hooks.
+
+    Args:
+        attached: the layers with their programs.
+        optimizer: listen to this optimizer alone; None listens to every optimizer of the process and acts on those
+            that own an attached parameter.
+        strict: raise, rather than warn, when several steps in a row pass every attached layer by.
+    """
+
+    def __init__(
+        self,
+        attached: Sequence[tuple[nn.Module, LayerProgram]],
+        optimizer: torch.optim.Optimizer | None,
+        strict: bool,
+    ) -> None:
+        self._attached = list(attached)
+        self._strict = strict
+        # The hooks are the process's, or the optimizer's: they must not keep a forgotten model alive.
+        clock = weakref.ref(self)
+
+        def before(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+            if (alive := clock()) is not None:
+                alive._before(optimizer)
+
+        def after(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+            if (alive := clock()) is not None:
+                alive._after(optimizer)
+
+        if optimizer is None:
+            self._handles = (
+                register_optimizer_step_pre_hook(before),
+                register_optimizer_step_post_hook(after),
+            )
+        else:
+            self._handles = (
+                optimizer.register_step_pre_hook(before),
+                optimizer.register_step_post_hook(after),
+            )
+        weakref.finalize(self, _remove, self._handles)
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        _remove(self._handles)
+
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, LayerProgram]]:
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [
+            (m, program) for m, program in self._attached if any(id(p) in mine for p in m.parameters(False))
+        ]
+
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        owned = self._owned(optimizer)
+        self._refuse_idleness([program for _, program in owned])
+        for layer, program in owned:
+            program.before_step(layer, optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        owned = self._owned(optimizer)
+        idle = not any(program.calls for _, program in owned)
+        for layer, program in owned:
+            program.after_step(layer, optimizer, idle=idle)
+
+    def _refuse_idleness(self, programs: list[LayerProgram]) -> None:
+        """One step without gradients may initialise an optimizer's state; several in a row are a run without effect."""
+        if not programs or any(p.calls or p.excused for p in programs):
+            return
+        idle = min(p.idle_steps for p in programs) + 1
+        what = (
+            f"{idle} optimizer step(s) in a row, and no backward pass went through any of the {len(programs)} attached "
+            f"layers that this optimizer owns ({programs[0].name!r} is the first): their methods had no effect. Layers "
+            "run their programs only in training mode and with grad enabled: call model.train(), and train the model "
+            "object that was attached, not a copy of it."
+        )
+        if idle == 1:
+            warnings.warn(what, RetrogradeWarning, stacklevel=2)
+        elif idle >= _IDLE_STEPS and self._strict:
+            raise NoEffectError(what + " (strict=False turns this error into the warning alone.)")
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,270 @@
+"""The program of one attached layer: its rules sorted into slots, its random keys, its counts."""
+
+import hashlib
+import itertools
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.accounting.counters import Counters
+from retrograde.accounting.flops import DISCOUNTS, convolution_flops, linear_flops
+from retrograde.engine.slots import Call, Needs, Operands, Rule, Step, Tier
+from retrograde.errors import AttachError, OptionError, RetrogradeWarning, StateError
+from retrograde.kernels import reference
+from retrograde.kernels.delta import Delta
+from retrograde.kernels.geometry import Geometry
+from retrograde.maths.philox import mix_key
+
+_CALLS_WITHOUT_STEP = 1000
+_handles = itertools.count()
+# An op takes tensors and numbers only, so a layer's op finds its program by number; weakly, to keep nothing alive.
+_programs: "weakref.WeakValueDictionary[int, LayerProgram]" = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one backward call returns; None where autograd asked for nothing."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class LayerProgram:
+    """Runs one attached layer.
+
+    Args:
+        name: full name of the layer in the model.
+        kind: ``"linear"`` or ``"convolution"``.
+        rules: the methods' rules for this layer; their order is kept within a slot.
+        seed: the session's seed.
+    """
+
+    def __init__(self, name: str, kind: str, rules: Sequence[Rule], seed: int) -> None:
+        self.name = name
+        self.kind = kind
+        self.rules = tuple(rules)
+        self.seed = seed
+        self.active = True
+        self.excused = False
+        self.step = 0
+        self.calls = 0
+        self.idle_steps = 0
+        self.total = Counters()
+        self._at_step = Counters()
+        self._layer_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+        self._fill_slots()
+        handle = next(_handles)
+        _programs[handle] = self
+        # [handle, backward calls]: read on the host by the layer's op, which declares it mutated.
+        self.token = torch.tensor([handle, 0])
+
+    def _fill_slots(self) -> None:
+        def filling(slot: str) -> tuple[Rule, ...]:
+            return tuple(rule for rule in self.rules if rule.fills(slot))
+
+        self._input, self._output = filling("input"), filling("output")
+        self._gate, self._delta = filling("gate"), filling("delta")
+        self._grad, self._local, self._fold = filling("grad"), filling("local"), filling("fold")
+        save, product = filling("save"), filling("product")
+        if save != product or len(save) > 1:
+            names = ", ".join(sorted({type(rule).__name__ for rule in (*save, *product)}))
+            raise OptionError(
+                f"slots `save` and `product` of layer {self.name!r} are filled by {names}: whoever keeps something "
+                "other than the layer's input must also say how the weight gradient comes from it, and only one "
+                "method can. Attach one of them to this layer; `only` and `skip` choose layers."
+            )
+        self._save = save[0] if save else None
+
+    @property
+    def changes_forward(self) -> bool:
+        """Whether the attached layer computes another function than its plain class."""
+        return bool(self._input or self._output)
+
+    @staticmethod
+    def find(token: Tensor) -> "LayerProgram":
+        """The program that `token` names."""
+        program = _programs.get(int(token[0]))
+        if program is None:
+            raise AttachError(
+                "a backward pass reached a layer whose session is gone: it was detached, or no reference to the "
+                "attached model is left. Run the forward pass again after detaching."
+            )
+        return program
+
+    # Forward: slots 1 to 3.
+
+    def transform(self, operands: Operands) -> Operands:
+        """Slot 1."""
+        for rule in self._input:
+            operands = rule.input(operands)
+        return operands
+
+    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Slot 3."""
+        return (x,) if self._save is None else self._save.save(x)
+
+    def extend(self, x: Tensor, z: Tensor) -> Tensor:
+        """Slot 2."""
+        for rule in self._output:
+            z = rule.output(x, z)
+        return z
+
+    # Backward: slots 4 to 6.
+
+    def backward(
+        self,
+        delta: Tensor,
+        saved: Sequence[Tensor],
+        weight: Tensor,
+        input_shape: Sequence[int],
+        geometry: Geometry | None,
+        needs: Needs,
+    ) -> Gradients:
+        """Gradients of one call; see `Call` for the arguments."""
+        key = mix_key(self.seed, self.step, self._layer_key, _rank(), self.calls)
+        self.calls += 1
+        self.token[1] += 1
+        if self.calls == _CALLS_WITHOUT_STEP:
+            warnings.warn(
+                f"{self.calls} backward passes went through layer {self.name!r} without a step of an optimizer that "
+                "owns its weight: whatever the methods learn is not learnt. Use a torch.optim.Optimizer over the "
+                "model's parameters, or pass `optimizer=` to attach.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+        call = Call(delta, saved, weight, input_shape, geometry, key, needs, self.total)
+        for rule in self._gate:
+            call.tier = min(call.tier, rule.gate(call))
+        quantised = Delta(call.delta)
+        for rule in self._delta:
+            quantised = rule.delta(call, quantised)
+        keep_weight = needs.weight and call.tier is not Tier.SKIP
+        self._count(call, quantised, keep_weight)
+        return Gradients(
+            self._input_grad(call, quantised) if needs.input else None,
+            self._weight_grad(call, quantised, keep_weight) if needs.weight else None,
+            # The bias gradient is a sum over what arrived: exact, and free.
+            _bias_grad(call) if needs.bias else None,
+        )
+
+    def _input_grad(self, call: Call, delta: Delta) -> Tensor:
+        if call.geometry is None:
+            return reference.linear_input_grad(delta, call.weight, call.input_shape)
+        return reference.convolution_input_grad(delta, call.weight, call.input_shape, call.geometry)
+
+    def _weight_grad(self, call: Call, delta: Delta, wanted: bool) -> Tensor:
+        if not wanted:
+            return torch.zeros_like(call.weight)
+        if self._save is not None:
+            return self._save.product(call, delta)
+        (x,) = call.saved
+        if call.geometry is None:
+            return reference.linear_weight_grad(delta, x)
+        return reference.convolution_weight_grad(delta, x, call.weight, call.geometry)
+
+    def _count(self, call: Call, delta: Delta, weight_wanted: bool) -> None:
+        total, entries = self.total, call.delta.numel()
+        total.calls += 1
+        total.skipped += call.needs.weight and not weight_wanted
+        if not entries:
+            return
+        if call.geometry is None:
+            dense = linear_flops(entries // call.weight.shape[0], *call.weight.shape)
+        else:
+            dense = convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
+        own_zeros = entries - int(torch.count_nonzero(call.delta))
+        zeros = own_zeros if delta.values is call.delta else int(delta.zeros())
+        needed = dense * (1 - zeros / entries)
+        discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
+        total.entries += entries
+        total.own_zeros += own_zeros
+        total.zeros += zeros
+        total.forward_dense += dense
+        total.forward_needed += dense
+        total.forward_executed += dense
+        total.forward_discounted += dense * discount
+        # The reference kernels multiply zeros like any other value.
+        if call.needs.input:
+            total.input_grad_dense += dense
+            total.input_grad_needed += needed
+            total.input_grad_executed += dense
+            total.input_grad_discounted += dense * discount
+        if call.needs.weight:
+            total.weight_grad_dense += dense
+        if weight_wanted:
+            total.weight_grad_needed += needed
+            total.weight_grad_executed += dense
+            total.weight_grad_discounted += dense * discount
+
+    # The clock: slots 7 and 8.
+
+    def before_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Slot 7."""
+        if self._grad:
+            step = Step(layer, self.step, optimizer, self.total - self._at_step)
+            for rule in self._grad:
+                rule.grad(step)
+
+    def pause(self, paused: bool) -> None:
+        """Let the plain layer run (True), or the program again (False)."""
+        self.active = not paused
+        self.excused = True
+
+    def after_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> None:
+        """Slot 8, then the next step begins; `idle` when no layer of this optimizer ran a backward pass."""
+        if self._local:
+            step = Step(layer, self.step, optimizer, self.total - self._at_step)
+            for rule in self._local:
+                rule.local(step)
+        self._at_step = self.total.copy()
+        self.idle_steps = self.idle_steps + 1 if idle and not self.excused else 0
+        # A pause excuses the steps that it touches: plain autograd ran, as was asked.
+        self.excused = not self.active
+        self.step += 1
+        self.calls = 0
+
+    def fold(self, layer: nn.Module) -> None:
+        """Slot 9, on a plain copy of the layer."""
+        for rule in self._fold:
+            rule.fold(layer)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on bit for bit."""
+        return {
+            "step": self.step,
+            "calls": self.calls,
+            "total": self.total.to_dict(),
+            "at_step": self._at_step.to_dict(),
+            "rules": [rule.state_dict() for rule in self.rules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        if len(state["rules"]) != len(self.rules):
+            raise StateError(
+                f"the state of layer {self.name!r} is of {len(state['rules'])} methods, but {len(self.rules)} are "
+                "attached. Attach the methods that the state was saved with."
+            )
+        self.step, self.calls = int(state["step"]), int(state["calls"])
+        self.total, self._at_step = Counters(**state["total"]), Counters(**state["at_step"])
+        for rule, saved in zip(self.rules, state["rules"], strict=True):
+            rule.load_state_dict(saved)
+
+
+def _bias_grad(call: Call) -> Tensor:
+    if call.geometry is None:
+        return call.delta.reshape(-1, call.delta.shape[-1]).sum(0)
+    return call.delta.sum([0, *range(2, call.delta.dim())])
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -1,0 +1,52 @@
+"""Every error and warning of retrograde.
+
+A message says what happened, where (the layer's full name, the file), why, and what to do, in that order.
+"""
+
+
+class RetrogradeError(Exception):
+    """Base class of every error that retrograde raises on purpose."""
+
+
+class OptionError(RetrogradeError, ValueError):
+    """A method, recipe or command was given an option that does not exist or a value that it cannot take."""
+
+
+class PatternError(RetrogradeError, ValueError):
+    """A layer pattern in ``only`` or ``skip`` is empty or matches no layer."""
+
+
+class NoEffectError(RetrogradeError):
+    """A method would touch no layer, or a training step passed every attached layer by."""
+
+
+class AttachError(RetrogradeError):
+    """The model cannot be attached as it is: already attached, compiled or wrapped, or with lazy layers."""
+
+
+class DetachError(RetrogradeError):
+    """The model cannot be restored because something else has replaced a layer's class since attaching."""
+
+
+class DoubleBackwardError(RetrogradeError):
+    """A gradient of a gradient was asked for through an attached layer."""
+
+
+class StateError(RetrogradeError):
+    """A session's saved state does not fit the session that loads it."""
+
+
+class DataError(RetrogradeError):
+    """A data set is missing, truncated, or of another schema."""
+
+
+class CheckpointError(RetrogradeError):
+    """A checkpoint is missing, cut off, or belongs to another recipe."""
+
+
+class RunError(RetrogradeError):
+    """A run folder or report input cannot be read."""
+
+
+class RetrogradeWarning(UserWarning):
+    """Base class of the warnings: the run goes on by a defined, counted fallback."""

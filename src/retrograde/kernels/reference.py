@@ -1,0 +1,88 @@
+"""Reference kernels: plain torch, every device and dtype, the yardstick of the fast ones.
+
+Levels are turned back into a dense tensor and multiplied as such, so zeros cost as much as other values.
+
+Index letters: ``n`` rows (all leading dimensions flattened), ``o`` outputs, ``i`` inputs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retrograde.kernels.delta import Delta
+from retrograde.kernels.geometry import Geometry
+from retrograde.maths import dither
+from retrograde.maths.philox import uniform
+
+NAME = "reference"
+SKIPS_ZEROS = False
+
+
+def nsd(delta: Tensor, step: float, key: int, bits: int | None = 8) -> Tensor:
+    """Integer levels of the dithered gradient (`retrograde.maths.dither`), noise from `key`."""
+    return dither.levels(delta, step, uniform(key, delta.shape, delta.device), bits)
+
+
+def linear_input_grad(delta: Delta, weight: Tensor, input_shape: Sequence[int]) -> Tensor:
+    """``dx = δ̃ W``.
+
+    Args:
+        delta: δ̃ of shape (…, o).
+        weight: (o, i).
+        input_shape: (…, i).
+    """
+    rows = delta.values.reshape(-1, weight.shape[0])
+    return _scaled(rows.to(weight.dtype) @ weight, delta).view(tuple(input_shape))
+
+
+def linear_weight_grad(delta: Delta, x: Tensor) -> Tensor:
+    """``dW = δ̃ᵀ x`` of shape (o, i), for δ̃ of shape (…, o) and x of shape (…, i)."""
+    rows = delta.values.reshape(-1, delta.values.shape[-1])
+    return _scaled(rows.to(x.dtype).T @ x.reshape(-1, x.shape[-1]), delta)
+
+
+def convolution_input_grad(
+    delta: Delta, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
+) -> Tensor:
+    """Gradient of a (transposed, grouped) convolution for its input.
+
+    Args:
+        delta: δ̃ of shape (N, C_out, spatial…).
+        weight: (C_out, C_in/groups, kernel…), or (C_in, C_out/groups, kernel…) when transposed.
+        input_shape: (N, C_in, spatial…).
+        geometry: stride, padding and the rest.
+    """
+    # The values of x play no part in dx: only its shape is read.
+    x = weight.new_empty(()).expand(tuple(input_shape))
+    dx, _, _ = _convolution_backward(delta, x, weight, geometry, [True, False, False])
+    return _scaled(dx, delta)
+
+
+def convolution_weight_grad(delta: Delta, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Gradient of a (transposed, grouped) convolution for its weight, shaped as `weight`."""
+    _, dw, _ = _convolution_backward(delta, x, weight, geometry, [False, True, False])
+    return _scaled(dw, delta)
+
+
+def _convolution_backward(
+    delta: Delta, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        delta.values.to(x.dtype),
+        x,
+        weight,
+        None,
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+        geometry.transposed,
+        list(geometry.output_padding),
+        geometry.groups,
+        mask,
+    )
+
+
+def _scaled(product: Tensor, delta: Delta) -> Tensor:
+    # Levels are small integers, exact even in bfloat16; the step is applied once, to the product.
+    return product if delta.step is None else product.mul_(delta.step)

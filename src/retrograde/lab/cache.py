@@ -1,0 +1,72 @@
+"""Decoded data sets, kept as one uncompressed ``.npz`` file each.
+
+Decoding tens of thousands of PNG files or reviews takes seconds, reading the result back a fraction of one.
+The folder is ``$RETROGRADE_CACHE/data``, or ``~/.cache/retrograde/data`` where that is not set. Anything in
+it may be deleted at any time: what is missing or damaged is decoded again.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from retrograde.errors import RetrogradeWarning
+
+__all__ = ["fingerprint", "read", "write"]
+
+_FORMAT = 1
+"""Raised whenever what is stored changes meaning, so that older files are no longer found."""
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Return a key for the present contents of ``files``: their paths, sizes and times of modification."""
+    digest = hashlib.sha256(f"format {_FORMAT}".encode())
+    for file in sorted(files):
+        status = file.stat()
+        digest.update(f"\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def read(key: str) -> dict[str, NDArray[np.generic]] | None:
+    """Return the arrays stored under ``key``, or None where there are none or the file is damaged."""
+    try:
+        with np.load(_path(key), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
+    """Store ``arrays`` under ``key``, whole or not at all; a folder that cannot be written is a warning."""
+    path = _path(key)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            temporary = file.name
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        warnings.warn(
+            f"The decoded data was not cached in {path.parent} ({error}): it will be decoded again the next "
+            "time. "
+            "Set RETROGRADE_CACHE to a folder that can be written.",
+            RetrogradeWarning,
+            stacklevel=2,
+        )
+
+
+def _path(key: str) -> Path:
+    root = os.environ.get("RETROGRADE_CACHE")
+    folder = Path(root).expanduser() if root else Path.home() / ".cache" / "retrograde"
+    return folder / "data" / f"{key}.npz"

@@ -1,0 +1,125 @@
+"""Is this machine fit? What ``retrograde doctor`` asks."""
+
+import copy
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from retrograde.errors import DataError, RetrogradeError
+from retrograde.lab import data as lab_data
+from retrograde.lab import machine, tensorboard
+from retrograde.methods.dither import Dither
+from retrograde.methods.registry import available
+from retrograde.session import attach
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        name: what was looked at.
+        status: ``ok``, ``note`` (works, with less) or ``failed``.
+        detail: what was found, and what to do.
+    """
+
+    name: str
+    status: str
+    detail: str
+
+
+def run_checks(data_dir: Path | None = None) -> list[Check]:
+    """All checks, in order; none raises."""
+    found: list[Check] = []
+    for name, check in (
+        ("machine", _machine),
+        ("versions", _versions),
+        ("methods", _methods),
+        ("gradients", _gradients),
+        ("compile", _compile),
+        ("accelerator", _accelerator),
+        ("data sets", lambda: _data(data_dir)),
+        ("TensorBoard", _tensorboard),
+    ):
+        try:
+            found.append(Check(name, *check()))
+        except Exception as error:  # a doctor reports whatever is broken and goes on
+            found.append(Check(name, "failed", f"{type(error).__name__}: {error}"))
+    return found
+
+
+def _machine() -> tuple[str, str]:
+    m = machine.describe(torch.device("cpu"))
+    return "ok", f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['threads']} torch threads"
+
+
+def _versions() -> tuple[str, str]:
+    return "ok", f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+
+
+def _methods() -> tuple[str, str]:
+    return "ok", ", ".join(available())
+
+
+def _gradients() -> tuple[str, str]:
+    """An attached layer with the neutral setting gives autograd's gradients; a dithered one comes close on average."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=generator)
+    plain = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
+    expected = _gradient(plain, x)
+    neutral = copy.deepcopy(plain)
+    session = attach(neutral, Dither(scale=0.0), seed=0)
+    worst = float((_gradient(session.model, x) - expected).abs().max())
+    dithered = copy.deepcopy(plain)
+    session = attach(dithered, Dither(scale=1.0), seed=0)
+    draws = [_gradient(session.model, x) for _ in range(200)]
+    bias = float((torch.stack(draws).mean(0) - expected).norm() / expected.norm())
+    detail = f"neutral setting: largest difference {worst:.1e}; dithered, mean of 200 draws: {bias:.1%} off"
+    return ("ok" if worst < 1e-5 and bias < 0.2 else "failed"), detail
+
+
+def _gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _compile() -> tuple[str, str]:
+    model = nn.Linear(4, 4)
+    attach(model, Dither(scale=1.0), seed=0)
+    try:
+        torch.compile(model, fullgraph=True)(torch.randn(2, 4)).sum().backward()
+    except Exception as error:  # Inductor needs a compiler, and its errors are of many kinds
+        first = (str(error).splitlines() or [""])[0]
+        return (
+            "note",
+            f"torch.compile does not work here ({first}); eager training does. Install a C++ compiler.",
+        )
+    return "ok", "torch.compile(fullgraph=True) trains an attached layer"
+
+
+def _accelerator() -> tuple[str, str]:
+    if torch.cuda.is_available():
+        return "ok", torch.cuda.get_device_name(0)
+    return "note", "no CUDA device: training runs on the processor"
+
+
+def _data(data_dir: Path | None) -> tuple[str, str]:
+    where = data_dir or os.environ.get("RETROGRADE_DATA")
+    try:
+        names = [source.name for source in lab_data.available(data_dir)]
+    except (DataError, RetrogradeError) as error:
+        return "failed", str(error)
+    if where is None:
+        return "note", f"{', '.join(names)}; set RETROGRADE_DATA for more"
+    return "ok", f"{', '.join(names)} (in {where})"
+
+
+def _tensorboard() -> tuple[str, str]:
+    if tensorboard.is_available():
+        return "ok", "installed"
+    return "note", "not installed: `train` writes no TensorBoard logs. Install retrograde[tensorboard]."

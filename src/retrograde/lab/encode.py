@@ -1,0 +1,136 @@
+"""From decoded arrays to tensors; scales and vocabularies are learned from the training rows alone.
+
+Each function takes the decoded splits and ``rows``: for each of train, validation and test, the official
+split that it comes from and the rows taken from it, in order.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from retrograde.lab.decode import Raw
+
+__all__ = ["Encoded", "Rows", "encode"]
+
+Rows = dict[str, tuple[str, NDArray[np.int64]]]
+"""Part (train, validation, test) → official split, row numbers in it."""
+
+_WORDS = 20_000
+_LONGEST = 256
+_PADDING, _UNKNOWN = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Inputs and targets of each part, and the vocabulary where there is one."""
+
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    vocabulary: tuple[str, ...] | None = None
+
+
+def encode(raw: Raw, rows: Rows) -> Encoded:
+    """Make tensors of the chosen rows; see the module for what each kind becomes."""
+    if raw.kind == "language":
+        return _language(raw, rows)
+    targets = {
+        part: torch.from_numpy(raw.parts[split]["labels"][index]) for part, (split, index) in rows.items()
+    }
+    if raw.kind == "image":
+        return Encoded(_images(raw, rows), targets)
+    if raw.kind == "text":
+        inputs, vocabulary = _texts(raw, rows)
+        return Encoded(inputs, targets, vocabulary)
+    return Encoded(_table(raw, rows), targets)
+
+
+def _images(raw: Raw, rows: Rows) -> dict[str, Tensor]:
+    """Normalise bytes (n, C, H, W) by the channel means and deviations of the training rows."""
+    chosen = {part: raw.parts[split]["pixels"][index] for part, (split, index) in rows.items()}
+    train = chosen["train"]
+    # Exact in integers: 256 counts a channel instead of sums over a float copy of every image.
+    counts = np.stack([np.bincount(train[:, c].ravel(), minlength=256) for c in range(train.shape[1])])
+    levels, total = np.arange(256), counts[0].sum()
+    mean = counts @ levels / total
+    deviation = np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0))
+    deviation[deviation == 0] = 1
+    shift = torch.from_numpy(mean).float()[:, None, None]
+    scale = torch.from_numpy(1 / deviation).float()[:, None, None]
+    return {part: torch.from_numpy(x).float().sub_(shift).mul_(scale) for part, x in chosen.items()}
+
+
+def _texts(raw: Raw, rows: Rows) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Number the words (n, L): 0 padding, 1 unknown, then the training rows' words, the commonest first.
+
+    A word seen once counts as unknown, so that the vector for unknown words is trained. L is the 95th
+    percentile of the training lengths, at most 256; longer texts keep their first L words.
+    """
+    words = raw.words if raw.words is not None else ()
+    train, index = rows["train"]
+    lengths = raw.parts[train]["lengths"]
+    chosen = np.zeros(len(lengths), dtype=np.bool_)
+    chosen[index] = True
+    counts = np.bincount(raw.parts[train]["tokens"][np.repeat(chosen, lengths)], minlength=len(words))
+    order = np.argsort(-counts, kind="stable")[: _WORDS - 2]
+    kept = order[counts[order] > 1]
+    number = np.full(len(words) + 1, _UNKNOWN, dtype=np.int64)
+    number[kept] = np.arange(2, 2 + len(kept))
+    number[-1] = _PADDING
+    length = int(np.clip(np.ceil(np.percentile(lengths[index], 95)), 1, _LONGEST))
+
+    def padded(arrays: dict[str, NDArray[Any]], index: NDArray[np.int64]) -> Tensor:
+        starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
+        place = np.arange(length)
+        inside = place < arrays["lengths"][index, None]
+        position = np.where(inside, starts[index, None] + place, 0)
+        tokens = arrays["tokens"] if len(arrays["tokens"]) else np.zeros(1, dtype=np.uint32)
+        return torch.from_numpy(number[np.where(inside, tokens[position], len(words))])
+
+    inputs = {part: padded(raw.parts[split], index) for part, (split, index) in rows.items()}
+    return inputs, ("<padding>", "<unknown>", *(words[int(i)] for i in kept))
+
+
+def _language(raw: Raw, rows: Rows) -> Encoded:
+    """Number the characters: 0 unknown, then the training rows' by code; targets are moved on by one."""
+    chosen = {part: raw.parts[split]["windows"][index] for part, (split, index) in rows.items()}
+    known = np.unique(chosen["train"])
+    inputs: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    for part, windows in chosen.items():
+        place = np.minimum(np.searchsorted(known, windows), len(known) - 1)
+        tokens = torch.from_numpy(np.where(known[place] == windows, place + 1, 0).astype(np.int64))
+        inputs[part] = tokens[:, :-1].contiguous()
+        targets[part] = tokens[:, 1:].contiguous()
+    return Encoded(inputs, targets, ("<unknown>", *(chr(code) for code in known)))
+
+
+def _table(raw: Raw, rows: Rows) -> dict[str, Tensor]:
+    """Standardise numbers and spread categories over a column a value, (n, features), by the training rows.
+
+    A missing number becomes the mean, a missing category (``?``) a category of its own, and a category that
+    the training rows lack becomes all zeros.
+    """
+    from sklearn.preprocessing import OneHotEncoder
+
+    numbers = {part: raw.parts[split]["numbers"][index] for part, (split, index) in rows.items()}
+    categories = {part: raw.parts[split]["categories"][index] for part, (split, index) in rows.items()}
+    train = np.ma.masked_invalid(numbers["train"])
+    mean = np.ma.filled(train.mean(axis=0), 0.0)
+    deviation = np.ma.filled(train.std(axis=0), 0.0)
+    deviation[deviation == 0] = 1
+    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    spread = categories["train"].shape[1] > 0
+    if spread:
+        encoder.fit(categories["train"])
+    inputs: dict[str, Tensor] = {}
+    for part, values in numbers.items():
+        standard = np.nan_to_num((values - mean) / deviation, nan=0.0, posinf=0.0, neginf=0.0)
+        blocks = [standard.astype(np.float32)]
+        if spread:
+            blocks.append(np.asarray(encoder.transform(categories[part]), dtype=np.float32))
+        inputs[part] = torch.from_numpy(np.concatenate(blocks, axis=1))
+    return inputs

@@ -1,0 +1,93 @@
+"""Figures of a model outside the timed loop: accuracy, dense FLOPs of a step, saved bytes, peak memory."""
+
+import contextlib
+from collections.abc import Generator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrograde.accounting.memory import saved_bytes
+from retrograde.lab.data import Split, evaluation_batches
+from retrograde.session import Session
+
+_EVALUATION_BATCH = 512
+
+
+def evaluate(model: nn.Module, split: Split, device: torch.device, precision: str) -> dict[str, float]:
+    """Mean loss and accuracy over a split, in eval mode."""
+    was_training = model.training
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    with torch.no_grad(), autocast(device, precision):
+        for inputs, targets in evaluation_batches(split, _EVALUATION_BATCH):
+            x, y = inputs.to(device), targets.to(device)
+            logits = model(x).float()
+            loss += float(loss_of(logits, y)) * y.numel()
+            correct += int((logits.argmax(-1) == y).sum())
+            count += y.numel()
+    model.train(was_training)
+    return {"loss": loss / count, "accuracy": correct / count}
+
+
+def loss_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits (…, classes) against labels (…)."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=smoothing)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a recipe's precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Dense FLOPs of one whole training step of a plain model, by torch's own counter; leaves no trace in it."""
+    model.train()
+    with torch.random.fork_rng(devices=[]), _frozen_statistics(model), FlopCounterMode(display=False) as mode:
+        loss_of(model(x).float(), y).backward()
+    model.zero_grad()
+    return mode.get_total_flops()
+
+
+def saved_activation_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Bytes that one training forward pass keeps for the backward pass; leaves no trace in the model."""
+    model.train()
+    with torch.random.fork_rng(devices=[]), _frozen_statistics(model):
+        return saved_bytes(model, lambda: loss_of(model(x).float(), y))
+
+
+@contextlib.contextmanager
+def _frozen_statistics(model: nn.Module) -> Generator[None]:
+    """Put buffers (running means) back: a measurement must not change the run."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+
+
+def whole_flops(session: Session | None, plain: float) -> dict[str, Any]:
+    """FLOPs of the whole model: what is not attached (attention products, left layers) runs dense and is added."""
+    if session is None:
+        return dict.fromkeys(("dense", "needed", "executed", "discounted"), plain) | {"overhead": 0.0}
+    flops = session.flops()
+    found = flops.to_dict()
+    elsewhere = max(0.0, plain - flops.dense)
+    for name in ("dense", "needed", "executed", "discounted"):
+        found[name] += elsewhere
+    return found | {"not_attached": elsewhere}
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the device's allocator on a GPU, else of the whole process; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

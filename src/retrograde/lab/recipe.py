@@ -1,0 +1,116 @@
+"""A recipe: everything that defines a training run, from a TOML file or flags."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from retrograde.engine.slots import Method
+from retrograde.errors import OptionError
+from retrograde.methods.registry import make, suggest
+
+
+class Recipe(BaseModel):
+    """What to train, on what, and how. The same recipe on the same machine gives the same run, bit for bit.
+
+    Attributes:
+        data: data set: ``digits``, a folder in the data directory, a path, or a hub id.
+        model: model name, or any importable ``module:callable``.
+        methods: methods by name, each with its options; empty is plain backpropagation.
+        only: layer patterns to attach to; None means all.
+        skip: layer patterns to leave alone.
+        epochs: passes over the training data.
+        batch_size: examples in a step.
+        optimizer: ``sgd`` has momentum 0.9.
+        learning_rate: its peak, where the schedule has one.
+        weight_decay: of the optimizer (decoupled for ``adamw``).
+        schedule: of the learning rate over the run.
+        label_smoothing: of the cross-entropy.
+        augment: shifts and mirror images, for image data.
+        validation: share of the training rows taken for validation where the data set has no such split.
+        limit: use this many training rows only.
+        seed: of the initial weights, the order of the data, and the methods' random numbers.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
+        precision: ``bfloat16`` trains under autocast.
+        compile: run the model through ``torch.compile``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "digits"
+    model: str = "mlp-small"
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    only: list[str] | None = None
+    skip: list[str] | None = None
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    augment: bool = False
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    limit: int | None = Field(default=None, ge=1)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+
+    @property
+    def label(self) -> str:
+        """The run's methods in words: ``"plain"`` or ``"dither(scale=1.0)"``."""
+        parts = [
+            name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+            for name, options in self.methods.items()
+        ]
+        return " + ".join(parts) or "plain"
+
+    def make_methods(self) -> list[Method]:
+        """The methods themselves.
+
+        Raises:
+            OptionError: an unknown method or option, or a refused value.
+        """
+        return [make(name, options) for name, options in self.methods.items()]
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields that a TOML recipe sets, for `make_recipe`.
+
+    Raises:
+        OptionError: the file is missing or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"recipe {path} cannot be read: {error}. Give the path of a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"recipe {path} is no valid TOML: {error}. Mend that line.") from error
+
+
+def make_recipe(fields: dict[str, Any], source: str = "recipe") -> Recipe:
+    """A checked recipe.
+
+    Args:
+        fields: any of the attributes of `Recipe`.
+        source: where they come from, for messages.
+
+    Raises:
+        OptionError: an unknown field (with the nearest names) or a value out of range.
+    """
+    for name in fields:
+        if name not in Recipe.model_fields:
+            raise OptionError(
+                f"{source}: there is no field {name!r}.{suggest(name, Recipe.model_fields)} "
+                f"Fields: {', '.join(Recipe.model_fields)}."
+            )
+    try:
+        recipe = Recipe(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise OptionError(f"{source}: {where}={first['input']!r} is refused: {first['msg']}.") from error
+    recipe.make_methods()
+    return recipe

@@ -1,0 +1,211 @@
+"""Where data sets are found: folders first, then the Hugging Face hub; decoded once and cached.
+
+Nothing is imported, downloaded or written until a data set is asked for.
+"""
+
+import contextlib
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from retrograde.errors import DataError
+from retrograde.lab import cache
+from retrograde.lab.decode import Raw, decode
+
+__all__ = ["Source", "available", "read"]
+
+_HUB = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "imdb": "stanfordnlp/imdb",
+    "mnist": "ylecun/mnist",
+    "tiny-imagenet": "zh-plus/tiny-imagenet",
+}
+_SHORT = {identifier: short for short, identifier in _HUB.items()}
+_IDENTIFIER = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that can be loaded without a network: its name, where it is, and the rows of each split."""
+
+    name: str
+    source: str
+    rows: dict[str, int]
+
+
+def available(data_dir: Path | None = None) -> list[Source]:
+    """Return what loads here without a network: ``digits``, and every folder of Parquet in the data folder.
+
+    A file that cannot be read counts no rows. Raises :class:`~retrograde.errors.DataError` where the data
+    folder, ``data_dir`` or ``$RETROGRADE_DATA``, does not exist.
+    """
+    found = [Source("digits", "scikit-learn", {"train": 1797})]
+    root = _root(data_dir)
+    if root is None:
+        return found
+    if not root.is_dir():
+        raise DataError(f"The data folder {root} does not exist. Correct --data-dir or RETROGRADE_DATA.")
+    for folder in sorted(root.iterdir()):
+        files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+        rows: dict[str, int] = {}
+        for file in files:
+            split = file.stem.split("-")[0]
+            rows[split] = rows.get(split, 0) + (_row_count(file) or 0)
+        if files:
+            found.append(Source(folder.name, str(folder), rows))
+    return found
+
+
+def read(name: str, data_dir: Path | None = None) -> Raw:
+    """Return the decoded data set ``name``: a folder in the data folder, a path to a folder, or a hub id."""
+    folder = _folder(name, _root(data_dir))
+    if folder is None:
+        dataset = _from_hub(name, _root(data_dir))
+        files = [Path(entry["filename"]) for split in dataset.values() for entry in split.cache_files]
+        return _decoded(cache.fingerprint(files), lambda: decode(dataset, name))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+
+    def decoded() -> Raw:
+        # The library's own copy of the files would be a second cache of the same data: it goes at the end.
+        with tempfile.TemporaryDirectory() as scratch:
+            return decode(_from_folder(folder, scratch), str(folder))
+
+    return _decoded(cache.fingerprint(files), decoded)
+
+
+def _decoded(key: str, decoder: Callable[[], Raw]) -> Raw:
+    """Return what the cache holds under ``key``, or decode and store it."""
+    packed = cache.read(key)
+    if packed is not None:
+        with contextlib.suppress(KeyError, ValueError):
+            return Raw.unpack(packed)
+    with _quiet():
+        raw = decoder()
+    cache.write(key, raw.pack())
+    return raw
+
+
+def _root(data_dir: Path | None) -> Path | None:
+    named = data_dir or os.environ.get("RETROGRADE_DATA")
+    return Path(named).expanduser() if named else None
+
+
+def _folder(name: str, root: Path | None) -> Path | None:
+    places = [Path(name).expanduser()]
+    if root is not None:
+        places = [root / name, *([root / _SHORT[name]] if name in _SHORT else []), *places]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _from_folder(folder: Path, scratch: str) -> dict[str, Any]:
+    with _quiet():
+        import datasets
+
+        try:
+            return cast("dict[str, Any]", datasets.load_dataset(str(folder), cache_dir=scratch))
+        except Exception as error:  # the library wraps what its readers raise in several unrelated classes
+            counts = {file: _row_count(file) for file in sorted(folder.rglob("*.parquet"))}
+            broken = [file for file, count in counts.items() if count is None]
+            if broken:
+                raise DataError(
+                    f"{broken[0]} cannot be read as Parquet: the file is cut off or damaged. Copy or fetch "
+                    "it again."
+                ) from error
+            empty = [file for file, count in counts.items() if count == 0]
+            if empty:
+                raise DataError(f"{empty[0]} is empty: it has no rows. Fill it or delete it.") from error
+            raise DataError(
+                f"The data folder {folder} could not be read: {_cause(error)} It should hold Parquet files, "
+                "train.parquet "
+                "and test.parquet say, all with the same columns."
+            ) from error
+
+
+def _from_hub(name: str, root: Path | None) -> dict[str, Any]:
+    names = [source.name for source in available(root if root is not None and root.is_dir() else None)]
+    near = difflib.get_close_matches(name, [*names, *_HUB], n=3)
+    looked = f"in {root}" if root is not None else "(RETROGRADE_DATA is not set)"
+    nearest = f"nearest to it: {', '.join(near)}; " if near else ""
+    here = f"{nearest}here: {', '.join(names)}"
+    missing = f"No data set {name}: no such folder {looked}, nor at that path ({here})."
+    advice = "Correct the name, or set --data-dir or RETROGRADE_DATA to the folder that holds it."
+    if not _IDENTIFIER.fullmatch(name):
+        raise DataError(f"{missing} {advice}")
+    with _quiet():
+        import datasets
+        import huggingface_hub
+        from datasets.exceptions import DatasetNotFoundError
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        identifier = _HUB.get(name, name)
+        try:
+            if not huggingface_hub.is_offline_mode():
+                # Asked once first: without a network ``load_dataset`` tries again for half a minute.
+                try:
+                    huggingface_hub.HfApi().dataset_info(identifier, timeout=10)
+                except RepositoryNotFoundError as error:
+                    raise DatasetNotFoundError(str(error)) from error
+                except Exception as error:  # the HTTP library's own classes, which change with it
+                    raise ConnectionError(str(error)) from error
+            return cast("dict[str, Any]", datasets.load_dataset(identifier))
+        except DatasetNotFoundError as error:
+            raise DataError(f"{missing} Nor does the Hugging Face hub have {identifier}. {advice}") from error
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"{missing} And the Hugging Face hub could not be reached for {identifier}: {_cause(error)} "
+                f"{advice}"
+            ) from error
+        except Exception as error:
+            raise DataError(
+                f"The data set {identifier} on the Hugging Face hub could not be loaded: {_cause(error)} "
+                "Download it and "
+                "give the folder instead."
+            ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of what went wrong underneath, as a sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{line.rstrip('.')}."
+
+
+def _row_count(file: Path) -> int | None:
+    """Return the rows of a Parquet file, or None where it cannot be read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException):
+        return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Keep ``datasets`` from drawing progress bars and reporting usage; the user's settings return."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+    from datasets.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
+
+    level, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    hub_level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(logging.CRITICAL)  # what it logs before raising is in the error already
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
+        if not bars:
+            datasets.enable_progress_bars()

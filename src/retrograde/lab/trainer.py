@@ -1,0 +1,457 @@
+"""The training loop of experiments: resumable to the bit, and measured."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.errors import CheckpointError
+from retrograde.lab import data as lab_data
+from retrograde.lab import files, machine, measure, models
+from retrograde.lab.data import Data, Split
+from retrograde.lab.recipe import Recipe
+from retrograde.lab.tensorboard import open_writer
+from retrograde.plan import make_plan
+from retrograde.session import Session, attach
+
+_LOG_EVERY = 10
+CHECKPOINT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, for a progress display.
+
+    Attributes:
+        epoch: from 1.
+        step: steps done in the whole run.
+        steps: steps of the whole run.
+        loss: mean training loss of the epoch so far.
+        validation: figures of the last finished epoch; empty before it.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    validation: dict[str, float]
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> dict[str, Any]:
+    """Run `recipe` to its end and leave everything in `folder`.
+
+    Args:
+        recipe: what to train.
+        folder: the run folder; made when missing.
+        data_dir: where data sets lie; None reads ``RETROGRADE_DATA``.
+        resume: go on from the folder's checkpoint.
+        progress: called after every step.
+        stop: asked after every step; true writes a checkpoint and ends the run.
+        checkpoint_seconds: time between checkpoints within an epoch.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        KeyboardInterrupt: `stop` said so.
+        CheckpointError: the folder holds a run and `resume` is off, or its checkpoint is unusable.
+    """
+    data = lab_data.load(
+        recipe.data, data_dir=data_dir, validation=recipe.validation, seed=recipe.seed, limit=recipe.limit
+    )
+    trainer = Trainer(
+        recipe,
+        folder,
+        data,
+        resume=resume,
+        progress=progress,
+        stop=stop,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    for _ in trainer.epochs():
+        pass
+    return trainer.finish()
+
+
+class Trainer:
+    """One run: steps, evaluations, checkpoints and logs.
+
+    `epochs` yields after each epoch, so that several runs can be interleaved and share what the machine does to them.
+
+    Args:
+        recipe: what to train.
+        folder: the run folder; made when missing.
+        data: the loaded data set.
+        resume: go on from the folder's checkpoint.
+        progress: called after every step.
+        stop: asked after every step; true writes a checkpoint and raises KeyboardInterrupt.
+        checkpoint_seconds: time between checkpoints within an epoch.
+        group: runs of one group are compared with each other in reports.
+        label: the run's name in reports; None makes one from the methods.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        data: Data,
+        *,
+        resume: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        group: str | None = None,
+        label: str | None = None,
+    ) -> None:
+        self.recipe, self.folder, self.data = recipe, folder, data
+        self._progress, self._stop, self._checkpoint_seconds = progress, stop, checkpoint_seconds
+        checkpoint = files.load_checkpoint(folder) if resume else None
+        if checkpoint is None:
+            _refuse_used(folder)
+        elif checkpoint["recipe"] != recipe.model_dump():
+            changed = [k for k, v in recipe.model_dump().items() if checkpoint["recipe"].get(k) != v]
+            raise CheckpointError(
+                f"the checkpoint in {folder} belongs to another recipe: {', '.join(changed)} differ. Resume with the "
+                "recipe that the run was started with, or start a new run in another folder."
+            )
+        self.device = torch.device(
+            recipe.device if recipe.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self.model = models.build(recipe.model, data, seed=recipe.seed).to(self.device)
+        x, y = self._first_batch()
+        self._plain_flops = measure.step_flops(self.model, x, y)
+        self.session = self._attach()
+        self._saved_bytes = measure.saved_activation_bytes(self.model, x, y)
+        self._forward = torch.compile(self.model) if recipe.compile else self.model
+        self.optimizer = _make_optimizer(recipe, self.model)
+        self._steps_in_epoch = _steps(data.train, recipe.batch_size)
+        self.steps = self._steps_in_epoch * recipe.epochs
+        self._schedule = _make_schedule(recipe, self.optimizer, self.steps)
+        self.step = 0
+        self._finished_epochs = 0
+        self._seconds = 0.0
+        self._epoch_sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+        self._validation: dict[str, float] = {}
+        self._best: dict[str, Any] = {}
+        self._step_seconds: list[float] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self._cuda = [self.device] if self.device.type == "cuda" else []
+        # The state of torch's generators between stretches of training; None during one.
+        self._rng: list[Tensor] | None = _seeded_rng(recipe.seed, self._cuda)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        else:
+            self._describe(group, label)
+            (folder / files.METRICS).write_bytes(b"")
+        self._metrics = (folder / files.METRICS).open("ab")
+        self._writer = open_writer(folder / "tensorboard", purge_step=self.step)
+        self._saved_at = time.monotonic()
+        if checkpoint is None:
+            self.save()
+
+    # Running.
+
+    def epochs(self) -> Iterator[int]:
+        """Train; yields the number of each finished epoch."""
+        try:
+            while self._finished_epochs < self.recipe.epochs:
+                epoch = self._finished_epochs + 1
+                self._run_epoch(epoch)
+                self._finish_epoch(epoch)
+                yield epoch
+        except KeyboardInterrupt:
+            self._write_result("interrupted")
+            self.close()
+            raise
+
+    def finish(self) -> dict[str, Any]:
+        """Read the test set, once, and write the result and the folded model."""
+        from safetensors.torch import save_model
+
+        test = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
+        plain = self.session.fold() if self.session else self.model
+        # save_model keeps one copy of tied weights.
+        temporary = self.folder / f".{files.MODEL}"
+        save_model(plain, str(temporary))
+        temporary.replace(self.folder / files.MODEL)
+        result = self._write_result("finished", test)
+        self.close()
+        return result
+
+    def close(self) -> None:
+        """Close the log files."""
+        self._metrics.close()
+        self._writer.close()
+
+    def _run_epoch(self, epoch: int) -> None:
+        self.model.train()
+        batches = lab_data.batches(
+            self.data.train,
+            self.recipe.batch_size,
+            seed=self.recipe.seed,
+            epoch=epoch - 1,
+            augment=self.recipe.augment,
+            start=self.step - self._finished_epochs * self._steps_in_epoch,
+        )
+        with self._own_rng():
+            for x, y in batches:
+                self._run_step(epoch, x, y)
+                # Only between steps is there a state to save: a signal may come in the middle of an update.
+                if self._stop():
+                    self.save()
+                    raise KeyboardInterrupt
+                if time.monotonic() - self._saved_at > self._checkpoint_seconds:
+                    self.save()
+
+    def _run_step(self, epoch: int, x: Tensor, y: Tensor) -> None:
+        began = time.perf_counter()
+        x, y = x.to(self.device), y.to(self.device)
+        with measure.autocast(self.device, self.recipe.precision):
+            logits = self._forward(x)
+            loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
+        loss.backward()
+        self.optimizer.step()
+        self._schedule.step()
+        self.optimizer.zero_grad()
+        value = float(loss.detach())
+        took = time.perf_counter() - began
+        self.step += 1
+        self._seconds += took
+        self._step_seconds.append(took)
+        count = y.numel()
+        self._epoch_sums["loss"] += value * count
+        self._epoch_sums["correct"] += int((logits.argmax(-1) == y).sum())
+        self._epoch_sums["count"] += count
+        if self.step % _LOG_EVERY == 0 or self.step == self.steps:
+            rate = float(self._schedule.get_last_lr()[0])
+            self._log(
+                {
+                    "event": "step",
+                    "step": self.step,
+                    "epoch": epoch,
+                    "loss": value,
+                    "learning_rate": rate,
+                    "seconds": self._seconds,
+                }
+            )
+            self._writer.add_scalar("train/loss", value, self.step)
+            self._writer.add_scalar("train/learning_rate", rate, self.step)
+        if self._progress:
+            mean = self._epoch_sums["loss"] / self._epoch_sums["count"]
+            self._progress(Progress(epoch, self.step, self.steps, mean, self._validation))
+
+    def _finish_epoch(self, epoch: int) -> None:
+        sums = self._epoch_sums
+        seen = {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+        self._validation = measure.evaluate(
+            self.model, self.data.validation, self.device, self.recipe.precision
+        )
+        if not self._best or self._validation["accuracy"] > self._best["accuracy"]:
+            self._best = {"epoch": epoch, **self._validation}
+        line: dict[str, Any] = {
+            "event": "epoch",
+            "epoch": epoch,
+            "step": self.step,
+            "train": seen,
+            "validation": self._validation,
+            "seconds": self._seconds,
+            "step_seconds": median(self._step_seconds) if self._step_seconds else None,
+            "zeros": None,
+            "own_zeros": None,
+            "flops": None,
+            "layers": {},
+        }
+        if self.session:
+            self.session.report(val=self._validation["accuracy"])
+            figures = self.session.metrics(reset=True)
+            line |= figures
+            line["flops"] = self.session.flops().to_dict()
+            for name in ("zeros", "own_zeros"):
+                self._writer.add_scalar(f"gradients/{name}", figures[name], self.step)
+        for name, value in self._validation.items():
+            self._writer.add_scalar(f"validation/{name}", value, self.step)
+        self._log(line)
+        self._step_seconds.clear()
+        self._epoch_sums = dict.fromkeys(sums, 0.0)
+        self._finished_epochs = epoch
+        self.save()
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(line).encode() + b"\n")
+        self._metrics.flush()
+
+    @contextlib.contextmanager
+    def _own_rng(self) -> Generator[None]:
+        """Dropout and the like draw from torch's generators: they are this run's own while it computes."""
+        with torch.random.fork_rng(self._cuda):
+            if self._rng is not None:
+                _set_rng(self._rng, self._cuda)
+            self._rng = None
+            try:
+                yield
+            finally:
+                self._rng = _get_rng(self._cuda)
+
+    def _first_batch(self) -> tuple[Tensor, Tensor]:
+        batches = lab_data.batches(self.data.train, self.recipe.batch_size, seed=0, epoch=0)
+        x, y = next(iter(batches))
+        return x.to(self.device), y.to(self.device)
+
+    def _attach(self) -> Session | None:
+        methods = self.recipe.make_methods()
+        if not methods:
+            return None
+        return attach(
+            self.model, methods, only=self.recipe.only, skip=self.recipe.skip, seed=self.recipe.seed
+        )
+
+    # State.
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self._metrics.flush()
+        files.save_checkpoint(
+            self.folder,
+            {
+                "recipe": self.recipe.model_dump(),
+                "step": self.step,
+                "finished_epochs": self._finished_epochs,
+                "seconds": self._seconds,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "session": self.session.state_dict() if self.session else None,
+                "rng": _get_rng(self._cuda) if self._rng is None else self._rng,
+                "epoch_sums": self._epoch_sums,
+                "step_seconds": self._step_seconds,
+                "validation": self._validation,
+                "best": self._best,
+                "metrics_bytes": self._metrics.tell(),
+            },
+        )
+        self._saved_at = time.monotonic()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        if self.session:
+            self.session.load_state_dict(state["session"])
+        self.step, self._seconds = state["step"], state["seconds"]
+        self._finished_epochs = state["finished_epochs"]
+        self._rng, self._epoch_sums = state["rng"], state["epoch_sums"]
+        self._step_seconds = state["step_seconds"]
+        self._validation, self._best = state["validation"], state["best"]
+        # Lines written after the checkpoint belong to steps that will run again.
+        with (self.folder / files.METRICS).open("r+b") as file:
+            file.truncate(state["metrics_bytes"])
+
+    def _describe(self, group: str | None, label: str | None) -> None:
+        recipe = self.recipe
+        plan = self.session.plan if self.session else make_plan(self.model, [])
+        files.write_json(
+            self.folder / files.RUN,
+            {
+                "schema": 1,
+                "name": self.folder.name,
+                "label": label or recipe.label,
+                "baseline": not recipe.methods,
+                "group": group or f"{recipe.data} · {recipe.model}",
+                "recipe": recipe.model_dump(),
+                "machine": machine.describe(self.device),
+                "metric": "accuracy",
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "plan": plan.to_dict(),
+            },
+        )
+
+    def _write_result(self, status: str, test: dict[str, float] | None = None) -> dict[str, Any]:
+        summary = self.session.summary() if self.session else None
+        plain = self._plain_flops * self.step
+        result = {
+            "schema": 1,
+            "status": status,
+            "epochs": self._finished_epochs,
+            "steps": self.step,
+            "seconds": self._seconds,
+            "step_seconds": self._seconds / self.step if self.step else None,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "best_validation": self._best or None,
+            "validation": self._validation or None,
+            "test": test,
+            "zeros": summary.zeros if summary else None,
+            "own_zeros": summary.own_zeros if summary else None,
+            "fallbacks": summary.fallbacks if summary else 0,
+            "flops": measure.whole_flops(self.session, plain),
+            "saved_activation_bytes": self._saved_bytes,
+            "peak_memory_bytes": measure.peak_memory(self.device),
+            "model_file": files.MODEL if status == "finished" else None,
+        }
+        files.write_json(self.folder / files.RESULT, result)
+        return result
+
+
+def _steps(split: Split, batch_size: int) -> int:
+    return max(1, len(split) // batch_size)
+
+
+def _make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=decay)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, rate, weight_decay=decay)
+
+
+def _make_schedule(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedulers = torch.optim.lr_scheduler
+    if recipe.schedule == "one-cycle":
+        # The loop steps the schedule after every step, the last one included.
+        return schedulers.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1)
+    if recipe.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, steps)
+    return schedulers.ConstantLR(optimizer, factor=1.0)
+
+
+def _seeded_rng(seed: int, cuda: list[torch.device]) -> list[Tensor]:
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(seed)
+        return _get_rng(cuda)
+
+
+def _get_rng(cuda: list[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+
+def _set_rng(states: list[Tensor], cuda: list[torch.device]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(cuda, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / files.RUN).exists():
+        raise CheckpointError(
+            f"the folder {folder} holds a run already, and starting anew would overwrite it. Go on with it (--resume), "
+            "or choose another folder (--out)."
+        )

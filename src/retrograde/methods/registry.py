@@ -1,0 +1,72 @@
+"""Finding methods by name: ours and third parties' alike come through the entry point group ``retrograde.methods``."""
+
+import dataclasses
+import difflib
+from importlib.metadata import entry_points
+from typing import Any
+
+from retrograde.engine.slots import Method
+from retrograde.errors import OptionError
+
+GROUP = "retrograde.methods"
+
+
+def available() -> dict[str, type[Method]]:
+    """All installed methods by name.
+
+    Raises:
+        OptionError: an entry point does not lead to a `Method`.
+    """
+    found: dict[str, type[Method]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            cls = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise OptionError(
+                f"method {entry.name!r} (entry point {entry.value}) cannot be loaded: {error}. Reinstall or remove "
+                f"the package {entry.dist.name if entry.dist else 'that brings it'}."
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+            raise OptionError(
+                f"method {entry.name!r} (entry point {entry.value}) is no dataclass derived from retrograde.Method."
+            )
+        found[entry.name] = cls
+    return found
+
+
+def make(name: str, options: dict[str, Any] | None = None) -> Method:
+    """The method `name` with `options`, checked against its fields.
+
+    Args:
+        name: as `available` lists it.
+        options: field values; strings are converted to the field's type.
+
+    Raises:
+        OptionError: no such method, no such option, or a value that the method refuses.
+    """
+    import pydantic
+
+    methods = available()
+    if name not in methods:
+        raise OptionError(f"there is no method {name!r}.{suggest(name, methods)} See `retrograde methods`.")
+    cls = methods[name]
+    options = options or {}
+    known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    for option in options:
+        if option not in known:
+            raise OptionError(
+                f"method {name!r} has no option {option!r}.{suggest(option, known)} Its options: {', '.join(known)}."
+            )
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(options)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise OptionError(
+            f"method {name!r} refuses {'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}."
+        ) from error
+
+
+def suggest(name: str, known: Any) -> str:
+    """``" Did you mean 'x' or 'y'?"``, or nothing when nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,318 @@
+"""The plan: what happens to each layer of a model, and why, before anything is changed."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from retrograde.engine.layers import AttachedLayer, LayerKind, find_kind
+from retrograde.engine.slots import Method, Rule, Site
+from retrograde.errors import NoEffectError, PatternError
+from retrograde.kernels import reference
+
+_NORMALISATIONS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+Status = Literal["attached", "left", "bypassed"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer of the plan.
+
+    Attributes:
+        name: full name; ``"(root)"`` for the model itself.
+        type: class name.
+        shape: weight as inputs→outputs and kernel.
+        parameters: number of the layer's own parameters.
+        methods: names of the methods that act on it.
+        kernel: which kernel computes the backward products; empty when nothing is attached.
+        status: ``attached``, ``left`` (plain, for the reason given) or ``bypassed`` (its forward is never called).
+        why: the reason, or what is special about the layer.
+    """
+
+    name: str
+    type: str
+    shape: str
+    parameters: int
+    methods: tuple[str, ...]
+    kernel: str
+    status: Status
+    why: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A layer that will be attached: what `attach` needs beside the row."""
+
+    name: str
+    layer: nn.Module
+    kind: LayerKind
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layers with parameters, in the model's order. Print it, or read `rows`."""
+
+    rows: tuple[PlanRow, ...]
+    placements: tuple[Placement, ...] = field(repr=False, default=())
+
+    @property
+    def attached(self) -> tuple[PlanRow, ...]:
+        """The rows that are attached."""
+        return tuple(row for row in self.rows if row.status == "attached")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"layers": [asdict(row) for row in self.rows]}
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("layer", "type", "shape"):
+            table.add_column(name, overflow="fold")
+        table.add_column("parameters", justify="right")
+        for name in ("status", "methods", "kernel", "why"):
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            style = None if row.status == "attached" else "dim"
+            table.add_row(
+                row.name,
+                row.type,
+                row.shape,
+                f"{row.parameters:,}",
+                row.status,
+                ", ".join(row.methods) or "–",
+                row.kernel or "–",
+                row.why,
+                style=style,
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def make_plan(
+    model: nn.Module,
+    methods: Sequence[Method],
+    *,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    strict: bool = True,
+) -> Plan:
+    """Decide what happens to each layer; changes nothing.
+
+    Args:
+        model: any module.
+        methods: what to attach.
+        only: glob patterns over full layer names (``"features.*"``); nothing else is attached.
+        skip: glob patterns of layers to leave alone.
+        strict: raise on a pattern or a method without effect.
+
+    Raises:
+        PatternError: a pattern is empty or, when strict, matches no layer.
+        NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
+    """
+    layers = _layers(model)
+    candidates = [name for name, layer in layers if find_kind(layer) is not None]
+    chosen = _select(candidates, only, "only", strict) if only is not None else set(candidates)
+    left = _select(candidates, skip, "skip", strict) if skip is not None else set[str]()
+    bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
+    rows: list[PlanRow] = []
+    placements: list[Placement] = []
+    for name, layer in layers:
+        kind = find_kind(layer)
+        status, why, rules, names = "left", "", list[Rule](), list[str]()
+        if name in bypassed:
+            status, why = "bypassed", bypassed[name]
+        elif not isinstance(kind, LayerKind):
+            why = kind or _why_no_layer(layer)
+        elif name not in chosen:
+            why = "not in `only`"
+        elif name in left:
+            why = "in `skip`"
+        elif not _weight(layer).is_floating_point():
+            why = f"weight is {_weight(layer).dtype}: only real floating-point layers are attached"
+        else:
+            reasons: list[str] = []
+            for method in methods:
+                answer = method.rule(Site(name, layer, kind.kind))
+                if isinstance(answer, Rule):
+                    rules.append(answer)
+                    names.append(method.name)
+                else:
+                    reasons.append(f"{method.name}: {answer}")
+            why = "; ".join([*reasons, *_remarks(name, layer, aliases, sharers)])
+            if rules:
+                status = "attached"
+                placements.append(Placement(name, layer, kind, tuple(rules)))
+        rows.append(
+            PlanRow(
+                name or "(root)",
+                _type_name(layer),
+                _shape(layer),
+                sum(p.numel() for p in layer.parameters(recurse=False)),
+                tuple(names),
+                reference.NAME if status == "attached" else "",
+                status,
+                why,
+            )
+        )
+    plan = Plan(tuple(rows), tuple(placements))
+    _refuse_no_effect(plan, methods, strict)
+    return plan
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters of their own or of a kind we know, each once."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if not _is_inside_parametrization(name)
+        and (next(module.parameters(recurse=False), None) is not None or find_kind(module) is not None)
+    ]
+
+
+def _is_inside_parametrization(name: str) -> bool:
+    # torch keeps a parametrised weight's originals in submodules of the layer; they are no layers of their own.
+    return "parametrizations" in name.split(".")
+
+
+def _select(names: list[str], patterns: str | Iterable[str], option: str, strict: bool) -> set[str]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise PatternError(
+            f"`{option}` is an empty list of patterns, which would match no layer. Leave `{option}` out, or name "
+            f"layers: {_some(names)}."
+        )
+    found: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PatternError(
+                f"`{option}` holds {pattern!r}, which is no layer pattern. Use a layer's full name or a glob over "
+                f"names, such as 'features.*'. Layers: {_some(names)}."
+            )
+        matches = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n or "(root)", pattern)}
+        if not matches and strict:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            hint = f"Nearest names: {', '.join(near)}." if near else f"Layers: {_some(names)}."
+            raise PatternError(f"pattern {pattern!r} in `{option}` matches no layer of the model. {hint}")
+        found |= matches
+    return found
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(name or "(root)" for name in names[:8])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > 8 else shown or "none"
+
+
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            out = f"{name}.out_proj" if name else "out_proj"
+            found[out] = (
+                "nn.MultiheadAttention multiplies by this weight without calling the layer's forward; write the "
+                "projections as nn.Linear with scaled_dot_product_attention to attach them"
+            )
+    return found
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return {group[0]: group[1:] for group in names.values() if len(group) > 1}
+
+
+def _sharers(layers: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    shared: dict[str, list[str]] = {}
+    for group in owners.values():
+        for name in group:
+            others = [other for other in group if other != name]
+            if others:
+                shared.setdefault(name, []).extend(others)
+    return shared
+
+
+def _remarks(
+    name: str, layer: nn.Module, aliases: dict[str, list[str]], sharers: dict[str, list[str]]
+) -> list[str]:
+    remarks: list[str] = []
+    if name in aliases:
+        remarks.append(f"one layer, also called {', '.join(aliases[name])}")
+    if name in sharers:
+        remarks.append(f"weight tied to {', '.join(dict.fromkeys(sharers[name]))}")
+    if nn.utils.parametrize.is_parametrized(layer):
+        remarks.append("parametrised: its weight is computed anew in every forward pass")
+    elif not _weight(layer).requires_grad:
+        remarks.append("weight frozen: only the input gradient is computed")
+    return remarks
+
+
+def _why_no_layer(layer: nn.Module) -> str:
+    if isinstance(layer, nn.MultiheadAttention):
+        return "the packed input projection is no layer of its own"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return "embedding: a lookup, no product"
+    if isinstance(layer, nn.RNNBase):
+        return "recurrent: runs as one fused cell"
+    if isinstance(layer, _NORMALISATIONS):
+        return "normalisation: no product"
+    return "no linear-like map that is known; register_layer can teach it"
+
+
+def _type_name(layer: nn.Module) -> str:
+    if isinstance(layer, AttachedLayer):
+        return type(layer).__name__.removeprefix("Retrograde")
+    return type(layer).__name__
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    # A taught layer may keep its weight under another name; any parameter then tells dtype and freezing.
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(layer.parameters(recurse=False))
+
+
+def _shape(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"{layer.in_features}→{layer.out_features}"
+    if isinstance(layer, _CONVOLUTIONS):
+        groups = f" /{layer.groups}" if layer.groups > 1 else ""
+        return f"{layer.in_channels}→{layer.out_channels} {'×'.join(map(str, layer.kernel_size))}{groups}"
+    weight = getattr(layer, "weight", None)
+    return "×".join(map(str, weight.shape)) if weight is not None else ""
+
+
+def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> None:
+    acting = {name for row in plan.rows for name in row.methods}
+    for method in methods:
+        if method.name not in acting and (strict or not acting):
+            reasons = "; ".join(f"{row.name} ({row.type}): {row.why}" for row in plan.rows[:8])
+            raise NoEffectError(
+                f"{method.name} would touch no layer of the model, so it would have no effect. Layers: "
+                f"{reasons or 'none with parameters'}. Check `only` and `skip`, or teach a layer type with "
+                "retrograde.register_layer."
+            )

@@ -1,0 +1,352 @@
+"""`attach` and the session that it returns."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from retrograde.accounting.counters import Counters
+from retrograde.accounting.flops import Flops
+from retrograde.engine.clock import Clock
+from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
+from retrograde.engine.program import LayerProgram
+from retrograde.engine.slots import Method
+from retrograde.errors import AttachError, DetachError, OptionError, StateError
+from retrograde.plan import Plan, make_plan
+
+_STATE_FORMAT = 1
+_ORDER = (
+    "The order is: build, load pretrained weights, attach, activation checkpointing, compile, DDP or fully_shard, "
+    "optimizer, train."
+)
+
+
+def attach(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    *,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    strict: bool = True,
+    seed: int | None = None,
+) -> "Session":
+    """Give `model` a better backward pass, in place; the training loop stays as it is.
+
+    Args:
+        model: any module; its layers change class, and keep parameters, ``state_dict`` keys and hooks.
+        methods: one method or several; their order means nothing.
+        only: glob patterns over full layer names; nothing else is attached.
+        skip: glob patterns of layers to leave alone.
+        optimizer: drive the methods by this optimizer's steps alone. None: by every optimizer's that owns a parameter
+            of an attached layer, including those made later.
+        strict: raise on whatever would have no effect; False warns where it can.
+        seed: seed of the methods' random numbers; None takes torch's (`torch.manual_seed`).
+
+    Returns:
+        The `Session`: plan, figures, state, and the way back.
+
+    Raises:
+        AttachError: the model is attached already, compiled, wrapped for data parallelism, or not yet initialised.
+        PatternError: a pattern is empty or matches no layer.
+        NoEffectError: a method would touch no layer.
+        OptionError: `methods` is empty, holds something else, or a method twice.
+    """
+    chosen = _check_methods(methods)
+    _check_model(model)
+    plan = make_plan(model, chosen, only=only, skip=skip, strict=strict)
+    return Session(model, chosen, plan, optimizer, strict, torch.initial_seed() if seed is None else seed)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run has saved so far, over all attached layers; print it.
+
+    Attributes:
+        steps: optimizer steps.
+        layers: attached layers.
+        zeros: share of zeros in δ̃; None before the first backward pass.
+        own_zeros: share of zeros that δ arrived with.
+        fallbacks: calls in which a method stepped aside.
+        flops: sums over the run.
+        best: best reported validation score with its step; None when none was reported.
+    """
+
+    steps: int
+    layers: int
+    zeros: float | None
+    own_zeros: float | None
+    fallbacks: int
+    flops: Flops
+    best: tuple[int, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**self.__dict__, "flops": self.flops.to_dict()}
+
+    def __str__(self) -> str:
+        if self.zeros is None or self.own_zeros is None:
+            return f"{self.layers} layers attached; no backward pass yet"
+        f = self.flops
+        lines = [
+            f"{self.layers} layers, {self.steps} steps, {self.fallbacks} fallbacks",
+            f"zeros in the gradients   {self.zeros:.1%} (of their own {self.own_zeros:.1%})",
+            f"FLOPs, dense-equivalent  {f.dense:.3g}",
+            f"       needed            {f.needed:.3g} ({f.needed / f.dense:.1%})",
+            f"       executed          {f.executed:.3g} ({f.executed / f.dense:.1%})",
+            f"       discounted        {f.discounted:.3g} ({f.discounted / f.dense:.1%})",
+        ]
+        if self.best:
+            lines.append(f"best validation score    {self.best[1]:.4g} at step {self.best[0]}")
+        return "\n".join(lines)
+
+
+class Session:
+    """One model with its methods attached. Made by `attach`.
+
+    Attributes:
+        model: the attached model, the object that was given.
+        methods: what is attached.
+        plan: what happens to each layer, and why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: tuple[Method, ...],
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        strict: bool,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.methods = methods
+        self.plan = plan
+        self._programs: dict[str, LayerProgram] = {}
+        self._layers: dict[str, nn.Module] = {}
+        self._scores: list[tuple[int, float]] = []
+        self._seed = seed
+        self._window: dict[str, Counters] = {}
+        for place in plan.placements:
+            self._programs[place.name] = LayerProgram(place.name, place.kind.kind, place.rules, seed)
+        # Nothing is changed before every program could be made: an error leaves the model as it was.
+        for place in plan.placements:
+            swap_in(place.layer, place.kind, self._programs[place.name])
+            self._layers[place.name] = place.layer
+        pairs = [(self._layers[name], program) for name, program in self._programs.items()]
+        self._clock = Clock(pairs, optimizer, strict)
+        self._attached = True
+        self._pauses = 0
+
+    # Figures.
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far (of the layer that has made most)."""
+        return max((program.step for program in self._programs.values()), default=0)
+
+    def metrics(self, *, reset: bool = False) -> dict[str, Any]:
+        """Figures of each attached layer since the last reset, for a logger.
+
+        Args:
+            reset: begin a new stretch after this reading.
+
+        Returns:
+            ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", …the methods' own}}}``;
+            shares are None before the first backward pass.
+        """
+        layers: dict[str, dict[str, float | None]] = {}
+        total = Counters()
+        for name, program in self._programs.items():
+            counts = program.total - self._window.get(name, Counters())
+            total += counts
+            layers[name] = {**_shares(counts), "fallbacks": counts.fallbacks}
+            for rule in program.rules:
+                layers[name].update(rule.metrics())
+        if reset:
+            self._window = {name: program.total.copy() for name, program in self._programs.items()}
+        return {**_shares(total), "layers": layers}
+
+    def flops(self) -> Flops:
+        """FLOPs of the attached layers since attaching, see `retrograde.accounting.flops`."""
+        return self._total().flops()
+
+    def summary(self) -> Summary:
+        """What the run has saved so far."""
+        total = self._total()
+        best = max(self._scores, key=lambda entry: entry[1], default=None)
+        shares = _shares(total)
+        return Summary(
+            self.step,
+            len(self._programs),
+            shares["zeros"],
+            shares["own_zeros"],
+            total.fallbacks,
+            total.flops(),
+            best,
+        )
+
+    def _total(self) -> Counters:
+        return sum((program.total for program in self._programs.values()), Counters())
+
+    # Control.
+
+    @contextlib.contextmanager
+    def paused(self) -> Generator[None]:
+        """Plain autograd inside: forward passes run in this context have plain backward passes."""
+        self._pauses += 1
+        for program in self._programs.values():
+            program.pause(True)
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            for program in self._programs.values():
+                program.pause(self._pauses > 0)
+
+    def report(self, *, val: float) -> None:
+        """Tell the methods a validation score, higher is better; those with phases act on it.
+
+        Args:
+            val: the score; kept, and the best one appears in `summary`.
+
+        Raises:
+            OptionError: `val` is not a finite number.
+        """
+        score = float(val)
+        if not math.isfinite(score):
+            raise OptionError(
+                f"report: val={val} is not a finite number. Report a score where higher is better."
+            )
+        self._scores.append((self.step, score))
+        for program in self._programs.values():
+            for rule in program.rules:
+                rule.validated(score)
+
+    def detach(self) -> nn.Module:
+        """Undo `attach`: every layer is of its own class again. Returns the model.
+
+        Raises:
+            DetachError: detached already, or something else has changed a layer's class since.
+        """
+        if not self._attached:
+            raise DetachError("this session is detached already: its model is plain.")
+        for name, layer in self._layers.items():
+            swap_out(layer, name)
+        self._clock.stop()
+        self._attached = False
+        return self.model
+
+    def fold(self) -> nn.Module:
+        """A plain copy of the model that computes the same function; the attached model stays as it is."""
+        import copy
+
+        return copy.deepcopy(self.model)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's and the optimizer's state: plain values and tensors."""
+        return {
+            "format": _STATE_FORMAT,
+            "seed": self._seed,
+            "methods": [repr(method) for method in self.methods],
+            "scores": [list(entry) for entry in self._scores],
+            "window": {name: counts.to_dict() for name, counts in self._window.items()},
+            "layers": {name: program.state_dict() for name, program in self._programs.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Nothing is changed when the state does not fit.
+
+        Raises:
+            StateError: another format, other layers, or other methods.
+        """
+        _check_state(state, self._programs)
+        mine = [repr(method) for method in self.methods]
+        if state["methods"] != mine:
+            warnings.warn(
+                f"the session's state was saved with {state['methods']}, and goes on with {mine}.",
+                stacklevel=2,
+            )
+        for name, program in self._programs.items():
+            program.load_state_dict(state["layers"][name])
+            program.seed = int(state["seed"])
+        self._seed = int(state["seed"])
+        self._scores = [(int(step), float(score)) for step, score in state["scores"]]
+        self._window = {name: Counters(**counts) for name, counts in state["window"].items()}
+
+
+def _shares(counts: Counters) -> dict[str, float | None]:
+    if not counts.entries:
+        return {"zeros": None, "own_zeros": None}
+    return {"zeros": counts.zeros / counts.entries, "own_zeros": counts.own_zeros / counts.entries}
+
+
+def _check_methods(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
+    chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
+    if not chosen:
+        raise OptionError("attach was given no method. Pass at least one, for example retrograde.Dither().")
+    for method in chosen:
+        if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
+            hint = " Call it: the class alone is no method." if callable(method) else ""
+            raise OptionError(f"attach was given {method!r}, which is no retrograde.Method.{hint}")
+    names = [method.name for method in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionError(f"attach was given {name!r} {names.count(name)} times. Give each method once.")
+    return chosen
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"submodule {name!r}" if name else "the model"
+        if isinstance(module, AttachedLayer):
+            raise AttachError(
+                f"{where} is attached already. Detach the earlier session first (session.detach()), and give attach "
+                "all methods at once: they compose within one session."
+            )
+        wrapper = _wrapper(module)
+        if wrapper:
+            raise AttachError(f"{where} is {wrapper}, and attaching changes the layers inside. {_ORDER}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise AttachError(
+                f"parameter {name!r} has no shape yet (a lazy layer). Run one batch through the model, then attach."
+            )
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    if type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None:
+        return "compiled already"
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return f"wrapped in {type(module).__name__} already"
+    if any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__):
+        return "sharded by FSDP already"
+    return None
+
+
+def _check_state(state: dict[str, Any], programs: dict[str, LayerProgram]) -> None:
+    saved_format = state.get("format") if isinstance(state, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+    if saved_format != _STATE_FORMAT:
+        raise StateError(
+            f"this is no session state of format {_STATE_FORMAT}. Pass what session.state_dict() returned, saved by "
+            "the same version of retrograde."
+        )
+    missing, surplus = sorted(programs.keys() - state["layers"]), sorted(state["layers"].keys() - programs)
+    if missing or surplus:
+        raise StateError(
+            f"the state is of other layers: {missing[:5] or 'none'} attached here are not in it, and "
+            f"{surplus[:5] or 'none'} in it are not attached here. Attach with the same `only` and `skip`."
+        )
+    for name, program in programs.items():
+        if len(state["layers"][name]["rules"]) != len(program.rules):
+            raise StateError(
+                f"the state of layer {name!r} is of {len(state['layers'][name]['rules'])} methods, but "
+                f"{len(program.rules)} are attached. Attach the methods that the state was saved with."
+            )

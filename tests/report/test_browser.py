@@ -1,0 +1,157 @@
+"""The page in a real browser: it draws, fits a phone and follows the theme."""
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from retrograde.report import write
+
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+pytestmark = pytest.mark.browser
+
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def report(runs: Path, tmp_path: Path) -> Path:
+    return write([runs], tmp_path / "report.html")
+
+
+def load(browser: Any, report: Path, width: int, height: int, theme: str) -> tuple[Any, list[str]]:
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(f"console {message.type}: {message.text}"))
+    page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+    page.on("requestfailed", lambda request: trouble.append(f"failed: {request.url}"))
+    page.on(
+        "request", lambda request: trouble.append(request.url) if request.url.startswith("http") else None
+    )
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
+    return page, trouble
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = (int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3])
+    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
+
+
+def theme_of(page: Any) -> dict[str, float]:
+    """Luminance of the page, its text, the plots' tick labels and the baseline's line."""
+    colours = page.evaluate(
+        """() => {
+          const of = (selector, property) => getComputedStyle(document.querySelector(selector))[property];
+          return {
+            page: of("body", "backgroundColor"), text: of("body", "color"),
+            tick: of(".plot .xtick text", "fill"),
+            line: of(".plot .scatterlayer .trace path.js-line", "stroke"),
+          };
+        }"""
+    )
+    return {name: luminance(colour) for name, colour in colours.items()}
+
+
+@pytest.mark.parametrize(("width", "height", "theme"), [(1280, 900, "light"), (360, 740, "dark")])
+def test_every_plot_is_drawn(browser: Any, report: Path, width: int, height: int, theme: str) -> None:
+    page, trouble = load(browser, report, width, height, theme)
+    assert not trouble
+    plots = page.query_selector_all(".plot")
+    assert len(plots) == 16
+    for plot in plots:
+        name = plot.get_attribute("id")
+        marks = plot.evaluate(
+            """(plot) => [...plot.querySelectorAll(
+                 ".scatterlayer .trace path.js-line, .scatterlayer .points path, .bars .point path")]
+               .filter((path) => path.getAttribute("d") && path.getBoundingClientRect().width > 0).length"""
+        )
+        assert marks >= 2, name
+        box = plot.bounding_box()
+        assert box["height"] >= 260, name
+        assert box["width"] <= width, name
+        plot.scroll_into_view_if_needed()
+        image = Image.open(io.BytesIO(plot.screenshot())).convert("RGB")
+        assert len(set(image.get_flattened_data())) > 20, name
+    page.close()
+
+
+def test_nothing_scrolls_sideways_on_a_phone(browser: Any, report: Path) -> None:
+    page, _ = load(browser, report, 360, 740, "dark")
+    page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    # The summary is wider than a phone, so it must scroll inside its own container.
+    assert page.evaluate("(box => box.scrollWidth > box.clientWidth)(document.querySelector('.scroll'))")
+    page.close()
+
+
+def test_text_in_plots_stays_inside(browser: Any, report: Path) -> None:
+    page, _ = load(browser, report, 360, 740, "light")
+    outside = page.evaluate(
+        """() => [...document.querySelectorAll(".plot")].flatMap((plot) => {
+          const box = plot.getBoundingClientRect();
+          return [...plot.querySelectorAll("svg text")].filter((text) => {
+            const own = text.getBoundingClientRect();
+            return own.width > 0 && (own.left < box.left - 1 || own.right > box.right + 1);
+          }).map((text) => plot.id + ": " + text.textContent);
+        })"""
+    )
+    assert outside == []
+    page.close()
+
+
+def test_the_theme_is_followed_while_the_page_is_open(browser: Any, report: Path) -> None:
+    page, trouble = load(browser, report, 1280, 900, "light")
+    light = theme_of(page)
+    assert light["page"] > 0.9
+    assert max(light["text"], light["line"]) < 0.2
+    tick = page.evaluate("getComputedStyle(document.querySelector('.plot .xtick text')).fill")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(
+        """(old) => getComputedStyle(document.querySelector(".plot .xtick text")).fill !== old""", arg=tick
+    )
+    dark = theme_of(page)
+    assert dark["page"] < 0.1
+    assert min(dark["text"], dark["line"]) > 0.8
+    assert dark["tick"] > 0.5 > light["tick"]
+    assert not trouble
+    page.close()
+
+
+def test_a_legend_entry_hides_its_run_in_the_whole_group(browser: Any, report: Path) -> None:
+    page, trouble = load(browser, report, 1280, 900, "light")
+    count = "(id) => document.querySelectorAll('#' + id + ' path.js-line').length"
+    before = [page.evaluate(count, f"plot-{group}-learning-0") for group in (0, 1)]
+    button = page.locator(".legend button", has_text="Dither(scale=2)").first
+    button.click()
+    page.wait_for_function(f"({count})('plot-0-learning-0') === {before[0] - 1}")
+    assert page.evaluate(count, "plot-1-learning-0") == before[1]
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    page.wait_for_function(f"({count})('plot-0-learning-0') === {before[0]}")
+    assert not trouble
+    page.close()
