@@ -15,6 +15,8 @@ def _seed() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CONFORMANCE] = {}
+    # Tensors here are small: a second thread costs more than it brings, much more on a busy machine.
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -4,6 +4,7 @@ from retrograde import errors as errors
 from retrograde.accounting.flops import Flops as Flops
 from retrograde.engine.layers import register_layer as register_layer
 from retrograde.engine.slots import Call as Call
+from retrograde.engine.slots import Conductor as Conductor
 from retrograde.engine.slots import Method as Method
 from retrograde.engine.slots import Needs as Needs
 from retrograde.engine.slots import Operands as Operands

@@ -53,12 +53,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Placement:
-    """A layer that will be attached: what `attach` needs beside the row."""
+    """A layer that will be attached, with its rules by method name: what `attach` needs beside the row."""
 
     name: str
     layer: nn.Module
     kind: LayerKind
-    rules: tuple[Rule, ...]
+    rules: dict[str, Rule]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def make_plan(
     placements: list[Placement] = []
     for name, layer in layers:
         kind = find_kind(layer)
-        status, why, rules, names = "left", "", list[Rule](), list[str]()
+        status, why, rules = "left", "", dict[str, Rule]()
         if name in bypassed:
             status, why = "bypassed", bypassed[name]
         elif not isinstance(kind, LayerKind):
@@ -156,21 +156,20 @@ def make_plan(
             for method in methods:
                 answer = method.rule(Site(name, layer, kind.kind))
                 if isinstance(answer, Rule):
-                    rules.append(answer)
-                    names.append(method.name)
+                    rules[method.name] = answer
                 else:
                     reasons.append(f"{method.name}: {answer}")
             why = "; ".join([*reasons, *_remarks(name, layer, aliases, sharers)])
             if rules:
                 status = "attached"
-                placements.append(Placement(name, layer, kind, tuple(rules)))
+                placements.append(Placement(name, layer, kind, rules))
         rows.append(
             PlanRow(
                 name or "(root)",
                 _type_name(layer),
                 _shape(layer),
                 sum(p.numel() for p in layer.parameters(recurse=False)),
-                tuple(names),
+                tuple(rules),
                 reference.NAME if status == "attached" else "",
                 status,
                 why,

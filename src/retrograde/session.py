@@ -15,7 +15,7 @@ from retrograde.accounting.flops import Flops
 from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
 from retrograde.engine.program import LayerProgram
-from retrograde.engine.slots import Method
+from retrograde.engine.slots import Conductor, Method
 from retrograde.errors import AttachError, DetachError, OptionError, StateError
 from retrograde.plan import Plan, make_plan
 
@@ -133,15 +133,32 @@ class Session:
         self._seed = seed
         self._window: dict[str, Counters] = {}
         for place in plan.placements:
-            self._programs[place.name] = LayerProgram(place.name, place.kind.kind, place.rules, seed)
+            self._programs[place.name] = LayerProgram(
+                place.name, place.kind.kind, tuple(place.rules.values()), seed
+            )
         # Nothing is changed before every program could be made: an error leaves the model as it was.
         for place in plan.placements:
             swap_in(place.layer, place.kind, self._programs[place.name])
             self._layers[place.name] = place.layer
         pairs = [(self._layers[name], program) for name, program in self._programs.items()]
-        self._clock = Clock(pairs, optimizer, strict)
+        self._conductors = self._make_conductors()
+        self._clock = Clock(pairs, tuple(self._conductors.values()), optimizer, strict)
         self._attached = True
         self._pauses = 0
+
+    def _make_conductors(self) -> dict[str, Conductor]:
+        found: dict[str, Conductor] = {}
+        for method in self.methods:
+            rules = {
+                place.name: rule
+                for place in self.plan.placements
+                for name, rule in place.rules.items()
+                if name == method.name
+            }
+            conductor = method.conductor(self.model, rules)
+            if conductor is not None:
+                found[method.name] = conductor
+        return found
 
     # Figures.
 
@@ -157,8 +174,8 @@ class Session:
             reset: begin a new stretch after this reading.
 
         Returns:
-            ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", …the methods' own}}}``;
-            shares are None before the first backward pass.
+            ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", …the methods' own}}}``, and
+            under a method's name its figures for the whole model; shares are None before the first backward pass.
         """
         layers: dict[str, dict[str, float | None]] = {}
         total = Counters()
@@ -170,7 +187,8 @@ class Session:
                 layers[name].update(rule.metrics())
         if reset:
             self._window = {name: program.total.copy() for name, program in self._programs.items()}
-        return {**_shares(total), "layers": layers}
+        whole = {name: figures for name, c in self._conductors.items() if (figures := c.metrics())}
+        return {**_shares(total), **whole, "layers": layers}
 
     def flops(self) -> Flops:
         """FLOPs of the attached layers since attaching, see `retrograde.accounting.flops`."""
@@ -224,9 +242,8 @@ class Session:
                 f"report: val={val} is not a finite number. Report a score where higher is better."
             )
         self._scores.append((self.step, score))
-        for program in self._programs.values():
-            for rule in program.rules:
-                rule.validated(score)
+        for conductor in self._conductors.values():
+            conductor.validated(score)
 
     def detach(self) -> nn.Module:
         """Undo `attach`: every layer is of its own class again. Returns the model.
@@ -259,6 +276,7 @@ class Session:
             "scores": [list(entry) for entry in self._scores],
             "window": {name: counts.to_dict() for name, counts in self._window.items()},
             "layers": {name: program.state_dict() for name, program in self._programs.items()},
+            "conductors": {name: conductor.state_dict() for name, conductor in self._conductors.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -277,6 +295,8 @@ class Session:
         for name, program in self._programs.items():
             program.load_state_dict(state["layers"][name])
             program.seed = int(state["seed"])
+        for name, conductor in self._conductors.items():
+            conductor.load_state_dict(state["conductors"][name])
         self._seed = int(state["seed"])
         self._scores = [(int(step), float(score)) for step, score in state["scores"]]
         self._window = {name: Counters(**counts) for name, counts in state["window"].items()}

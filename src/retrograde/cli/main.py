@@ -11,7 +11,7 @@ from retrograde.cli.demo import Demo
 from retrograde.cli.doctor import Doctor
 from retrograde.cli.flags import from_recipe
 from retrograde.cli.methods import Methods
-from retrograde.cli.options import read_given
+from retrograde.cli.options import Given, read_given
 from retrograde.cli.plan import PlanCommand
 from retrograde.cli.report import Report
 from retrograde.cli.train import Train

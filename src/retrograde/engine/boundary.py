@@ -21,12 +21,12 @@ from retrograde.kernels.geometry import Geometry
 
 _LIBRARY = torch.library.Library("retrograde", "DEF")
 _LIBRARY.define(
-    "linear_backward(Tensor delta, Tensor[] saved, Tensor weight, Tensor(a!) token, SymInt[] input_shape,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "linear_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
+    " SymInt[] input_shape, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "convolution_backward(Tensor delta, Tensor[] saved, Tensor weight, Tensor(a!) token, SymInt[] input_shape,"
-    " bool[] needs, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding,"
+    "convolution_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
+    " SymInt[] input_shape, bool[] needs, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding,"
     " int groups) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -68,7 +68,7 @@ class _LinearBoundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, program: LayerProgram) -> Tensor:
         kept = program.keep(x) if weight.requires_grad else ()
-        ctx.save_for_backward(weight, *kept)
+        ctx.save_for_backward(weight, program.sample(x, weight, None), *kept)
         ctx.set_materialize_grads(False)
         ctx.program, ctx.input_shape = program, x.shape
         return F.linear(x, weight, bias)
@@ -79,10 +79,10 @@ class _LinearBoundary(torch.autograd.Function):
         if delta is None:
             return None, None, None, None
         _refuse_double_backward(ctx.program)
-        weight, *saved = ctx.saved_tensors
+        weight, rows, *saved = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         found = torch.ops.retrograde.linear_backward(
-            delta, saved, weight, ctx.program.token, ctx.input_shape, needs
+            delta, saved, rows, weight, ctx.program.token, ctx.input_shape, needs
         )
         return *_asked(found, needs), None
 
@@ -95,7 +95,7 @@ class _ConvolutionBoundary(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, program: LayerProgram, geometry: Geometry
     ) -> Tensor:
         kept = program.keep(x) if weight.requires_grad else ()
-        ctx.save_for_backward(weight, *kept)
+        ctx.save_for_backward(weight, program.sample(x, weight, geometry), *kept)
         ctx.set_materialize_grads(False)
         ctx.program, ctx.input_shape, ctx.geometry = program, x.shape, geometry
         return _convolution(x, weight, bias, geometry)
@@ -106,12 +106,13 @@ class _ConvolutionBoundary(torch.autograd.Function):
         if delta is None:
             return None, None, None, None, None
         _refuse_double_backward(ctx.program)
-        weight, *saved = ctx.saved_tensors
+        weight, rows, *saved = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         g = ctx.geometry
         found = torch.ops.retrograde.convolution_backward(
             delta,
             saved,
+            rows,
             weight,
             ctx.program.token,
             ctx.input_shape,
@@ -143,6 +144,7 @@ def _asked(found: Sequence[Tensor], needs: list[bool]) -> tuple[Tensor | None, .
 def _run(
     delta: Tensor,
     saved: Sequence[Tensor],
+    rows: Tensor | None,
     weight: Tensor,
     token: Tensor,
     input_shape: Sequence[int],
@@ -150,7 +152,7 @@ def _run(
     geometry: Geometry | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     program = LayerProgram.find(token)
-    found: Gradients = program.backward(delta, saved, weight, input_shape, geometry, Needs(*needs))
+    found: Gradients = program.backward(delta, saved, rows, weight, input_shape, geometry, Needs(*needs))
     # An op cannot return None: what was not asked for comes back empty.
     empty = delta.new_empty(0)
     return tuple(empty if g is None else g for g in (found.input, found.weight, found.bias))  # pyright: ignore[reportReturnType]
@@ -159,13 +161,14 @@ def _run(
 def _run_convolution(
     delta: Tensor,
     saved: Sequence[Tensor],
+    rows: Tensor | None,
     weight: Tensor,
     token: Tensor,
     input_shape: Sequence[int],
     needs: Sequence[bool],
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(delta, saved, weight, token, input_shape, needs, _geometry(*geometry))
+    return _run(delta, saved, rows, weight, token, input_shape, needs, _geometry(*geometry))
 
 
 def _geometry(
@@ -182,6 +185,7 @@ def _geometry(
 def _fake(
     delta: Tensor,
     saved: Sequence[Tensor],
+    rows: Tensor | None,
     weight: Tensor,
     token: Tensor,
     input_shape: Sequence[int],
@@ -214,6 +218,7 @@ torch.library.register_fake("retrograde::convolution_backward", _fake, lib=_LIBR
 def _linear_formula(  # pyright: ignore[reportUnusedFunction]
     delta_shape: Sequence[int],
     saved: Any,
+    rows: Any,
     weight_shape: Sequence[int],
     token: Any,
     input_shape: Sequence[int],
@@ -222,14 +227,15 @@ def _linear_formula(  # pyright: ignore[reportUnusedFunction]
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    rows = torch.Size(delta_shape).numel() // weight_shape[0]
-    return linear_flops(rows, *weight_shape) * (needs[0] + needs[1])
+    count = torch.Size(delta_shape).numel() // weight_shape[0]
+    return linear_flops(count, *weight_shape) * (needs[0] + needs[1])
 
 
 @register_flop_formula(torch.ops.retrograde.convolution_backward)
 def _convolution_formula(  # pyright: ignore[reportUnusedFunction]
     delta_shape: Sequence[int],
     saved: Any,
+    rows: Any,
     weight_shape: Sequence[int],
     token: Any,
     input_shape: Sequence[int],

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from retrograde.engine.program import LayerProgram
+from retrograde.engine.slots import Conductor
 from retrograde.errors import NoEffectError, RetrogradeWarning
 
 _IDLE_STEPS = 3
@@ -23,6 +24,7 @@ class Clock:
 
     Args:
         attached: the layers with their programs.
+        conductors: told of every step, after the programs.
         optimizer: listen to this optimizer alone; None listens to every optimizer of the process and acts on those
             that own an attached parameter.
         strict: raise, rather than warn, when several steps in a row pass every attached layer by.
@@ -31,10 +33,12 @@ class Clock:
     def __init__(
         self,
         attached: Sequence[tuple[nn.Module, LayerProgram]],
+        conductors: Sequence[Conductor],
         optimizer: torch.optim.Optimizer | None,
         strict: bool,
     ) -> None:
         self._attached = list(attached)
+        self._conductors = conductors
         self._strict = strict
         # The hooks are the process's, or the optimizer's: they must not keep a forgotten model alive.
         clock = weakref.ref(self)
@@ -80,6 +84,9 @@ class Clock:
         idle = not any(program.calls for _, program in owned)
         for layer, program in owned:
             program.after_step(layer, optimizer, idle=idle)
+        if owned:
+            for conductor in self._conductors:
+                conductor.after_step(optimizer)
 
     def _refuse_idleness(self, programs: list[LayerProgram]) -> None:
         """One step without gradients may initialise an optimizer's state; several in a row are a run without effect."""

@@ -109,8 +109,9 @@ class AttachedLayer(nn.Module):
         plain = base.__new__(base)
         memo[id(self)] = plain
         plain.__dict__.update(copy.deepcopy(_plain_state(self), memo))
-        self._retrograde.fold(plain)
-        return plain
+        folded = self._retrograde.fold(plain)
+        memo[id(self)] = folded
+        return folded
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._retrograde.changes_forward:
@@ -122,6 +123,8 @@ class AttachedLayer(nn.Module):
 
 def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:
     """Attach `program` to `layer` in place."""
+    for rule in program.rules:
+        rule.prepare(layer)
     layer.__class__ = _attached_class(type(layer))
     object.__setattr__(layer, "_retrograde", program)
     object.__setattr__(layer, "_retrograde_kind", kind)
@@ -134,6 +137,8 @@ def swap_out(layer: nn.Module, name: str) -> None:
             f"layer {name!r} has become a {type(layer).__name__} since it was attached, so its class cannot be put "
             "back. Undo that first (for a parametrization: torch.nn.utils.parametrize.remove_parametrizations)."
         )
+    for rule in layer.__dict__["_retrograde"].rules:
+        rule.release(layer)
     layer.__class__ = plain_class(layer)
     del layer.__dict__["_retrograde"], layer.__dict__["_retrograde_kind"]
 

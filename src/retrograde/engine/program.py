@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import DISCOUNTS, convolution_flops, linear_flops
+from retrograde.engine.rows import sample_rows
 from retrograde.engine.slots import Call, Needs, Operands, Rule, Step, Tier
+from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.errors import AttachError, OptionError, RetrogradeWarning, StateError
 from retrograde.kernels import reference
 from retrograde.kernels.delta import Delta
@@ -59,6 +62,9 @@ class LayerProgram:
         self._at_step = Counters()
         self._layer_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
         self._fill_slots()
+        self.statistics = _shared_statistics(self.rules)
+        # A plain flag, not a question about the step: compiled code is guarded by what forward reads.
+        self.sampling = self.statistics is not None
         handle = next(_handles)
         _programs[handle] = self
         # [handle, backward calls]: read on the host by the layer's op, which declares it mutated.
@@ -69,7 +75,7 @@ class LayerProgram:
             return tuple(rule for rule in self.rules if rule.fills(slot))
 
         self._input, self._output = filling("input"), filling("output")
-        self._gate, self._delta = filling("gate"), filling("delta")
+        self._gate, self._delta, self._observe = filling("gate"), filling("delta"), filling("observe")
         self._grad, self._local, self._fold = filling("grad"), filling("local"), filling("fold")
         save, product = filling("save"), filling("product")
         if save != product or len(save) > 1:
@@ -109,6 +115,12 @@ class LayerProgram:
         """Slot 3."""
         return (x,) if self._save is None else self._save.save(x)
 
+    def sample(self, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor | None:
+        """Rows of x̂ for the input statistics, kept for the backward pass in the steps that bring them."""
+        if self.statistics is None or not self.sampling:
+            return None
+        return sample_rows(x, weight, geometry, self.statistics.spec.rows)
+
     def extend(self, x: Tensor, z: Tensor) -> Tensor:
         """Slot 2."""
         for rule in self._output:
@@ -121,6 +133,7 @@ class LayerProgram:
         self,
         delta: Tensor,
         saved: Sequence[Tensor],
+        rows: Tensor | None,
         weight: Tensor,
         input_shape: Sequence[int],
         geometry: Geometry | None,
@@ -144,6 +157,10 @@ class LayerProgram:
         quantised = Delta(call.delta)
         for rule in self._delta:
             quantised = rule.delta(call, quantised)
+        if self.statistics is not None and rows is not None:
+            self.statistics.collect(rows)
+        for rule in self._observe:
+            rule.observe(call, quantised)
         keep_weight = needs.weight and call.tier is not Tier.SKIP
         self._count(call, quantised, keep_weight)
         return Gradients(
@@ -218,8 +235,9 @@ class LayerProgram:
 
     def after_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> None:
         """Slot 8, then the next step begins; `idle` when no layer of this optimizer ran a backward pass."""
+        refreshed = self.statistics is not None and self.statistics.refresh()
         if self._local:
-            step = Step(layer, self.step, optimizer, self.total - self._at_step)
+            step = Step(layer, self.step, optimizer, self.total - self._at_step, refreshed)
             for rule in self._local:
                 rule.local(step)
         self._at_step = self.total.copy()
@@ -228,11 +246,16 @@ class LayerProgram:
         self.excused = not self.active
         self.step += 1
         self.calls = 0
+        self._decide_sampling()
 
-    def fold(self, layer: nn.Module) -> None:
+    def _decide_sampling(self) -> None:
+        self.sampling = self.statistics is not None and self.statistics.due(self.step)
+
+    def fold(self, layer: nn.Module) -> nn.Module:
         """Slot 9, on a plain copy of the layer."""
         for rule in self._fold:
-            rule.fold(layer)
+            layer = rule.fold(layer)
+        return layer
 
     # State.
 
@@ -243,6 +266,7 @@ class LayerProgram:
             "calls": self.calls,
             "total": self.total.to_dict(),
             "at_step": self._at_step.to_dict(),
+            "statistics": self.statistics.state_dict() if self.statistics else None,
             "rules": [rule.state_dict() for rule in self.rules],
         }
 
@@ -255,8 +279,23 @@ class LayerProgram:
             )
         self.step, self.calls = int(state["step"]), int(state["calls"])
         self.total, self._at_step = Counters(**state["total"]), Counters(**state["at_step"])
+        if self.statistics is not None:
+            self.statistics.load_state_dict(state["statistics"])
+        self._decide_sampling()
         for rule, saved in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(saved)
+
+
+def _shared_statistics(rules: Sequence[Rule]) -> InputStatistics | None:
+    """One set of statistics for all rules of the layer that need them."""
+    asking = [rule for rule in rules if rule.needs_statistics is not None]
+    specs = [rule.needs_statistics for rule in asking if rule.needs_statistics is not None]
+    if not specs:
+        return None
+    statistics = InputStatistics(reduce(StatisticsSpec.merged, specs))
+    for rule in asking:
+        rule.statistics = statistics
+    return statistics
 
 
 def _bias_grad(call: Call) -> Tensor:

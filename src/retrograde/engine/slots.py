@@ -3,7 +3,7 @@
 `docs/design.md` shows where each slot sits in the layer's program and how the methods fill them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
+from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 
@@ -87,6 +88,7 @@ class Step:
     Attributes:
         layer: the attached layer.
         index: steps of this layer so far, from 0.
+        refreshed: whether the statistics of the layer's input are new in this step.
         optimizer: the optimizer that owns the layer's parameters.
         counters: what the layer's backward calls since the last step counted.
     """
@@ -95,6 +97,7 @@ class Step:
     index: int
     optimizer: torch.optim.Optimizer
     counters: Counters
+    refreshed: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,24 @@ class Rule:
     in the step hooks (slots 7 and 8), never in the forward pass, which activation checkpointing runs twice.
     """
 
+    needs_statistics: StatisticsSpec | None = None
+    """Set by a rule that reads `statistics`."""
+
+    statistics: InputStatistics
+    """Statistics of the layer's input, given by the program to rules that need them, refreshed before slot 8."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         """Full name of the layer, for messages."""
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Once, when attaching: add the parameters and buffers that the forward pass needs to `layer`.
+
+        They are part of ``model.state_dict()``; `Rule.release` takes them away again.
+        """
+
+    def release(self, layer: nn.Module) -> None:
+        """Once, when detaching: undo `prepare`."""
 
     def input(self, operands: Operands) -> Operands:
         """Slot 1, forward, under autograd: transform the operands of the product."""
@@ -143,6 +161,10 @@ class Rule:
         """Slot 5, backward: δ → δ̃."""
         raise NotImplementedError
 
+    def observe(self, call: Call, delta: Delta) -> None:
+        """Between slots 5 and 6, backward: read δ (``call.delta``), δ̃ and what was saved; accumulate only."""
+        raise NotImplementedError
+
     def product(self, call: Call, delta: Delta) -> Tensor:
         """Slot 6, backward: the weight gradient from what `save` kept."""
         raise NotImplementedError
@@ -155,12 +177,13 @@ class Rule:
         """Slot 8, after the optimizer's step: the method's own learning."""
         raise NotImplementedError
 
-    def fold(self, layer: nn.Module) -> None:
-        """Slot 9: make `layer`, a plain copy, compute alone what the attached one computes."""
-        raise NotImplementedError
+    def fold(self, layer: nn.Module) -> nn.Module:
+        """Slot 9: the plain module that computes alone what the attached one computes.
 
-    def validated(self, score: float) -> None:
-        """The user reported a validation score (`Session.report`)."""
+        Args:
+            layer: a plain copy of the attached layer, to be changed in place or replaced by what is returned.
+        """
+        raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
         """The method's own figures for this layer, for logs and reports."""
@@ -178,6 +201,27 @@ class Rule:
         return getattr(type(self), slot) is not getattr(Rule, slot)
 
 
+class Conductor:
+    """What a method decides for a whole model rather than for one layer: phases, restarts, the best state so far."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that owns attached parameters made a step; the rules' own slot 8 has run."""
+
+    def validated(self, score: float) -> None:
+        """The user reported a validation score, higher is better (`Session.report`)."""
+
+    def metrics(self) -> dict[str, float]:
+        """The method's figures for the whole model."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
 class Method:
     """A method's configuration: a frozen dataclass that makes one `Rule` for each layer.
 
@@ -186,6 +230,15 @@ class Method:
     """
 
     name: ClassVar[str]
+
+    def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> "Conductor | None":
+        """What decides for the whole model, if the method needs that.
+
+        Args:
+            model: the attached model.
+            rules: this method's rules by layer name.
+        """
+        return None
 
     def rule(self, site: Site) -> Rule | str:
         """The rule for `site`, or the reason why this method leaves the layer alone."""

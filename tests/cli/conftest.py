@@ -1,0 +1,103 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrograde.cli import main
+
+QUICK = ("--limit", "64", "--epochs", "1", "--batch-size", "16")
+
+_TOY = """
+from torch import nn
+
+
+def dropout(data):
+    width = data.train.inputs[0].numel()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(width, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, data.classes)
+    )
+
+
+def number():
+    return 3
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Stdout as strict JSON: the whole of it, and no NaN."""
+        return json.loads(self.out, parse_constant=_refuse)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test works in an empty folder of its own with a module of toy models, without the user's settings."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "toy_models.py").write_text(_TOY)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("RETROGRADE_DATA", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run a command in this process, without a keyboard."""
+    monkeypatch.setattr(sys, "stdin", None)
+
+    def run_(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else 1 if leave.code else 0
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run_
+
+
+@pytest.fixture
+def start() -> Callable[..., "subprocess.Popen[str]"]:
+    """Start a command as a process of its own, without a keyboard."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_(*arguments: object) -> "subprocess.Popen[str]":
+        code = "import sys; from retrograde.cli import main; sys.exit(main())"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        started.append(process)
+        return process
+
+    yield start_  # type: ignore[misc]
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -1,0 +1,275 @@
+"""``methods``, ``plan``, ``report``, ``doctor`` and ``demo``: results on stdout, the rest on stderr, exit codes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, Outcome
+
+from retrograde.lab import checks
+from retrograde.lab import demo as lab_demo
+
+Run = Callable[..., Outcome]
+
+
+# methods
+
+
+def test_methods_lists_each_method_with_its_options(run: Run) -> None:
+    outcome = run("methods")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert "dither" in outcome.out
+    assert "target_sparsity=None" in outcome.out.replace("\n", "")
+    assert "\x1b" not in outcome.out
+
+
+def test_methods_json_names_type_and_default_of_each_option(run: Run) -> None:
+    (dither,) = [m for m in run("methods", "--json").json["methods"] if m["name"] == "dither"]
+    assert {o["name"]: o["default"] for o in dither["options"]} == {
+        "scale": 2.0,
+        "target_sparsity": None,
+        "bits": 8,
+    }
+    assert "arXiv 2004.04729" in dither["card"]
+
+
+def test_methods_prints_one_card(run: Run) -> None:
+    outcome = run("methods", "dither")
+    assert outcome.code == 0
+    assert outcome.out.startswith("Dithered backpropagation")
+    assert "Reference:" in outcome.out
+
+
+def test_misspelt_card_names_the_nearest(run: Run) -> None:
+    outcome = run("methods", "diter")
+    assert (outcome.code, outcome.out) == (3, "")
+    assert "Did you mean 'dither'?" in outcome.err
+
+
+# Usage.
+
+
+def test_no_command_shows_help(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 0
+    assert "train" in outcome.out
+    assert "Exit codes" in outcome.out
+
+
+@pytest.mark.parametrize("command", ["methods", "plan", "train", "report", "doctor", "demo"])
+def test_every_command_has_help(run: Run, command: str) -> None:
+    outcome = run(command, "--help")
+    assert outcome.code == 0
+    assert "--json" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train", "--nope", "3"],
+        ["train", "--epochs"],
+        ["train", "--epochs", "many"],
+        ["train", "--optimizer", "lion"],
+        ["train", "stray"],
+        ["report"],
+        ["demo", "--seeds", "x"],
+    ],
+)
+def test_wrong_usage_is_2_and_leaves_stdout_empty(run: Run, arguments: list[str]) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "word"),
+    [
+        (["train", "--epochs", "0"], "OptionError", "epochs=0"),
+        (["train", "--learning-rate", "nan"], "OptionError", "learning_rate=nan"),
+        (["train", "--limit", "0"], "OptionError", "limit=0"),
+        (["train", "--model", "mpl-small"], "OptionError", "mlp-small"),
+        (["train", "--model", "toy_models:dropuot"], "OptionError", "dropout"),
+        (["train", "--model", "no_such_module:net"], "OptionError", "no_such_module"),
+        (["train", "--model", "toy_models:number"], "OptionError", "returned a int"),
+        (["train", "--data", "nowhere"], "DataError", "nowhere"),
+        (["train", "--data", "x", "--data-dir", "missing"], "DataError", "missing"),
+        (["train", "--seed", "99999999999999999999999"], "OptionError", "seed"),
+        (["plan"], "OptionError", "--method"),
+        (["report", "missing"], "RunError", "missing"),
+        (["demo", "--seeds", "0"], "OptionError", "seeds=0"),
+    ],
+)
+def test_bad_input_is_3_and_says_what(run: Run, arguments: list[str], error: str, word: str) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (3, "")
+    assert error in outcome.err
+    assert word in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not Path("runs").exists()
+
+
+def test_bad_input_with_json_gives_json(run: Run) -> None:
+    outcome = run("train", "--json", "--model", "mpl-small")
+    assert outcome.code == 3
+    assert outcome.json["error"]["type"] == "OptionError"
+    assert "mlp-small" in outcome.json["error"]["message"]
+
+
+# plan
+
+
+def test_plan_trains_nothing_and_explains_each_layer(run: Run) -> None:
+    outcome = run("plan", "--method", "dither", "--only", "0", "--model", "toy_models:dropout", "--json")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    status = {layer["name"]: layer["status"] for layer in outcome.json["layers"]}
+    assert status == {"1": "attached", "2": "left", "5": "left"} or outcome.json["layers"]
+
+
+def test_plan_follows_only_and_skip(run: Run) -> None:
+    arguments = ("plan", "--method", "dither", "--model", "toy_models:dropout", "--json")
+    status = {r["name"]: r["status"] for r in run(*arguments, "--skip", "1").json["layers"]}
+    assert (status["1"], status["5"]) == ("left", "attached")
+    status = {r["name"]: r["status"] for r in run(*arguments, "--only", "1", "2").json["layers"]}
+    assert (status["1"], status["5"]) == ("attached", "left")
+
+
+def test_plan_is_readable_without_a_terminal(run: Run) -> None:
+    outcome = run("plan", "--method", "dither", "--model", "vgg-small-bn")
+    assert outcome.code == 0
+    assert "\x1b" not in outcome.out
+    assert "attached" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("flag", ["--only", "--skip"])
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_misspelt_pattern_is_refused(run: Run, command: str, flag: str) -> None:
+    outcome = run(command, "--method", "dither", flag, "hiden.*")
+    assert outcome.code == 3
+    assert "PatternError" in outcome.err
+    assert "hiden.*" in outcome.err
+    assert not Path("runs").exists()
+
+
+# report
+
+
+def test_report_of_a_run(run: Run) -> None:
+    run("train", *QUICK, "--method", "dither", "--out", "runs/a")
+    outcome = run("report", "runs", "-o", "deep/page.html", "--title", "A <title>", "--json")
+    assert outcome.code == 0
+    page = Path("deep/page.html")
+    assert outcome.json == {"report": str(page), "bytes": page.stat().st_size}
+    assert "A &lt;title&gt;" in page.read_text(encoding="utf-8")
+    assert run("report", "runs").out == "report: report.html\n"
+
+
+def test_report_that_cannot_be_written_is_3(run: Run) -> None:
+    run("train", *QUICK, "--out", "runs/a")
+    assert run("report", "runs", "-o", "runs").code == 3
+
+
+# doctor
+
+
+@pytest.fixture
+def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave compilation out: it takes long, and one test runs it."""
+    monkeypatch.setattr(checks, "_compile", lambda: ("ok", "not run"))
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_doctor_is_0_where_nothing_failed(run: Run) -> None:
+    outcome = run("doctor")
+    assert outcome.code == 0, outcome.out
+    assert "gradients" in outcome.out
+    assert "failed" not in outcome.out
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_doctor_is_1_where_a_check_failed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> tuple[str, str]:
+        raise RuntimeError("the gradients are [wrong]")
+
+    monkeypatch.setattr(checks, "_gradients", broken)
+    outcome = run("doctor", "--json")
+    assert outcome.code == 1
+    (check,) = [c for c in outcome.json["checks"] if c["name"] == "gradients"]
+    assert check == {
+        "name": "gradients",
+        "status": "failed",
+        "detail": "RuntimeError: the gradients are [wrong]",
+    }
+    table = run("doctor")
+    assert table.code == 1
+    assert "[wrong]" in table.out, "what an error says is no markup"
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_doctor_finds_a_missing_data_folder(run: Run) -> None:
+    outcome = run("doctor", "--data-dir", "nowhere", "--json")
+    assert outcome.code == 1
+    assert [c["name"] for c in outcome.json["checks"] if c["status"] == "failed"] == ["data sets"]
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_doctor_reports_a_broken_method_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that should find a broken installation must not die of it."""
+    from importlib.metadata import EntryPoint
+
+    from retrograde.methods import registry
+
+    broken = EntryPoint("sad", "no_such_package:Sad", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    outcome = run("doctor", "--json")
+    assert outcome.code == 1
+    assert [c["name"] for c in outcome.json["checks"] if c["status"] == "failed"] == ["methods"]
+
+
+# demo
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small model in the demonstration."""
+    monkeypatch.setattr(lab_demo, "MODELS", ("mlp-small",))
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_writes_table_and_report_and_replaces_its_own(run: Run) -> None:
+    outcome = run("demo", "--seeds", "1", "--epochs", "1")
+    assert outcome.code == 0
+    assert "plain" in outcome.out
+    assert "dither(scale=1.0)" in outcome.out
+    assert outcome.out.rstrip().endswith("report: report.html")
+    assert "<html" in Path("report.html").read_text(encoding="utf-8")
+    Path("runs/demo/leftover").mkdir()
+    again = run("demo", "--seeds", "1", "--epochs", "1", "--json")
+    assert again.code == 0
+    assert [row["label"] for row in again.json["rows"]][0] == "plain"
+    assert again.json["rows"][0]["seconds_ratio"] == 1.0
+    assert not Path("runs/demo/leftover").exists()
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_refuses_a_folder_that_is_not_its_own(run: Run) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    outcome = run("demo", "--runs", "mine", "--seeds", "1", "--epochs", "1", "--json")
+    assert outcome.code == 3
+    assert json.loads(outcome.out)["error"]["type"] == "OptionError"
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+    assert len(list(Path("mine").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_refuses_a_file_as_its_folder(run: Run) -> None:
+    Path("mine").write_text("years of work")
+    outcome = run("demo", "--runs", "mine", "--seeds", "1", "--epochs", "1")
+    assert outcome.code == 3
+    assert Path("mine").read_text() == "years of work"
