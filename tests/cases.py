@@ -139,7 +139,7 @@ def gradients(model: nn.Module, x: Tensor, forward: Callable[..., Any] | None = 
     """Gradients of a fixed, non-linear loss for every parameter and, under ``"input"``, for `x`."""
     model.zero_grad(set_to_none=True)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    z = (forward or model)(x, **call)
+    z = (model if forward is None else forward)(x, **call)
     ramp = torch.linspace(-1.0, 1.0, z.numel(), dtype=z.dtype).reshape(z.shape)
     (torch.sin(z) * ramp).sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -15,6 +15,7 @@ def _seed() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CONFORMANCE] = {}
+    config.addinivalue_line("markers", "conformance: one cell of the conformance table")
     # Tensors here are small: a second thread costs more than it brings, much more on a busy machine.
     torch.set_num_threads(1)
 

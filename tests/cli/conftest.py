@@ -1,17 +1,13 @@
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from outcome import Outcome
 
 from retrograde.cli import main
-
-QUICK = ("--limit", "64", "--epochs", "1", "--batch-size", "16")
 
 _TOY = """
 from torch import nn
@@ -27,24 +23,6 @@ def dropout(data):
 def number():
     return 3
 """
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left: its exit code, stdout and stderr."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """Stdout as strict JSON: the whole of it, and no NaN."""
-        return json.loads(self.out, parse_constant=_refuse)
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def start() -> Callable[..., "subprocess.Popen[str]"]:
+def start() -> Generator[Callable[..., "subprocess.Popen[str]"]]:
     """Start a command as a process of its own, without a keyboard."""
     started: list[subprocess.Popen[str]] = []
 
@@ -96,7 +74,7 @@ def start() -> Callable[..., "subprocess.Popen[str]"]:
         started.append(process)
         return process
 
-    yield start_  # type: ignore[misc]
+    yield start_
     for process in started:
         if process.poll() is None:
             process.kill()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, Outcome
+from outcome import QUICK, Outcome
 
 from retrograde.lab import checks
 from retrograde.lab import demo as lab_demo

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from conftest import QUICK, Outcome
+from outcome import QUICK, Outcome
 
 from retrograde.engine.slots import Method, Rule, Site
 from retrograde.methods import registry

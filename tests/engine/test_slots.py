@@ -21,14 +21,14 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module], Any
     torch._dynamo.reset()
 
 
-def method(rule: type[rg.Rule], label: str | None = None) -> rg.Method:
-    """A method that gives every layer this rule."""
+def method(kind: type[rg.Rule], label: str | None = None) -> rg.Method:
+    """A method that gives every layer a rule of this kind."""
 
     class Everywhere(rg.Method):
-        name = label or rule.__name__
+        name = label or kind.__name__
 
         def rule(self, site: rg.Site) -> rg.Rule:
-            return rule(site.name)
+            return kind(site.name)
 
     return Everywhere()
 
@@ -39,9 +39,10 @@ class ScaleInput(rg.Rule):
     def input(self, operands: rg.Operands) -> rg.Operands:
         return rg.Operands(2 * operands.x, operands.weight, operands.bias, operands.geometry)
 
-    def fold(self, layer: nn.Module) -> None:
+    def fold(self, layer: nn.Module) -> nn.Module:
         with torch.no_grad():
             layer.weight.mul_(2)
+        return layer
 
 
 class ScaleWeight(rg.Rule):
@@ -57,9 +58,10 @@ class AddOne(rg.Rule):
     def output(self, x: Tensor, z: Tensor) -> Tensor:
         return z + 1
 
-    def fold(self, layer: nn.Module) -> None:
+    def fold(self, layer: nn.Module) -> nn.Module:
         with torch.no_grad():
             layer.bias.add_(1)
+        return layer
 
 
 class AddInput(rg.Rule):
@@ -72,18 +74,15 @@ class AddInput(rg.Rule):
 class Project(rg.Rule):
     """Keeps only x U of the input; dW = (δ̃ᵀ (x U)) Uᵀ."""
 
-    rank = 2
-
-    def basis(self, width: int) -> Tensor:
-        return torch.linalg.qr(batch((width, self.rank), 7))[0]
+    basis = torch.linalg.qr(batch((6, 2), 7))[0]
 
     def save(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x @ self.basis(x.shape[-1]),)
+        return (x @ self.basis,)
 
     def product(self, call: rg.Call, delta: rg.Delta) -> Tensor:
         (kept,) = call.saved
         rows = delta.dense(kept.dtype).reshape(-1, delta.values.shape[-1])
-        return (rows.T @ kept.reshape(-1, self.rank)) @ self.basis(call.input_shape[-1]).T
+        return (rows.T @ kept.reshape(-1, 2)) @ self.basis.T
 
 
 class Skip(rg.Rule):
@@ -175,7 +174,7 @@ def test_save_and_product(runner: Callable[[nn.Module], Any]) -> None:
     _session = rg.attach(model, method(Project))
     x = batch((7, 6))
     expected = gradients(seeded(linear), x)
-    U = Project("").basis(6)
+    U = Project.basis
     expected["weight"] = expected["weight"] @ U @ U.T
     assert_same(gradients(model, x, runner(model)), expected, 1e-5)
     z = model(x.requires_grad_())
@@ -278,7 +277,7 @@ def test_all_slots_compose(runner: Callable[[nn.Module], Any]) -> None:
     x = batch((7, 6))
     reference, function = plain(2.0, 1.0)
     exact = gradients(reference, x, function)
-    U = Project("").basis(6)
+    U = Project.basis
     rules = [ScaleInput, AddOne, Project, Low, HalveLow, CountSteps]
     for order in (rules, rules[::-1]):
         model = seeded(linear)
@@ -309,20 +308,31 @@ def test_fold_without_slot_nine_is_refused() -> None:
 
 
 def test_pickle_folds(tmp_path: Any) -> None:
-    """A saved model with changed forward is the folded one, ties included."""
-
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(6, 6)
-            self.b = self.a
-
+    """A saved model with changed forward is the folded one."""
     model = nn.Sequential(seeded(linear))
     _session = rg.attach(model, method(ScaleInput))
     torch.save(model, tmp_path / "m.pt")
     loaded = torch.load(tmp_path / "m.pt", weights_only=False)
     assert type(loaded[0]) is nn.Linear
     torch.testing.assert_close(loaded(batch((3, 6))), model(batch((3, 6))))
+
+
+class Outside(nn.Module):
+    """Holds a layer's parameter under a name of its own, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+        self.alias = self.up.bias
+
+
+def test_pickle_keeps_ties(tmp_path: Any) -> None:
+    """Parameters that were shared are shared in the file of a model with changed forward."""
+    model = Outside()
+    _session = rg.attach(model, method(ScaleInput))
+    torch.save(model, tmp_path / "m.pt")
+    loaded = torch.load(tmp_path / "m.pt", weights_only=False)
+    assert loaded.alias is loaded.up.bias
 
 
 def test_convolution_slots(runner: Callable[[nn.Module], Any]) -> None:

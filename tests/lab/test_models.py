@@ -34,8 +34,8 @@ PARAMETERS = {
     "mlp-small": 3073 * 128 + 129 * 128 + 129 * 5,
     "resmlp": 3073 * 256 + 8 * 257 * 256 + 257 * 5,
     "lenet": 76 * 6 + 151 * 16 + 577 * 120 + 121 * 84 + 85 * 5,
-    "vgg-small": 896 + 9248 + 18_496 + 36_928 + 73_856 + 147_584 + 2048 * 5 + 5,
-    "vgg-small-bn": 864 + 9216 + 18_432 + 36_864 + 73_728 + 147_456 + 2 * 448 + 2048 * 5 + 5,
+    "vgg-small": 1792 + 73_856 + 295_168 + 590_080 + 4096 * 5 + 5,
+    "vgg-small-bn": 1728 + 73_728 + 294_912 + 589_824 + 2 * 704 + 4096 * 5 + 5,
     "resnet-small": 272_149,
     "resnet-small-plain": 271_365,
     "vit-small": 2_692_229,
@@ -135,7 +135,7 @@ def test_dense_models_take_tables(name):
 def test_plain_variants_have_no_batch_norm():
     for name, expected in (
         ("vgg-small", 0),
-        ("vgg-small-bn", 6),
+        ("vgg-small-bn", 4),
         ("resnet-small-plain", 0),
         ("resnet-small", 21),
     ):

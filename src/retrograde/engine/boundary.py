@@ -26,8 +26,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "convolution_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
-    " SymInt[] input_shape, bool[] needs, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding,"
-    " int groups) -> (Tensor, Tensor, Tensor)"
+    " SymInt[] input_shape, bool[] needs, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed,"
+    " SymInt[] output_padding, int groups) -> (Tensor, Tensor, Tensor)"
 )
 
 

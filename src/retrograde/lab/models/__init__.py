@@ -64,7 +64,7 @@ _MODELS = {
     ),
     "lenet": _Entry("LeNet-5, ReLU", ("image",), lambda d: LeNet(d.input_shape, d.classes), 8),
     "vgg-small": _Entry(
-        "6 convolutions of 32 to 128 channels, no BatchNorm",
+        "first three stages of VGG-11: 4 convolutions of 64 to 256 channels, no BatchNorm",
         ("image",),
         lambda d: VGG(d.input_shape, d.classes),
         8,

@@ -42,9 +42,9 @@ class LeNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Pairs of 3×3 convolutions with pooling after each: x (B, C, H, W) → logits (B, classes).
+    """The first three stages of VGG-11 (configuration A): x (B, C, H, W) → logits (B, classes).
 
-    Pooling stops where less than 3 pixels a side would be left, and the last one takes large images down to
+    3×3 convolutions 64 · pool · 128 · pool · 256 · 256 · pool, then one linear layer. Pooling stops where less than 3 pixels a side would be left, and the last one takes large images down to
     about 4.
     """
 
@@ -52,22 +52,22 @@ class VGG(nn.Module):
         self,
         input_shape: Sequence[int],
         classes: int,
-        widths: Sequence[int] = (32, 64, 128),
+        stages: Sequence[Sequence[int]] = ((64,), (128,), (256, 256)),
         *,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
         layers: list[nn.Module] = []
-        for stage, outputs in enumerate(widths):
-            for _ in range(2):
+        for stage, widths in enumerate(stages):
+            for outputs in widths:
                 layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=not batch_norm))
                 if batch_norm:
                     layers.append(nn.BatchNorm2d(outputs))
                 layers.append(nn.ReLU())
                 channels = outputs
             pool = 2 if min(height, width) >= 6 else 1
-            if stage == len(widths) - 1:
+            if stage == len(stages) - 1:
                 pool = max(pool, min(height, width) // 4)
             if pool > 1:
                 layers.append(nn.MaxPool2d(pool))

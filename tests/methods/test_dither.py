@@ -1,0 +1,133 @@
+"""Dither at whole layers: unbiased, controlled, bounded, and exact where it steps aside."""
+
+import math
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from cases import batch, gradients, program, seeded, train
+from torch import nn
+
+import retrograde as rg
+from retrograde.errors import OptionError, RetrogradeWarning
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (partial(nn.Linear, 6, 5), (8, 6)),
+        (partial(nn.Conv1d, 3, 4, 3, stride=2, padding=1), (2, 3, 8)),
+        (partial(nn.ConvTranspose2d, 2, 3, 2, groups=1), (2, 2, 3, 3)),
+    ],
+    ids=["linear", "conv1d", "transposed2d"],
+)
+@pytest.mark.parametrize("dither", [rg.Dither(2.0), rg.Dither(0.5, bits=3)], ids=["int8", "three_bits"])
+def test_unbiased_layer(make: partial[nn.Module], shape: tuple[int, ...], dither: rg.Dither) -> None:
+    """Mean of 2,000 draws of dx and dW within 4.5 standard errors of the exact ones, entry by entry; db exact."""
+    exact = gradients(seeded(make), batch(shape))
+    layer = seeded(make)
+    _session = rg.attach(layer, dither, seed=4)
+    draws = [gradients(layer, batch(shape)) for _ in range(2000)]
+    for name, value in exact.items():
+        found = torch.stack([d[name] for d in draws]).double()
+        if name == "bias":
+            torch.testing.assert_close(found[0].float(), value)
+            continue
+        error = found.std(0) / len(draws) ** 0.5
+        assert bool(error.max() > 0)
+        assert bool(((found.mean(0) - value).abs() <= 4.5 * error + 1e-6).all()), name
+
+
+@pytest.mark.parametrize("target", [0.6, 0.9])
+def test_target_sparsity(target: float) -> None:
+    """The controller finds and holds the share of zeros, layer by layer."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 32)))
+    session = rg.attach(model, rg.Dither(scale=1.0, target_sparsity=target), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    train(model, optimizer, (64, 8), 60)
+    session.metrics(reset=True)
+    train(model, optimizer, (64, 8), 20, first=60)
+    for name, figures in session.metrics()["layers"].items():
+        assert figures["zeros"] == pytest.approx(target, abs=0.04), name
+        assert figures["scale"] != 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite(bad: float) -> None:
+    """NaN and Inf pass through exactly, counted each time, warned of once."""
+    layer, plain = seeded(partial(nn.Linear, 6, 5)), seeded(partial(nn.Linear, 6, 5))
+    session = rg.attach(layer, rg.Dither())
+    delta = batch((8, 5), 2)
+    delta[3, 2] = bad
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            layer.zero_grad()
+            layer(batch((8, 6))).backward(delta)
+    assert len([w for w in seen if issubclass(w.category, RetrogradeWarning)]) == 1
+    plain(batch((8, 6))).backward(delta)
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, equal_nan=True, rtol=0, atol=0)
+    assert session.metrics()["layers"][""]["fallbacks"] == session.summary().fallbacks == 3
+
+
+@pytest.mark.parametrize("delta", [torch.zeros(8, 5), torch.ones(8, 5), torch.full((8, 5), -3.0)], ids=["0", "1", "-3"])
+def test_no_variance(delta: torch.Tensor) -> None:
+    """All-zero and constant δ are left exact, counted, without a word."""
+    layer, plain = seeded(partial(nn.Linear, 6, 5)), seeded(partial(nn.Linear, 6, 5))
+    session = rg.attach(layer, rg.Dither())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(batch((8, 6))).backward(delta)
+    plain(batch((8, 6))).backward(delta)
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+    assert session.summary().fallbacks == 1
+
+
+@pytest.mark.parametrize("factor", [1e-36, 1e-25, 1e25, 1e36])
+def test_extreme_magnitudes(factor: float) -> None:
+    """δ whose square leaves float32's range: finite, and near the exact gradient in the mean."""
+    layer, plain = seeded(partial(nn.Linear, 6, 5)), seeded(partial(nn.Linear, 6, 5))
+    _session = rg.attach(layer, rg.Dither(scale=0.1))
+    delta = batch((64, 5), 2) * factor
+    layer(batch((64, 6))).backward(delta)
+    plain(batch((64, 6))).backward(delta)
+    error = (layer.weight.grad - plain.weight.grad).norm() / plain.weight.grad.norm()
+    assert float(error) < 0.1
+
+
+def test_metrics() -> None:
+    """Scale, step, largest level and the bits that it needs with its sign."""
+    layer = seeded(partial(nn.Linear, 6, 5))
+    session = rg.attach(layer, rg.Dither(scale=0.5))
+    assert session.metrics()["layers"][""]["bits"] == 0
+    delta = batch((64, 5), 2)
+    layer(batch((64, 6))).backward(delta)
+    figures = session.metrics()["layers"][""]
+    assert figures["step"] == pytest.approx(0.5 * float(delta.std(correction=0)), rel=1e-5)
+    assert 4 <= figures["largest_level"] <= 9
+    assert figures["bits"] in (4, 5)
+    assert program(layer).total.overhead == 28 * delta.numel()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": -1},
+        {"scale": math.nan},
+        {"scale": math.inf},
+        {"target_sparsity": 0},
+        {"target_sparsity": 1},
+        {"target_sparsity": 1.5},
+        {"target_sparsity": math.nan},
+        {"target_sparsity": 0.5, "scale": 0},
+        {"bits": 1},
+        {"bits": 9},
+        {"bits": 7.5},
+    ],
+    ids=str,
+)
+def test_wrong_options(options: dict[str, float]) -> None:
+    (wrong, *_) = options
+    with pytest.raises(OptionError, match=f"Dither: {wrong}"):
+        rg.Dither(**options)
