@@ -21,8 +21,9 @@ format: .venv/installed-dev  ## mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pictures: .venv/installed-dev  ## the README's pictures, from a real run
+pictures: .venv/installed-dev  ## the README's pictures and tables, from a real run
 	$(BIN)/python docs/make_pictures.py
+	$(BIN)/python docs/make_tables.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
@@ -11,8 +11,15 @@ from rich.table import Table
 from retrograde.cli import output
 from retrograde.cli.options import Given
 from retrograde.errors import OptionError
-from retrograde.lab.demo import DemoRow, run_demo
+from retrograde.lab.comparison import Row, compare
+from retrograde.lab.recipe import Recipe
+from retrograde.methods.registry import available
 from retrograde.report import write
+
+SETTINGS: dict[str, dict[str, Any]] = {"dither": {"scale": 1.0}}
+"""Options in the demonstration; a method that is not named here runs at its defaults."""
+
+MODELS = ("mlp", "vgg-small-bn")
 
 _MARK = ".retrograde-demo"
 
@@ -42,10 +49,13 @@ class Demo:
         _clear(self.runs)
         with output.progress_bar() as bar:
             task = bar.add_task("demo", total=None, note="")
-            rows = run_demo(
+            rows = compare(
+                [Recipe(data="digits", model=model, epochs=self.epochs, batch_size=64) for model in MODELS],
+                [{name: SETTINGS.get(name, {})} for name in available()],
                 self.runs,
                 seeds=self.seeds,
-                epochs=self.epochs,
+                what=f"digits, {self.epochs} epochs",
+                command="retrograde demo",
                 progress=lambda what, done, total: bar.update(task, completed=done, total=total, note=what),
             )
         page = write([self.runs], self.output, "Demonstration on the digits")
@@ -68,7 +78,7 @@ def _clear(folder: Path) -> None:
     (folder / _MARK).touch()
 
 
-def _table(rows: list[DemoRow], seeds: int) -> Table:
+def _table(rows: list[Row], seeds: int) -> Table:
     table = Table(
         box=None,
         pad_edge=False,

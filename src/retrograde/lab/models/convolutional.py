@@ -44,8 +44,8 @@ class LeNet(nn.Module):
 class VGG(nn.Module):
     """The first three stages of VGG-11 (configuration A): x (B, C, H, W) → logits (B, classes).
 
-    3×3 convolutions 64 · pool · 128 · pool · 256 · 256 · pool, then one linear layer. Pooling stops where less than 3 pixels a side would be left, and the last one takes large images down to
-    about 4.
+    3×3 convolutions 64 · pool · 128 · pool · 256 · 256 · pool, then one linear layer. Pooling stops where less than 3
+    pixels a side would be left, and the last one takes large images down to about 4.
     """
 
     def __init__(
