@@ -58,10 +58,16 @@ def _convolutions() -> list[Case]:
             Case(f"conv{dim}d_same_even", conv(dim, 4, 6, 4, padding="same"), batched),
             Case(f"conv{dim}d_same_dilated", conv(dim, 4, 6, 2, padding="same", dilation=3), batched),
             Case(
-                f"conv{dim}d_same_circular", conv(dim, 4, 6, 4, padding="same", padding_mode="circular"), batched
+                f"conv{dim}d_same_circular",
+                conv(dim, 4, 6, 4, padding="same", padding_mode="circular"),
+                batched,
             ),
             Case(f"conv{dim}d_unbatched", conv(dim, 4, 8, 3, padding=1), batched[1:]),
-            Case(f"conv{dim}d_unbatched_reflect", conv(dim, 4, 8, 3, padding=1, padding_mode="reflect"), batched[1:]),
+            Case(
+                f"conv{dim}d_unbatched_reflect",
+                conv(dim, 4, 8, 3, padding=1, padding_mode="reflect"),
+                batched[1:],
+            ),
             Case(f"conv{dim}d_empty", conv(dim, 4, 8, 3, padding=1), (0, *batched[1:])),
         ]
         turned: dict[str, dict[str, Any]] = {
@@ -72,7 +78,9 @@ def _convolutions() -> list[Case]:
             "dilation": {"dilation": 2},
             "no_bias": {"bias": False},
         }
-        cases += [Case(f"transposed{dim}d_{n}", transposed(dim, 4, 6, 3, **o), batched) for n, o in turned.items()]
+        cases += [
+            Case(f"transposed{dim}d_{n}", transposed(dim, 4, 6, 3, **o), batched) for n, o in turned.items()
+        ]
         output_size = [2 * n for n in size]
         cases += [
             Case(
@@ -85,7 +93,11 @@ def _convolutions() -> list[Case]:
             Case(f"transposed{dim}d_empty", transposed(dim, 4, 6, 3), (0, *batched[1:])),
         ]
     cases.append(
-        Case("conv2d_mixed", conv(2, 4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (3, 4, 7, 8))
+        Case(
+            "conv2d_mixed",
+            conv(2, 4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+            (3, 4, 7, 8),
+        )
     )
     return cases
 
@@ -103,7 +115,11 @@ LAYERS = LINEAR + _convolutions()
 
 def mlp(*, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(8, 16, bias=bias), nn.ReLU(), nn.Linear(16, 16, bias=bias), nn.Tanh(), nn.Linear(16, 4, bias=bias)
+        nn.Linear(8, 16, bias=bias),
+        nn.ReLU(),
+        nn.Linear(16, 16, bias=bias),
+        nn.Tanh(),
+        nn.Linear(16, 4, bias=bias),
     )
 
 
@@ -135,7 +151,9 @@ def batch(shape: Sequence[int], seed: int = 1, dtype: torch.dtype = torch.float3
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def gradients(model: nn.Module, x: Tensor, forward: Callable[..., Any] | None = None, **call: Any) -> Gradients:
+def gradients(
+    model: nn.Module, x: Tensor, forward: Callable[..., Any] | None = None, **call: Any
+) -> Gradients:
     """Gradients of a fixed, non-linear loss for every parameter and, under ``"input"``, for `x`."""
     model.zero_grad(set_to_none=True)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -151,7 +169,8 @@ def gradients(model: nn.Module, x: Tensor, forward: Callable[..., Any] | None = 
 def assert_same(found: Gradients, expected: Gradients, relative: float = 1e-6) -> None:
     """Equal keys, and equal values to `relative` of each expected tensor's largest magnitude.
 
-    A gradient that vanishes by symmetry (a bias before BatchNorm) is held to a thousandth of the largest one's tolerance.
+    A gradient that vanishes by symmetry (a bias before BatchNorm) is held to a thousandth of
+    the largest one's tolerance.
     """
     assert found.keys() == expected.keys()
     largest = max((float(v.abs().max()) for v in expected.values() if v.numel()), default=0.0)

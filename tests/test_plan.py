@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import cnn, mlp
 from torch import nn
 
 import retrograde as rg
+from cases import cnn, mlp
 from retrograde.errors import NoEffectError, PatternError
 
 
@@ -70,10 +70,10 @@ def test_plan_changes_nothing() -> None:
         assert row.name in text
 
 
-def test_plan_of_an_attached_model_names_plain_types() -> None:
+def test_plan_of_an_attached_model() -> None:
+    """make_plan of an attached model gives the plan that attached it."""
     session = rg.attach(mlp(), rg.Dither())
-    assert {row.type for row in rg.make_plan(session.model, [rg.Dither()]).rows} == {"Linear"}
-    assert {row.type for row in session.plan.rows} == {"Linear"}
+    assert rg.make_plan(session.model, [rg.Dither()]).rows == session.plan.rows
 
 
 def test_module_called_weight() -> None:
@@ -100,7 +100,9 @@ def test_root() -> None:
 def test_patterns(option: str) -> None:
     """Misspelt, empty and blank patterns, each with a way out in the message."""
     model = nn.ModuleDict({"encoder": mlp(), "decoder": cnn()})
-    with pytest.raises(PatternError, match=r"'encodr\.0' in `\w+` matches no layer.*Nearest names: encoder\.0"):
+    with pytest.raises(
+        PatternError, match=r"'encodr\.0' in `\w+` matches no layer.*Nearest names: encoder\.0"
+    ):
         rows(model, **{option: "encodr.0"})
     with pytest.raises(PatternError, match=r"'zzz'.*Layers: encoder\.0"):
         rows(model, **{option: ["encoder.*", "zzz"]})

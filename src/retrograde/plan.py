@@ -23,6 +23,9 @@ _CONVOLUTIONS = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
+ROOT = "(root)"
+"""What a layer that is the whole model is called."""
+
 Status = Literal["attached", "left", "bypassed"]
 
 
@@ -132,10 +135,12 @@ def make_plan(
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
     """
     layers = _layers(model)
-    candidates = [name for name, layer in layers if find_kind(layer) is not None]
+    bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
+    candidates = {
+        name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
+    }
     chosen = _select(candidates, only, "only", strict) if only is not None else set(candidates)
     left = _select(candidates, skip, "skip", strict) if skip is not None else set[str]()
-    bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
     rows: list[PlanRow] = []
     placements: list[Placement] = []
     for name, layer in layers:
@@ -149,8 +154,8 @@ def make_plan(
             why = "not in `only`"
         elif name in left:
             why = "in `skip`"
-        elif not _weight(layer).is_floating_point():
-            why = f"weight is {_weight(layer).dtype}: only real floating-point layers are attached"
+        elif (weight := _weight(layer)) is not None and not weight.is_floating_point():
+            why = f"weight is {weight.dtype}: only real floating-point layers are attached"
         else:
             reasons: list[str] = []
             for method in methods:
@@ -162,10 +167,10 @@ def make_plan(
             why = "; ".join([*reasons, *_remarks(name, layer, aliases, sharers)])
             if rules:
                 status = "attached"
-                placements.append(Placement(name, layer, kind, rules))
+                placements.append(Placement(name or ROOT, layer, kind, rules))
         rows.append(
             PlanRow(
-                name or "(root)",
+                name or ROOT,
                 _type_name(layer),
                 _shape(layer),
                 sum(p.numel() for p in layer.parameters(recurse=False)),
@@ -195,7 +200,11 @@ def _is_inside_parametrization(name: str) -> bool:
     return "parametrizations" in name.split(".")
 
 
-def _select(names: list[str], patterns: str | Iterable[str], option: str, strict: bool) -> set[str]:
+def _select(
+    candidates: dict[str, list[str]], patterns: str | Iterable[str], option: str, strict: bool
+) -> set[str]:
+    """The candidates that the patterns match by any of their names."""
+    names = list(candidates)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise PatternError(
@@ -209,7 +218,9 @@ def _select(names: list[str], patterns: str | Iterable[str], option: str, strict
                 f"`{option}` holds {pattern!r}, which is no layer pattern. Use a layer's full name or a glob over "
                 f"names, such as 'features.*'. Layers: {_some(names)}."
             )
-        matches = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n or "(root)", pattern)}
+        matches = {
+            n for n, called in candidates.items() if any(fnmatchcase(c or ROOT, pattern) for c in called)
+        }
         if not matches and strict:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
             hint = f"Nearest names: {', '.join(near)}." if near else f"Layers: {_some(names)}."
@@ -219,7 +230,7 @@ def _select(names: list[str], patterns: str | Iterable[str], option: str, strict
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(name or "(root)" for name in names[:8])
+    shown = ", ".join(name or ROOT for name in names[:8])
     return f"{shown}, … ({len(names)} in all)" if len(names) > 8 else shown or "none"
 
 
@@ -266,7 +277,7 @@ def _remarks(
         remarks.append(f"weight tied to {', '.join(dict.fromkeys(sharers[name]))}")
     if nn.utils.parametrize.is_parametrized(layer):
         remarks.append("parametrised: its weight is computed anew in every forward pass")
-    elif not _weight(layer).requires_grad:
+    elif (weight := _weight(layer)) is not None and not weight.requires_grad:
         remarks.append("weight frozen: only the input gradient is computed")
     return remarks
 
@@ -289,10 +300,10 @@ def _type_name(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def _weight(layer: nn.Module) -> Tensor | None:
     # A taught layer may keep its weight under another name; any parameter then tells dtype and freezing.
     weight = getattr(layer, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(layer.parameters(recurse=False))
+    return weight if isinstance(weight, Tensor) else next(layer.parameters(), None)
 
 
 def _shape(layer: nn.Module) -> str:
@@ -302,7 +313,7 @@ def _shape(layer: nn.Module) -> str:
         groups = f" /{layer.groups}" if layer.groups > 1 else ""
         return f"{layer.in_channels}→{layer.out_channels} {'×'.join(map(str, layer.kernel_size))}{groups}"
     weight = getattr(layer, "weight", None)
-    return "×".join(map(str, weight.shape)) if weight is not None else ""
+    return "×".join(map(str, weight.shape)) if isinstance(weight, Tensor) else ""
 
 
 def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> None:

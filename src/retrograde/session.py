@@ -1,6 +1,7 @@
 """`attach` and the session that it returns."""
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Generator, Iterable, Sequence
@@ -143,6 +144,8 @@ class Session:
         pairs = [(self._layers[name], program) for name, program in self._programs.items()]
         self._conductors = self._make_conductors()
         self._clock = Clock(pairs, tuple(self._conductors.values()), optimizer, strict)
+        for program in self._programs.values():
+            program.clock = self._clock
         self._attached = True
         self._pauses = 0
 
@@ -236,10 +239,13 @@ class Session:
         Raises:
             OptionError: `val` is not a finite number.
         """
-        score = float(val)
+        try:
+            score = float(val)
+        except (TypeError, ValueError):
+            score = math.nan
         if not math.isfinite(score):
             raise OptionError(
-                f"report: val={val} is not a finite number. Report a score where higher is better."
+                f"report: val={val!r} is not a finite number. Report a score where higher is better."
             )
         self._scores.append((self.step, score))
         for conductor in self._conductors.values():
@@ -253,16 +259,15 @@ class Session:
         """
         if not self._attached:
             raise DetachError("this session is detached already: its model is plain.")
-        for name, layer in self._layers.items():
-            swap_out(layer, name)
+        swap_out(self._layers)
         self._clock.stop()
+        for program in self._programs.values():
+            program.clock = None
         self._attached = False
         return self.model
 
     def fold(self) -> nn.Module:
         """A plain copy of the model that computes the same function; the attached model stays as it is."""
-        import copy
-
         return copy.deepcopy(self.model)
 
     # State.
@@ -292,6 +297,17 @@ class Session:
                 f"the session's state was saved with {state['methods']}, and goes on with {mine}.",
                 stacklevel=2,
             )
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._take(before)
+            raise StateError(
+                f"the session's state is damaged, or of other methods ({type(error).__name__}: {error}). Nothing was "
+                "changed. Attach the methods that the state was saved with."
+            ) from error
+
+    def _take(self, state: dict[str, Any]) -> None:
         for name, program in self._programs.items():
             program.load_state_dict(state["layers"][name])
             program.seed = int(state["seed"])
@@ -309,7 +325,15 @@ def _shares(counts: Counters) -> dict[str, float | None]:
 
 
 def _check_methods(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
-    chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
+    if isinstance(methods, Method):
+        chosen: tuple[Method, ...] = (methods,)
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        chosen = tuple(methods)
+    else:
+        hint = " Call it: the class alone is no method." if callable(methods) else ""
+        raise OptionError(
+            f"attach was given {methods!r} for its methods.{hint} Pass a method, or a list of them."
+        )
     if not chosen:
         raise OptionError("attach was given no method. Pass at least one, for example retrograde.Dither().")
     for method in chosen:
@@ -357,6 +381,11 @@ def _check_state(state: dict[str, Any], programs: dict[str, LayerProgram]) -> No
         raise StateError(
             f"this is no session state of format {_STATE_FORMAT}. Pass what session.state_dict() returned, saved by "
             "the same version of retrograde."
+        )
+    absent = {"seed", "methods", "scores", "window", "layers", "conductors"} - state.keys()
+    if absent:
+        raise StateError(
+            f"the session's state is incomplete: {sorted(absent)} are not in it. Load a whole one."
         )
     missing, surplus = sorted(programs.keys() - state["layers"]), sorted(state["layers"].keys() - programs)
     if missing or surplus:

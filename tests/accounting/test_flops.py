@@ -5,17 +5,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, Case, batch, cnn, mlp, seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import retrograde as rg
+from cases import LAYERS, Case, batch, cnn, mlp, seeded
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import convolution_flops, linear_flops
 from retrograde.kernels.geometry import Geometry
 
 
-def loops(n: int, inputs: int, outputs: int, size: tuple[int, ...], out: tuple[int, ...], kernel: tuple[int, ...], g: Geometry) -> int:
+def loops(
+    n: int,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, ...],
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    g: Geometry,
+) -> int:
     """Multiply-adds by enumeration: every (sample, output channel, position, input channel of its group, tap)."""
     positions = size if g.transposed else out
     count = 0
@@ -36,9 +44,12 @@ def test_linear(shape: tuple[int, int, int]) -> None:
 def test_convolution(dim: int, transposed: bool, groups: int) -> None:
     """Plain, transposed and grouped; strides and dilation enter through the shapes."""
     size, kernel = (5, 4)[:dim], (3, 2)[:dim]
-    cls: Any = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d}[
-        dim, transposed
-    ]
+    cls: Any = {
+        (1, False): nn.Conv1d,
+        (2, False): nn.Conv2d,
+        (1, True): nn.ConvTranspose1d,
+        (2, True): nn.ConvTranspose2d,
+    }[dim, transposed]
     layer = cls(4, 8, kernel, stride=2, padding=1, dilation=1, groups=groups)
     z = layer(torch.zeros(2, 4, *size))
     g = Geometry(layer.stride, layer.padding, layer.dilation, transposed, (0,) * dim, groups)
@@ -58,7 +69,9 @@ def torch_counts_wrong(case: Case) -> bool:
     return any(word in case.name for word in ("groups", "depthwise"))
 
 
-@pytest.mark.parametrize("case", [c for c in LAYERS if not torch_counts_wrong(c) and 0 not in c.shape], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in LAYERS if not torch_counts_wrong(c) and 0 not in c.shape], ids=str
+)
 def test_torch_counter(case: Case) -> None:
     """torch's counter sees the same dense work in a plain and in an attached layer, and so do our sums."""
     plain, attached = seeded(case.make), seeded(case.make)
@@ -109,7 +122,12 @@ def test_needed_by_hand() -> None:
 
 def test_discounts() -> None:
     """Half precision counts half."""
-    for dtype, discount in ((torch.float64, 1.0), (torch.float32, 1.0), (torch.bfloat16, 0.5), (torch.float16, 0.5)):
+    for dtype, discount in (
+        (torch.float64, 1.0),
+        (torch.float32, 1.0),
+        (torch.bfloat16, 0.5),
+        (torch.float16, 0.5),
+    ):
         layer = nn.Linear(6, 5).to(dtype)
         session = rg.attach(layer, rg.Dither(scale=0))
         layer(batch((4, 6)).to(dtype)).sum().backward()

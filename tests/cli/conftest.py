@@ -5,9 +5,13 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-from outcome import Outcome
+import torch
 
-from retrograde.cli import main
+pytest.register_assert_rewrite("outcome")
+
+from outcome import Outcome  # noqa: E402
+
+from retrograde.cli import main  # noqa: E402
 
 _TOY = """
 from torch import nn
@@ -69,7 +73,8 @@ def start() -> Generator[Callable[..., "subprocess.Popen[str]"]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TERM": "dumb"},
+            # Sums depend on the number of threads in their last bits.
+            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
         started.append(process)
         return process

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from outcome import QUICK, Outcome
 
+from retrograde.cli import demo
 from retrograde.lab import checks
-from retrograde.lab import demo as lab_demo
 
 Run = Callable[..., Outcome]
 
@@ -74,7 +74,6 @@ def test_every_command_has_help(run: Run, command: str) -> None:
         ["train", "--epochs", "many"],
         ["train", "--optimizer", "lion"],
         ["train", "stray"],
-        ["report"],
         ["demo", "--seeds", "x"],
     ],
 )
@@ -100,6 +99,7 @@ def test_wrong_usage_is_2_and_leaves_stdout_empty(run: Run, arguments: list[str]
         (["train", "--seed", "99999999999999999999999"], "OptionError", "seed"),
         (["plan"], "OptionError", "--method"),
         (["report", "missing"], "RunError", "missing"),
+        (["report"], "RunError", "run"),
         (["demo", "--seeds", "0"], "OptionError", "seeds=0"),
     ],
 )
@@ -123,18 +123,19 @@ def test_bad_input_with_json_gives_json(run: Run) -> None:
 
 
 def test_plan_trains_nothing_and_explains_each_layer(run: Run) -> None:
-    outcome = run("plan", "--method", "dither", "--only", "0", "--model", "toy_models:dropout", "--json")
-    assert outcome.code == 0
-    assert outcome.err == ""
-    status = {layer["name"]: layer["status"] for layer in outcome.json["layers"]}
-    assert status == {"1": "attached", "2": "left", "5": "left"} or outcome.json["layers"]
+    outcome = run("plan", "--method", "dither", "--only", "1", "--model", "toy_models:dropout", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    layers = outcome.json["layers"]
+    assert {layer["name"]: layer["status"] for layer in layers} == {"1": "attached", "2": "left", "5": "left"}
+    assert all(layer["why"] for layer in layers if layer["status"] == "left")
+    assert not Path("runs").exists()
 
 
 def test_plan_follows_only_and_skip(run: Run) -> None:
     arguments = ("plan", "--method", "dither", "--model", "toy_models:dropout", "--json")
     status = {r["name"]: r["status"] for r in run(*arguments, "--skip", "1").json["layers"]}
     assert (status["1"], status["5"]) == ("left", "attached")
-    status = {r["name"]: r["status"] for r in run(*arguments, "--only", "1", "2").json["layers"]}
+    status = {r["name"]: r["status"] for r in run(*arguments, "--only", "1").json["layers"]}
     assert (status["1"], status["5"]) == ("attached", "left")
 
 
@@ -167,6 +168,15 @@ def test_report_of_a_run(run: Run) -> None:
     assert outcome.json == {"report": str(page), "bytes": page.stat().st_size}
     assert "A &lt;title&gt;" in page.read_text(encoding="utf-8")
     assert run("report", "runs").out == "report: report.html\n"
+
+
+@pytest.mark.parametrize("name", ["[old].html", "deep/" * 30 + "page.html"], ids=["brackets", "long"])
+def test_the_reports_path_is_printed_as_it_is(run: Run, name: str) -> None:
+    """Brackets are no markup, and a long path is not broken into lines: a script reads it."""
+    run("train", *QUICK, "--out", "runs/a")
+    outcome = run("report", "runs", "-o", name)
+    assert Path(name).is_file()
+    assert outcome.out == f"report: {name}\n"
 
 
 def test_report_that_cannot_be_written_is_3(run: Run) -> None:
@@ -237,7 +247,7 @@ def test_doctor_reports_a_broken_method_package(run: Run, monkeypatch: pytest.Mo
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """One small model in the demonstration."""
-    monkeypatch.setattr(lab_demo, "MODELS", ("mlp-small",))
+    monkeypatch.setattr(demo, "MODELS", ("mlp-small",))
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -251,7 +261,7 @@ def test_demo_writes_table_and_report_and_replaces_its_own(run: Run) -> None:
     Path("runs/demo/leftover").mkdir()
     again = run("demo", "--seeds", "1", "--epochs", "1", "--json")
     assert again.code == 0
-    assert [row["label"] for row in again.json["rows"]][0] == "plain"
+    assert again.json["rows"][0]["label"] == "plain"
     assert again.json["rows"][0]["seconds_ratio"] == 1.0
     assert not Path("runs/demo/leftover").exists()
 

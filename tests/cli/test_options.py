@@ -193,7 +193,7 @@ def test_method_flag_replaces_the_recipes_methods(run: Run) -> None:
     ("text", "word"),
     [
         ("learning_rat = 1", "learning_rate"),
-        ("epochs = ", "line 1"),
+        ("epochs = ", "mine.toml"),
         ("epochs = 0", "epochs=0"),
         ('epochs = "many"', "epochs"),
         ("methods.dither.sacle = 1", "scale"),

@@ -1,13 +1,12 @@
 """``retrograde train``: what it leaves, what it refuses to overwrite, and how it goes on."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
-from outcome import QUICK, Outcome, assert_same_run, strict_json, untimed
+from outcome import QUICK, Outcome, assert_same_run, lines, strict_json, untimed
 from pyarrow import parquet
 from safetensors.torch import load_model
 
@@ -48,7 +47,18 @@ def test_train_leaves_a_whole_run_folder(run: Run) -> None:
 
 
 def test_the_saved_model_is_plain_and_as_accurate_as_the_result_says(run: Run) -> None:
-    run("train", "--epochs", "3", *DITHER, "--model", "toy_models:dropout", "--out", "a")
+    run(
+        "train",
+        "--epochs",
+        "4",
+        "--learning-rate",
+        "0.01",
+        *DITHER,
+        "--model",
+        "toy_models:dropout",
+        "--out",
+        "a",
+    )
     data = lab_data.load("digits", seed=0)
     plain = models.build("toy_models:dropout", data, seed=123)
     load_model(plain, "a/model.safetensors")
@@ -64,6 +74,14 @@ def test_table_is_readable_without_a_terminal(run: Run) -> None:
     for word in ("test accuracy", "zeros in the gradients", "FLOPs, needed", "folder", "runs/"):
         assert word in outcome.out
     assert "\x1b" not in outcome.out + outcome.err
+
+
+def test_the_run_folder_is_printed_as_it_is(run: Run) -> None:
+    """Brackets are no markup."""
+    outcome = run("train", *QUICK, "--out", "runs/[old]")
+    assert outcome.code == 0
+    assert "runs/[old]" in outcome.out
+    assert "runs/[old]" in outcome.err
 
 
 def test_default_folders_do_not_collide(run: Run) -> None:
@@ -112,13 +130,8 @@ def test_a_diverging_run_still_writes_json(run: Run) -> None:
     )
     assert outcome.code == 0
     assert outcome.json["status"] == "finished"
-    for line in Path("a/metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=_no_constant)
+    assert [line["event"] for line in lines(Path("a"))] == ["step", "epoch"]
     assert run("report", "a").code == 0
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 # --resume
@@ -178,12 +191,12 @@ def test_resume_with_the_same_recipe_spelt_out_is_accepted(run: Run) -> None:
 def test_resume_of_a_finished_run_gives_the_same_result(run: Run) -> None:
     first = run("train", *QUICK, *DITHER, "--out", "a", "--json").json
     model = Path("a/model.safetensors").read_bytes()
-    lines = Path("a/metrics.jsonl").read_bytes()
+    metrics = Path("a/metrics.jsonl").read_bytes()
     again = run("train", "--resume", "--out=a", "--json").json
     assert untimed(again) == untimed(first)
     assert again["seconds"] == first["seconds"]
     assert Path("a/model.safetensors").read_bytes() == model
-    assert Path("a/metrics.jsonl").read_bytes() == lines
+    assert Path("a/metrics.jsonl").read_bytes() == metrics
 
 
 def test_resume_of_nothing(run: Run) -> None:

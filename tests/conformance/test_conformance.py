@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, batch, gradients, seeded, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
+from cases import assert_same, batch, gradients, seeded, train
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Entry:
 
 METHODS = [
     Entry("dither", rg.Dither, lambda: rg.Dither(scale=0)),
-    Entry("dither-target", lambda: rg.Dither(1.0, target_sparsity=0.8), lambda: rg.Dither(scale=1e-7, bits=None)),
+    Entry(
+        "dither-target", lambda: rg.Dither(1.0, target_sparsity=0.8), lambda: rg.Dither(scale=1e-7, bits=None)
+    ),
 ]
 
 
@@ -83,7 +85,9 @@ def eager(method: Entry, kind: Kind, tmp_path: Path) -> None:
     """The neutral setting is autograd; the real one trains, counts, and undoes itself."""
     if method.neutral is not None:
         model, _session = attached(kind, method.neutral())
-        assert_same(gradients(model, batch(kind.shape)), gradients(seeded(kind.make), batch(kind.shape)), 1e-5)
+        assert_same(
+            gradients(model, batch(kind.shape)), gradients(seeded(kind.make), batch(kind.shape)), 1e-5
+        )
     model, session = attached(kind, method.make())
     keys, names = list(seeded(kind.make).state_dict()), {id(p) for p in model.parameters()}
     train(model, sgd(model), kind.shape, 3)
@@ -125,7 +129,11 @@ def autocast(method: Entry, kind: Kind, tmp_path: Path) -> None:
     assert all(g.dtype == torch.float32 for g in gradients(model, batch(kind.shape), forward(model)).values())
     if method.neutral is not None:
         model, _session = attached(kind, method.neutral())
-        assert_same(gradients(model, batch(kind.shape), forward(model)), gradients(seeded(kind.make), batch(kind.shape)), 0.1)
+        assert_same(
+            gradients(model, batch(kind.shape), forward(model)),
+            gradients(seeded(kind.make), batch(kind.shape)),
+            0.1,
+        )
 
 
 def checkpointing(method: Entry, kind: Kind, tmp_path: Path) -> None:
@@ -160,7 +168,9 @@ def accumulation(method: Entry, kind: Kind, tmp_path: Path) -> None:
 
 def ddp(method: Entry, kind: Kind, tmp_path: Path) -> None:
     """A process group of one through DistributedDataParallel; tests/engine/test_ddp.py runs two ranks."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         found = []
         for wrapped in (False, True):
@@ -181,7 +191,9 @@ def resume(method: Entry, kind: Kind, tmp_path: Path) -> None:
     train(model, optimizer, kind.shape, 2, first=2)
     again, other = attached(kind, method.make(), seed=99)
     resumed = sgd(again)
-    for part, state in zip((again, resumed, other), torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+    for part, state in zip(
+        (again, resumed, other), torch.load(tmp_path / "state.pt", weights_only=True), strict=True
+    ):
         part.load_state_dict(state)
     train(again, resumed, kind.shape, 2, first=2)
     assert_same(states(again), states(model), 0.0)

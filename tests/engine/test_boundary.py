@@ -5,12 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYERS, Case, assert_same, batch, gradients, mlp, program, seeded
 from torch import Tensor, nn
 
 import retrograde as rg
+from cases import LAYERS, Case, assert_same, batch, gradients, mlp, program, seeded
 
-GEOMETRY = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 1), "transposed": False, "output_padding": (0, 0), "groups": 2}
+GEOMETRY = {
+    "stride": (2, 1),
+    "padding": (1, 0),
+    "dilation": (1, 1),
+    "transposed": False,
+    "output_padding": (0, 0),
+    "groups": 2,
+}
 
 # test_autograd_registration and test_schema apply to ops as such. test_faketensor checks shapes, strides and aliases of
 # the fake implementation. test_aot_dispatch_dynamic compares two runs bitwise: it needs the neutral scale, since each
@@ -24,13 +31,15 @@ def alive(layer: nn.Module) -> tuple[rg.Session, Tensor]:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("needs", [[True, True, True], [True, True, False], [False, True, False], [True, False, False]], ids=str)
+@pytest.mark.parametrize(
+    "needs", [[True, True, True], [True, True, False], [False, True, False], [True, False, False]], ids=str
+)
 def test_opcheck_linear(check: str, needs: list[bool]) -> None:
     """torch.library's own checks: schema, aliases, fake tensors and AOT dispatch with dynamic shapes."""
     layer = nn.Linear(4, 3)
     _session, token = alive(layer)
     saved = [batch((5, 4))] if needs[1] else []
-    arguments = (batch((5, 3)), saved, layer.weight.detach(), token, (5, 4), needs)
+    arguments = (batch((5, 3)), saved, None, layer.weight.detach(), token, (5, 4), needs)
     torch.library.opcheck(torch.ops.retrograde.linear_backward.default, arguments, test_utils=check)
 
 
@@ -43,13 +52,17 @@ def test_opcheck_convolution(check: str, needs: list[bool], layout: torch.memory
     _session, token = alive(layer)
     x = batch((2, 4, 7, 8)).to(memory_format=layout)
     delta = torch.ones_like(layer(x)).detach()
-    arguments = (delta, [x], layer.weight.detach(), token, tuple(x.shape), needs, *GEOMETRY.values())
+    arguments = (delta, [x], None, layer.weight.detach(), token, tuple(x.shape), needs, *GEOMETRY.values())
     torch.library.opcheck(torch.ops.retrograde.convolution_backward.default, arguments, test_utils=check)
 
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in LAYERS if c.name in ("linear_1d", "linear_3d", "conv1d_same_even", "conv2d_groups", "transposed2d_stride")],
+    [
+        c
+        for c in LAYERS
+        if c.name in ("linear_1d", "linear_3d", "conv1d_same_even", "conv2d_groups", "transposed2d_stride")
+    ],
     ids=str,
 )
 def test_gradcheck(case: Case) -> None:
@@ -98,7 +111,9 @@ def test_linear_in_frozen_noise(case: Case, scale: float) -> None:
     exact = torch.autograd.grad(plain(x), (x, plain.weight), seen[0])
     torch.testing.assert_close(dx, exact[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(dw, exact[1], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(db, torch.autograd.grad(plain(x), plain.bias, delta)[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        db, torch.autograd.grad(plain(x), plain.bias, delta)[0], rtol=1e-10, atol=1e-10
+    )
 
 
 def test_double_backward_is_refused() -> None:
@@ -139,7 +154,9 @@ def test_unused_output() -> None:
     assert unused.weight.grad is None
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv1d(6, 5, 3, padding=1)], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(6, 5), lambda: nn.Conv1d(6, 5, 3, padding=1)], ids=["linear", "conv"]
+)
 def test_autocast(make: Callable[[], nn.Module]) -> None:
     """Under autocast: same dtypes and values as plain autocast, float64 left alone."""
     plain, attached = seeded(make), seeded(make)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import batch, mlp, program, seeded, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import retrograde as rg
+from cases import batch, mlp, program, seeded, train
 from retrograde.errors import NoEffectError, RetrogradeWarning
 
 pytestmark = pytest.mark.filterwarnings("error::retrograde.errors.RetrogradeWarning")

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MODELS, assert_same, batch, gradients, mlp, program, seeded, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
+from cases import MODELS, assert_same, batch, gradients, mlp, program, seeded, train
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +30,14 @@ def test_same_gradients(name: str, backend: str, scale: float) -> None:
     """Compiled and eager draw the same noise: gradients agree to rounding, counts exactly."""
     make, shape = MODELS[name]
     if scale and backend == "inductor":
-        pytest.skip("inductor's rounding moves δ by an ulp, which may move a level by one: covered by the neutral scale")
+        pytest.skip(
+            "inductor's rounding moves δ by an ulp, which may move a level by one: covered by the neutral scale"
+        )
     eager, fast = seeded(make), seeded(make)
-    first, second = rg.attach(eager, rg.Dither(scale=scale), seed=5), rg.attach(fast, rg.Dither(scale=scale), seed=5)
+    first, second = (
+        rg.attach(eager, rg.Dither(scale=scale), seed=5),
+        rg.attach(fast, rg.Dither(scale=scale), seed=5),
+    )
     x = batch(shape)
     assert_same(gradients(fast, x, compiled(fast, backend)), gradients(eager, x), 1e-5)
     assert second.metrics() == first.metrics()

@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cases import batch, mlp, program, seeded
 from torch import nn
 
 import retrograde as rg
+from cases import batch, mlp, program, seeded
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     try:
         model = seeded(mlp)
         session = rg.attach(model, rg.Dither(scale=2), seed=3)

@@ -1,7 +1,6 @@
 """Neutral settings equal autograd on every layer kind; a class swap changes nothing else."""
 
 import copy
-import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYERS, NEUTRAL, Case, assert_same, batch, cnn, gradients, mlp, program, seeded, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import retrograde as rg
+from cases import LAYERS, NEUTRAL, Case, assert_same, batch, cnn, gradients, mlp, program, seeded, train
 from retrograde.engine import layers as engine_layers
 
 
@@ -90,7 +89,7 @@ def test_frozen_weight_keeps_nothing_of_the_input() -> None:
     layer.weight.requires_grad_(False)
     rg.attach(layer, rg.Dither())
     z = layer(batch((5, 4)).requires_grad_())
-    assert len(z.grad_fn.saved_tensors) == 1
+    assert [t.shape for t in z.grad_fn.saved_tensors if t is not None] == [(3, 4)]
 
 
 def test_input_without_grad() -> None:
@@ -169,7 +168,9 @@ def old_weight_norm() -> nn.Module:
     ],
     ids=["twice", "tied", "in_place", "parametrised", "old_weight_norm"],
 )
-def test_neutral_in_awkward_models(make: Callable[[], nn.Module], shape: tuple[int, ...], neutral: str) -> None:
+def test_neutral_in_awkward_models(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], neutral: str
+) -> None:
     """Shared layers, tied weights, in-place neighbours and computed weights all get autograd's gradients."""
     compare(make, batch(shape, dtype=torch.float64), NEUTRAL[neutral])
 
@@ -199,7 +200,15 @@ def test_transformer_encoder_layer(neutral: str) -> None:
         lambda layer: setattr(layer, "stride", [2, 2]),
         lambda layer: setattr(layer, "dilation", 2),
     ],
-    ids=["padding", "padding_and_dilation", "same", "int_padding", "int_stride", "list_stride", "int_dilation"],
+    ids=[
+        "padding",
+        "padding_and_dilation",
+        "same",
+        "int_padding",
+        "int_stride",
+        "list_stride",
+        "int_dilation",
+    ],
 )
 def test_geometry_changed_after_construction(change: Callable[[nn.Module], Any]) -> None:
     """Segmentation models rewrite a backbone's stride, padding and dilation: the attached layer follows them."""
@@ -229,7 +238,10 @@ def test_strided_delta() -> None:
         plain, attached = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
         rg.attach(attached, rg.Dither(scale=0))
         x = batch(shape, dtype=torch.float64)
-        for delta in (torch.ones((), dtype=torch.float64).expand(shape), batch(shape, 2, torch.float64).transpose(-1, -2)):
+        for delta in (
+            torch.ones((), dtype=torch.float64).expand(shape),
+            batch(shape, 2, torch.float64).transpose(-1, -2),
+        ):
             expected = torch.autograd.grad(plain(x), list(plain.parameters()), delta)
             found = torch.autograd.grad(attached(x), list(attached.parameters()), delta)
             for a, b in zip(found, expected, strict=True):
@@ -257,7 +269,10 @@ def test_identity() -> None:
             [(n, id(m)) for n, m in model.named_modules(remove_duplicate=False)],
             [(n, id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)],
             [(n, id(b)) for n, b in model.named_buffers()],
-            [(n, m.training, len(m._forward_hooks), len(m._backward_hooks)) for n, m in model.named_modules()],
+            [
+                (n, m.training, len(m._forward_hooks), len(m._backward_hooks))
+                for n, m in model.named_modules()
+            ],
             list(model.state_dict()),
         )
 
@@ -276,7 +291,9 @@ def test_identity() -> None:
     assert picture() == before
     assert repr(model) == text
     assert [type(m) for m in model.modules()] == [type(m) for m in cnn().modules()]
-    assert all("_retrograde" not in m.__dict__ and "_retrograde_kind" not in m.__dict__ for m in model.modules())
+    assert all(
+        "_retrograde" not in m.__dict__ and "_retrograde_kind" not in m.__dict__ for m in model.modules()
+    )
 
 
 def test_load_state_dict_into_attached() -> None:
@@ -340,7 +357,10 @@ def test_file_loads_without_retrograde(how: str, tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps(model))
         load, extra = f"pickle.load(open({str(path)!r}, 'rb'))", "import pickle"
     done = subprocess.run(
-        [sys.executable, "-c", LOADER.format(load=load, extra=extra)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOADER.format(load=load, extra=extra)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(model.eval()(torch.ones(1, 8)).tolist())
@@ -454,7 +474,7 @@ def test_register_layer_with_parameters_below() -> None:
 
 @pytest.mark.usefixtures("_own_registry")
 def test_register_layer_refuses() -> None:
-    with pytest.raises(rg.errors.OptionError, match="class of torch.nn.Module"):
+    with pytest.raises(rg.errors.OptionError, match=r"class of torch\.nn\.Module"):
         rg.register_layer(nn.Linear(2, 2), lambda layer, x: None)  # type: ignore[arg-type]
     with pytest.raises(rg.errors.OptionError, match="'bilinear'"):
         rg.register_layer(GPT2Conv1D, lambda layer, x: None, kind="bilinear")  # type: ignore[arg-type]
@@ -476,7 +496,9 @@ class Inheriting(nn.Linear):
 
 def test_subclasses_in_the_plan() -> None:
     """A subclass with a forward of its own is named and left; one that inherits it is attached."""
-    model = nn.ModuleDict({"own": OwnForward(3, 3), "conv": OwnConvForward(3, 3, 1), "inherits": Inheriting(3, 3)})
+    model = nn.ModuleDict(
+        {"own": OwnForward(3, 3), "conv": OwnConvForward(3, 3, 1), "inherits": Inheriting(3, 3)}
+    )
     session = rg.attach(model, rg.Dither())
     rows = {row.name: row for row in session.plan.rows}
     assert rows["own"].status == rows["conv"].status == "left"
@@ -491,7 +513,7 @@ def test_forward_replaced_on_the_instance() -> None:
     """A forward set on the object itself hides the program: the plan must not call that layer attached."""
     model = seeded(mlp)
     own = model[0].forward
-    model[0].forward = lambda x: own(x)  # as accelerate and several wrappers do
+    model[0].forward = lambda x: 2 * own(x)  # as accelerate and several wrappers do
     plan = rg.make_plan(model, [rg.Dither()])
     row = next(row for row in plan.rows if row.name == "0")
     assert row.status != "attached", row
@@ -513,7 +535,7 @@ def test_detach_with_later_parametrization_changes_nothing() -> None:
     model = mlp()
     session = rg.attach(model, rg.Dither())
     parametrizations.weight_norm(model[2])
-    with pytest.raises(rg.errors.DetachError, match="'2'.*remove_parametrizations"):
+    with pytest.raises(rg.errors.DetachError, match=r"'2'.*remove_parametrizations"):
         session.detach()
     assert isinstance(model[0], engine_layers.AttachedLayer)
     parametrize.remove_parametrizations(model[2], "weight")
@@ -538,15 +560,15 @@ def test_attach_again_after_detach() -> None:
 
 
 def test_backward_after_detach() -> None:
-    """A graph made while attached still gives finite gradients after detaching."""
-    model = seeded(mlp)
+    """A graph made while attached still gives its gradients after detaching."""
+    model, plain = seeded(mlp), seeded(mlp)
     session = rg.attach(model, rg.Dither(scale=0))
     loss = torch.sin(model(batch((4, 8)))).sum()
-    expected = gradients(copy.deepcopy(model), batch((4, 8)), lambda x: model(x))
     session.detach()
     loss.backward()
-    assert expected
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    torch.sin(plain(batch((4, 8)))).sum().backward()
+    found, expected = ({n: p.grad for n, p in m.named_parameters()} for m in (model, plain))
+    assert_same(found, expected)
 
 
 def test_compiled_graph_after_the_session_is_gone() -> None:
@@ -558,7 +580,7 @@ def test_compiled_graph_after_the_session_is_gone() -> None:
     del session
     with pytest.raises(rg.errors.AttachError, match="session is gone"):
         torch.ops.retrograde.linear_backward(
-            torch.ones(2, 3), [torch.ones(2, 4)], torch.ones(3, 4), token, (2, 4), [True, True, True]
+            torch.ones(2, 3), [torch.ones(2, 4)], None, torch.ones(3, 4), token, (2, 4), [True, True, True]
         )
 
 

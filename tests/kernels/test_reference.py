@@ -34,7 +34,9 @@ def test_linear(lead: tuple[int, ...]) -> None:
     torch.testing.assert_close(dx, dense @ weight, rtol=1e-5, atol=1e-5)
     assert dx.shape == x.shape
     dw = reference.linear_weight_grad(delta, x)
-    torch.testing.assert_close(dw, torch.einsum("no,ni->oi", dense.reshape(-1, 5), x.reshape(-1, 6)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        dw, torch.einsum("no,ni->oi", dense.reshape(-1, 5), x.reshape(-1, 6)), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -77,4 +79,6 @@ def test_nsd_takes_any_layout() -> None:
     delta = torch.randn(6, 8)
     assert torch.equal(reference.nsd(delta, 0.7, 3), reference.nsd(delta.T.contiguous().T, 0.7, 3))
     image = torch.randn(2, 3, 4, 5)
-    assert torch.equal(reference.nsd(image, 0.7, 3), reference.nsd(image.to(memory_format=torch.channels_last), 0.7, 3))
+    assert torch.equal(
+        reference.nsd(image, 0.7, 3), reference.nsd(image.to(memory_format=torch.channels_last), 0.7, 3)
+    )

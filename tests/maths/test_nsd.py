@@ -44,7 +44,9 @@ def expected_zeros(name: str, scale: float) -> float:
         tau = float(name.split("_")[1])
         step = scale * math.exp(tau**2)
         # Over log|x|, where the density is a plain Gauss curve.
-        return integrate.quad(lambda t: (1 - math.exp(tau * t) / step) * gauss(t), -12, math.log(step) / tau)[0]
+        return integrate.quad(lambda t: (1 - math.exp(tau * t) / step) * gauss(t), -12, math.log(step) / tau)[
+            0
+        ]
     density, sigma = (gauss, 1.0) if name == "gauss" else (lambda x: math.exp(-x) / 2, math.sqrt(2))
     step = scale * sigma
     return 2 * integrate.quad(lambda x: (1 - x / step) * density(x), 0, step, points=[min(1.0, step / 2)])[0]
@@ -93,7 +95,9 @@ def test_unbiased_with_stated_variance(bits: int | None) -> None:
     error = (q.mean(0) * step - delta.double()).abs()
     assert bool((error <= 4.5 * (variance / draws).sqrt() + 1e-6).all())
     # Mean over all entries: fine enough to see a bias of a hundredth of a step.
-    assert float((q.mean(0) * step - delta.double()).mean().abs()) < 4 * float(variance.sum().sqrt()) / draws**0.5 / len(delta)
+    assert float((q.mean(0) * step - delta.double()).mean().abs()) < 4 * float(
+        variance.sum().sqrt()
+    ) / draws**0.5 / len(delta)
     inside = (f > 0.05) & (f < 0.95)
     assert bool(((q.var(0) * step**2 / variance)[inside] - 1).abs().max() < 0.25)
     zeros = (1 - delta.double().abs() / step).clamp(min=0)
@@ -107,7 +111,7 @@ def test_exact_at_multiples() -> None:
         assert torch.equal(reference.nsd(levels * 0.25, 0.25, key).float(), levels)
     delta = torch.randn(10_000)
     q = reference.nsd(delta, 0.5, 1, None)
-    assert bool((((q == (delta / 0.5).floor()) | (q == (delta / 0.5).floor() + 1))).all())
+    assert bool(((q == (delta / 0.5).floor()) | (q == (delta / 0.5).floor() + 1)).all())
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

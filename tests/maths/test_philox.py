@@ -42,7 +42,7 @@ def test_uniform(key: int) -> None:
     """On [0, 1), uniform by Kolmogorov and Smirnov and by 256 cells, with 24 bits that are all used."""
     u = uniform(key, (200_000,))
     assert u.dtype == torch.float32
-    assert 0 <= float(u.min())
+    assert float(u.min()) >= 0
     assert float(u.max()) < 1
     assert stats.kstest(u.double().numpy(), "uniform").pvalue > 1e-4
     counts = torch.histc(u, 256, 0, 1).numpy()

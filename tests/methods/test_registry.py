@@ -36,13 +36,17 @@ class Entry:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry) -> None:
-    monkeypatch.setattr(registry, "entry_points", lambda group: list(entries) if group == registry.GROUP else [])
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: list(entries) if group == registry.GROUP else []
+    )
 
 
 def test_ours() -> None:
     assert registry.available()["dither"] is rg.Dither
     assert registry.make("dither") == rg.Dither()
-    assert registry.make("dither", {"scale": "3", "target_sparsity": "0.9", "bits": "4"}) == rg.Dither(3.0, 0.9, 4)
+    assert registry.make("dither", {"scale": "3", "target_sparsity": "0.9", "bits": "4"}) == rg.Dither(
+        3.0, 0.9, 4
+    )
 
 
 def test_third_party(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +55,9 @@ def test_third_party(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.make("foreign", {"strength": 4}) == Foreign(4)
 
 
-@pytest.mark.parametrize("target", [ImportError("no module"), AttributeError("no attribute"), dict, 3, rg.Method])
+@pytest.mark.parametrize(
+    "target", [ImportError("no module"), AttributeError("no attribute"), dict, 3, rg.Method]
+)
 def test_broken_entry_points(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Entry("broken", target))
     with pytest.raises(OptionError, match=r"method 'broken' \(entry point package:broken\)"):

@@ -153,9 +153,24 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     program = LayerProgram.find(token)
     found: Gradients = program.backward(delta, saved, rows, weight, input_shape, geometry, Needs(*needs))
-    # An op cannot return None: what was not asked for comes back empty.
-    empty = delta.new_empty(0)
-    return tuple(empty if g is None else g for g in (found.input, found.weight, found.bias))  # pyright: ignore[reportReturnType]
+    # An op cannot return None: what was not asked for comes back empty. Layouts are those that the fake announces.
+    return (
+        delta.new_empty(0) if found.input is None else found.input.contiguous(memory_format=_layout(delta)),
+        delta.new_empty(0)
+        if found.weight is None
+        else found.weight.contiguous(memory_format=_layout(weight)),
+        delta.new_empty(0) if found.bias is None else found.bias,
+    )
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return torch.contiguous_format
 
 
 def _run_convolution(
@@ -199,8 +214,12 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     return (
-        delta.new_empty(tuple(input_shape)) if needs[0] else delta.new_empty(0),
-        weight.new_empty(weight.shape) if needs[1] else delta.new_empty(0),
+        torch.empty(tuple(input_shape), dtype=delta.dtype, device=delta.device, memory_format=_layout(delta))
+        if needs[0]
+        else delta.new_empty(0),
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, memory_format=_layout(weight))
+        if needs[1]
+        else delta.new_empty(0),
         delta.new_empty(outputs) if needs[2] else delta.new_empty(0),
     )
 
@@ -227,8 +246,7 @@ def _linear_formula(  # pyright: ignore[reportUnusedFunction]
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    count = torch.Size(delta_shape).numel() // weight_shape[0]
-    return linear_flops(count, *weight_shape) * (needs[0] + needs[1])
+    return linear_flops(torch.Size(delta_shape[:-1]).numel(), *weight_shape) * (needs[0] + needs[1])
 
 
 @register_flop_formula(torch.ops.retrograde.convolution_backward)

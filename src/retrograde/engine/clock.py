@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Conductor
-from retrograde.errors import NoEffectError, RetrogradeWarning
+from retrograde.errors import AttachError, NoEffectError, RetrogradeWarning
 
 _IDLE_STEPS = 3
 
@@ -25,8 +25,8 @@ class Clock:
     Args:
         attached: the layers with their programs.
         conductors: told of every step, after the programs.
-        optimizer: listen to this optimizer alone; None listens to every optimizer of the process and acts on those
-            that own an attached parameter.
+        optimizer: listen to this optimizer alone, which must own an attached parameter; None listens to every
+            optimizer of the process and acts on those that own one.
         strict: raise, rather than warn, when several steps in a row pass every attached layer by.
     """
 
@@ -40,6 +40,12 @@ class Clock:
         self._attached = list(attached)
         self._conductors = conductors
         self._strict = strict
+        self._outermost: torch.optim.Optimizer | None = None
+        if optimizer is not None and attached and not self._owned(optimizer):
+            raise AttachError(
+                "the optimizer that attach was given owns no parameter of an attached layer, so its steps would drive "
+                "nothing. Make it over the parameters of the attached model."
+            )
         # The hooks are the process's, or the optimizer's: they must not keep a forgotten model alive.
         clock = weakref.ref(self)
 
@@ -68,20 +74,28 @@ class Clock:
         _remove(self._handles)
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, LayerProgram]]:
+        """The layers whose first trainable parameter (the weight, if it trains) is this optimizer's."""
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [
-            (m, program) for m, program in self._attached if any(id(p) in mine for p in m.parameters(False))
-        ]
+        firsts = ((layer, program, _first_trainable(layer)) for layer, program in self._attached)
+        return [(layer, program) for layer, program, first in firsts if id(first) in mine]
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
-        owned = self._owned(optimizer)
-        self._refuse_idleness([program for _, program in owned])
-        for layer, program in owned:
+        # Some optimizers step another one inside their own step (sharpness-aware, lookahead): the outer one counts.
+        if self._outermost is None:
+            self._outermost = optimizer
+        if self._outermost is not optimizer:
+            return
+        for layer, program in self._owned(optimizer):
             program.before_step(layer, optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._outermost is not optimizer:
+            return
+        self._outermost = None
         owned = self._owned(optimizer)
         idle = not any(program.calls for _, program in owned)
+        if idle:
+            self._refuse_idleness([program for _, program in owned])
         for layer, program in owned:
             program.after_step(layer, optimizer, idle=idle)
         if owned:
@@ -90,7 +104,7 @@ class Clock:
 
     def _refuse_idleness(self, programs: list[LayerProgram]) -> None:
         """One step without gradients may initialise an optimizer's state; several in a row are a run without effect."""
-        if not programs or any(p.calls or p.excused for p in programs):
+        if not programs or any(p.excused for p in programs):
             return
         idle = min(p.idle_steps for p in programs) + 1
         what = (
@@ -103,6 +117,10 @@ class Clock:
             warnings.warn(what, RetrogradeWarning, stacklevel=2)
         elif idle >= _IDLE_STEPS and self._strict:
             raise NoEffectError(what + " (strict=False turns this error into the warning alone.)")
+
+
+def _first_trainable(layer: nn.Module) -> nn.Parameter | None:
+    return next((p for p in layer.parameters() if p.requires_grad), None)
 
 
 def _remove(handles: Sequence[Any]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrograde.engine import boundary
+from retrograde.engine.blocks import cross
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Operands
 from retrograde.errors import DetachError, OptionError
@@ -66,12 +67,15 @@ def find_kind(layer: nn.Module) -> LayerKind | str | None:
 
     A subclass counts as its base only as long as it inherits ``forward``: what an override does is not ours to guess.
     """
-    for cls in type(layer).__mro__:
+    own = type(layer)._retrograde_base if isinstance(layer, AttachedLayer) else type(layer)  # pyright: ignore[reportAttributeAccessIssue]
+    for cls in own.__mro__:
         known = _KINDS.get(cls)
         if known is None:
             continue
+        if "forward" in layer.__dict__:
+            return "its forward was replaced on the object, which hides the class's: undo that, then attach"
         for method in ("forward", "_conv_forward"):
-            if getattr(type(layer), method, None) is not getattr(cls, method, None):
+            if getattr(own, method, None) is not getattr(cls, method, None):
                 return (
                     f"subclass of {cls.__name__} with a {method}() of its own: teach it with register_layer"
                 )
@@ -92,8 +96,8 @@ class AttachedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's forward pass; shapes as of the plain layer."""
         program = self._retrograde
-        training = self.training and torch.is_grad_enabled()
-        if not program.active or not (training or program.changes_forward):
+        training = self.training and program.active and torch.is_grad_enabled()
+        if not (training or program.changes_forward):
             return cast(Tensor, super().forward(*args, **kwargs))
         operands = self._retrograde_kind.operands(self, *args, **kwargs)
         unbatched = operands.geometry is not None and operands.x.dim() == len(operands.geometry.stride) + 1
@@ -102,10 +106,12 @@ class AttachedLayer(nn.Module):
         operands = program.transform(operands)
         z = boundary.apply(operands, program) if training else boundary.multiply(operands)
         z = program.extend(operands.x, z)
+        if training and program.exit is not None:
+            z = cross(z, program.exit)
         return z.squeeze(0) if unbatched else z
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        base = plain_class(self)
+        base = _swapped_from(self, self._retrograde.name)
         plain = base.__new__(base)
         memo[id(self)] = plain
         plain.__dict__.update(copy.deepcopy(_plain_state(self), memo))
@@ -114,11 +120,13 @@ class AttachedLayer(nn.Module):
         return folded
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        plain, state = _swapped_from(self, self._retrograde.name), _plain_state(self)
         if self._retrograde.changes_forward:
-            return copy.deepcopy(self).__reduce_ex__(protocol)
+            folded = copy.deepcopy(self)
+            plain, state = type(folded), folded.__dict__
         # The standard library's reconstructor: whoever loads the file needs no retrograde.
         reconstruct = copyreg._reconstructor  # pyright: ignore[reportAttributeAccessIssue]
-        return reconstruct, (plain_class(self), object, None), _plain_state(self)
+        return reconstruct, (plain, object, None), state
 
 
 def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:
@@ -130,28 +138,36 @@ def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:
     object.__setattr__(layer, "_retrograde_kind", kind)
 
 
-def swap_out(layer: nn.Module, name: str) -> None:
-    """Give `layer` its own class back."""
-    if type(layer) is not _attached_class(plain_class(layer)):
-        raise DetachError(
-            f"layer {name!r} has become a {type(layer).__name__} since it was attached, so its class cannot be put "
-            "back. Undo that first (for a parametrization: torch.nn.utils.parametrize.remove_parametrizations)."
-        )
+def swap_out(layers: Mapping[str, nn.Module]) -> None:
+    """Give the layers, by name, their own classes back: all of them, or none when one cannot."""
+    bases = {name: _swapped_from(layer, name) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _restore(layer, bases[name])
+
+
+def _restore(layer: nn.Module, base: type[nn.Module]) -> None:
     for rule in layer.__dict__["_retrograde"].rules:
         rule.release(layer)
-    layer.__class__ = plain_class(layer)
+    layer.__class__ = base
     del layer.__dict__["_retrograde"], layer.__dict__["_retrograde_kind"]
 
 
-def plain_class(layer: nn.Module) -> type[nn.Module]:
+def _swapped_from(layer: nn.Module, name: str) -> type[nn.Module]:
     """The class that an attached layer had before."""
-    return cast(type[nn.Module], type(layer)._retrograde_base)  # pyright: ignore[reportAttributeAccessIssue]
+    base = cast(type[nn.Module], type(layer)._retrograde_base)  # pyright: ignore[reportAttributeAccessIssue]
+    if type(layer) is not _attached_class(base):
+        raise DetachError(
+            f"layer {name!r} has become a {type(layer).__name__} since it was attached, so its plain class cannot be "
+            "told. Undo that first (for a parametrization: torch.nn.utils.parametrize.remove_parametrizations)."
+        )
+    return base
 
 
 @cache
 def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     # One class for each base, cached: compiled code is guarded by class, and would be made again for each instance.
-    namespace = {"_retrograde_base": base, "__module__": __name__, "__doc__": base.__doc__}
+    # The base's module: tools such as torch.fx know torch's own layers by it.
+    namespace = {"_retrograde_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(f"Retrograde{base.__name__}", (AttachedLayer, base), namespace)
 
 
@@ -164,19 +180,31 @@ def _linear(layer: nn.Linear, input: Tensor) -> Operands:
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Operands:
-    spatial = len(layer.kernel_size)
-    # torch keeps (left, right) for each dimension, last dimension first, for named padding and padding modes alike.
-    sides = list(layer._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
-    before, after = sides[0::2][::-1], sides[1::2][::-1]
+    # Read anew in every forward pass, as torch does: segmentation models change dilation and padding after building.
+    kernel = layer.weight.shape[2:]
+    none = (0,) * len(kernel)
+    stride, dilation = _each(layer.stride, kernel), _each(layer.dilation, kernel)
     if layer.padding_mode != "zeros":
-        input, padding = F.pad(input, sides, mode=layer.padding_mode), (0,) * spatial
-    elif before != after:
-        input, padding = F.pad(input, sides), (0,) * spatial
+        # (left, right) for each dimension, last dimension first: torch computes them when the layer is built.
+        sides = list(layer._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
+        input, padding = F.pad(input, sides, mode=layer.padding_mode), none
+    elif layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = tuple(total // 2 for total in totals)
+        odd = [total % 2 for total in totals]
+        if any(odd):
+            input = F.pad(input, [side for extra in reversed(odd) for side in (0, extra)])
+    elif layer.padding == "valid":
+        padding = none
     else:
-        padding = tuple(before)
-    none = (0,) * spatial
-    geometry = Geometry(layer.stride, padding, layer.dilation, False, none, layer.groups)
+        padding = _each(layer.padding, kernel)
+    geometry = Geometry(stride, padding, dilation, False, none, layer.groups)
     return Operands(input, layer.weight, layer.bias, geometry)
+
+
+def _each(value: Any, kernel: Sequence[int]) -> tuple[int, ...]:
+    """A setting of a convolution for each spatial dimension; users may have set one number for all."""
+    return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
 
 
 def _transposed(
@@ -184,18 +212,18 @@ def _transposed(
     input: Tensor,
     output_size: list[int] | None = None,
 ) -> Operands:
-    padding = cast(tuple[int, ...], layer.padding)
-    spatial = len(layer.kernel_size)
+    kernel = layer.weight.shape[2:]
+    stride, dilation, padding = (_each(v, kernel) for v in (layer.stride, layer.dilation, layer.padding))
     extra = layer._output_padding(  # pyright: ignore[reportPrivateUsage]
         input,
         output_size,
-        list(layer.stride),
+        list(stride),
         list(padding),
-        list(layer.kernel_size),
-        spatial,
-        list(layer.dilation),
+        list(kernel),
+        len(kernel),
+        list(dilation),
     )
-    geometry = Geometry(layer.stride, padding, layer.dilation, True, tuple(extra), layer.groups)
+    geometry = Geometry(stride, padding, dilation, True, tuple(extra), layer.groups)
     return Operands(input, layer.weight, layer.bias, geometry)
 
 

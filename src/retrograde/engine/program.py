@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import DISCOUNTS, convolution_flops, linear_flops
+from retrograde.engine.blocks import BlockProgram
 from retrograde.engine.rows import sample_rows
-from retrograde.engine.slots import Call, Needs, Operands, Rule, Step, Tier
+from retrograde.engine.slots import Call, Grant, Needs, Operands, Rule, Step, Tier
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.errors import AttachError, OptionError, RetrogradeWarning, StateError
 from retrograde.kernels import reference
@@ -23,7 +24,7 @@ from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 from retrograde.maths.philox import mix_key
 
-_CALLS_WITHOUT_STEP = 1000
+_PASSES_WITHOUT_STEP = 1000
 _handles = itertools.count()
 # An op takes tensors and numbers only, so a layer's op finds its program by number; weakly, to keep nothing alive.
 _programs: "weakref.WeakValueDictionary[int, LayerProgram]" = weakref.WeakValueDictionary()
@@ -54,10 +55,17 @@ class LayerProgram:
         self.rules = tuple(rules)
         self.seed = seed
         self.active = True
+        self.block: BlockProgram | None = None
+        """The innermost block around the layer, or its own when it is a chain; its grant is the tier to begin with."""
+        self.exit: BlockProgram | None = None
+        """The block that ends at this layer's output."""
+        self.clock: object = None
+        """Kept by the layers, so that a model trains on when nobody keeps the session."""
         self.excused = False
         self.step = 0
         self.calls = 0
         self.idle_steps = 0
+        self._passes, self._last_pass = 0, -1
         self.total = Counters()
         self._at_step = Counters()
         self._layer_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
@@ -77,6 +85,11 @@ class LayerProgram:
         self._input, self._output = filling("input"), filling("output")
         self._gate, self._delta, self._observe = filling("gate"), filling("delta"), filling("observe")
         self._grad, self._local, self._fold = filling("grad"), filling("local"), filling("fold")
+        for rule in {*self._input, *self._output}.difference(self._fold):
+            raise OptionError(
+                f"{type(rule).__name__} changes the forward pass of layer {self.name!r} (slot `input` or `output`) but "
+                "does not fill `fold`: copies, pickles and folded models would compute another function. Fill `fold`."
+            )
         save, product = filling("save"), filling("product")
         if save != product or len(save) > 1:
             names = ", ".join(sorted({type(rule).__name__ for rule in (*save, *product)}))
@@ -140,18 +153,20 @@ class LayerProgram:
         needs: Needs,
     ) -> Gradients:
         """Gradients of one call; see `Call` for the arguments."""
+        self.token[1] += 1
+        if needs.weight or needs.bias:
+            self._expect_steps()
+        grant = self._block_grant(delta)
+        if grant is None:
+            # Counted by the block, as where autograd never comes here.
+            return Gradients(
+                delta.new_zeros(tuple(input_shape)) if needs.input else None,
+                torch.zeros_like(weight) if needs.weight else None,
+                delta.new_zeros(_bias_size(weight, geometry)) if needs.bias else None,
+            )
         key = mix_key(self.seed, self.step, self._layer_key, _rank(), self.calls)
         self.calls += 1
-        self.token[1] += 1
-        if self.calls == _CALLS_WITHOUT_STEP:
-            warnings.warn(
-                f"{self.calls} backward passes went through layer {self.name!r} without a step of an optimizer that "
-                "owns its weight: whatever the methods learn is not learnt. Use a torch.optim.Optimizer over the "
-                "model's parameters, or pass `optimizer=` to attach.",
-                RetrogradeWarning,
-                stacklevel=2,
-            )
-        call = Call(delta, saved, weight, input_shape, geometry, key, needs, self.total)
+        call = Call(delta, saved, weight, input_shape, geometry, key, needs, self.total, grant.tier)
         for rule in self._gate:
             call.tier = min(call.tier, rule.gate(call))
         quantised = Delta(call.delta)
@@ -163,12 +178,58 @@ class LayerProgram:
             rule.observe(call, quantised)
         keep_weight = needs.weight and call.tier is not Tier.SKIP
         self._count(call, quantised, keep_weight)
+        weight_grad = self._weight_grad(call, quantised, keep_weight) if needs.weight else None
+        if weight_grad is not None and grant.scale != 1:
+            weight_grad = weight_grad * grant.scale
         return Gradients(
             self._input_grad(call, quantised) if needs.input else None,
-            self._weight_grad(call, quantised, keep_weight) if needs.weight else None,
+            weight_grad,
             # The bias gradient is a sum over what arrived: exact, and free.
             _bias_grad(call) if needs.bias else None,
         )
+
+    def _block_grant(self, delta: Tensor) -> Grant | None:
+        """What the layer's block grants this call; None where the whole block is pruned."""
+        if self.block is None:
+            return Grant(Tier.FULL)
+        if self.block.block.kind == "chain":
+            return self.block.gate(delta)
+        # A branch's scale is in δ already.
+        return None if self.block.pruned else Grant(self.block.grant.tier)
+
+    def pass_by(self, dense: Counters, ratio: float) -> None:
+        """Count calls that a block pruned: their forward pass ran, their backward pass did not.
+
+        Args:
+            dense: what an executed call of the block counted at this layer.
+            ratio: size of the pruned call relative to that one.
+        """
+        self.calls += dense.calls
+        total = self.total
+        total.calls += dense.calls
+        total.skipped += dense.calls
+        total.forward_dense += dense.forward_dense * ratio
+        total.forward_needed += dense.forward_needed * ratio
+        total.forward_executed += dense.forward_executed * ratio
+        total.forward_discounted += dense.forward_discounted * ratio
+        total.input_grad_dense += dense.input_grad_dense * ratio
+        total.weight_grad_dense += dense.weight_grad_dense * ratio
+
+    def _expect_steps(self) -> None:
+        # A layer may be called many times within one backward pass: passes are what is counted.
+        backward_pass = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
+        if backward_pass == self._last_pass:
+            return
+        self._last_pass = backward_pass
+        self._passes += 1
+        if self._passes == _PASSES_WITHOUT_STEP:
+            warnings.warn(
+                f"{self._passes} backward passes went through layer {self.name!r} without a step of an optimizer that "
+                "owns its weight: whatever the methods learn is not learnt. Use a torch.optim.Optimizer over the "
+                "model's parameters, or pass `optimizer=` to attach.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
 
     def _input_grad(self, call: Call, delta: Delta) -> Tensor:
         if call.geometry is None:
@@ -192,13 +253,14 @@ class LayerProgram:
         if not entries:
             return
         if call.geometry is None:
-            dense = linear_flops(entries // call.weight.shape[0], *call.weight.shape)
+            dense = linear_flops(call.delta.shape[:-1].numel(), *call.weight.shape)
         else:
             dense = convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
         own_zeros = entries - int(torch.count_nonzero(call.delta))
         zeros = own_zeros if delta.values is call.delta else int(delta.zeros())
         needed = dense * (1 - zeros / entries)
         discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
+        reduced = discount if call.precision is None else min(discount, DISCOUNTS[call.precision])
         total.entries += entries
         total.own_zeros += own_zeros
         total.zeros += zeros
@@ -211,13 +273,13 @@ class LayerProgram:
             total.input_grad_dense += dense
             total.input_grad_needed += needed
             total.input_grad_executed += dense
-            total.input_grad_discounted += dense * discount
+            total.input_grad_discounted += dense * reduced
         if call.needs.weight:
             total.weight_grad_dense += dense
         if weight_wanted:
             total.weight_grad_needed += needed
             total.weight_grad_executed += dense
-            total.weight_grad_discounted += dense * discount
+            total.weight_grad_discounted += dense * reduced
 
     # The clock: slots 7 and 8.
 
@@ -245,7 +307,7 @@ class LayerProgram:
         # A pause excuses the steps that it touches: plain autograd ran, as was asked.
         self.excused = not self.active
         self.step += 1
-        self.calls = 0
+        self.calls = self._passes = 0
         self._decide_sampling()
 
     def _decide_sampling(self) -> None:
@@ -296,6 +358,12 @@ def _shared_statistics(rules: Sequence[Rule]) -> InputStatistics | None:
     for rule in asking:
         rule.statistics = statistics
     return statistics
+
+
+def _bias_size(weight: Tensor, geometry: Geometry | None) -> int:
+    if geometry is None or not geometry.transposed:
+        return weight.shape[0]
+    return weight.shape[1] * geometry.groups
 
 
 def _bias_grad(call: Call) -> Tensor:

@@ -36,6 +36,26 @@ def sample_rows(x: Tensor, weight: Tensor, geometry: Geometry | None, budget: in
     return _patches(x, weight.shape[2:], geometry, budget)
 
 
+def weight_matrix(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """The weight as the matrix that multiplies the rows of `sample_rows`.
+
+    Args:
+        weight: (o, i), or a convolution's kernel in torch's layout.
+        groups: of the convolution; 1 for a linear layer.
+        transposed: whether the convolution is a transposed one.
+
+    Returns:
+        (groups, o, d); a transposed convolution has every output channel once for each place of its kernel.
+    """
+    matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return matrix.mT if transposed else matrix
+
+
+def weight_from_matrix(matrix: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+    """The inverse of `weight_matrix`, for a weight of `shape`."""
+    return (matrix.mT if transposed else matrix).reshape(shape)
+
+
 def _patches(x: Tensor, kernel: torch.Size, geometry: Geometry, budget: int) -> Tensor:
     padded = F.pad(x, [side for p in reversed(geometry.padding) for side in (p, p)])
     spatial = len(kernel)

@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ class Call:
         key: 64-bit random key of this call.
         needs: gradients asked for.
         counters: the layer's sums; a rule adds its fallbacks and overhead.
-        tier: what the gates have granted so far.
+        tier: what the layer's block and the gates have granted so far.
+        precision: what a rule has rounded the operands of the backward products to (a key of
+            `retrograde.accounting.flops.DISCOUNTS`); None for the weight's own dtype.
     """
 
     delta: Tensor
@@ -79,6 +81,59 @@ class Call:
     needs: Needs
     counters: Counters
     tier: Tier = Tier.FULL
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a model whose backward work is granted as a whole.
+
+    Attributes:
+        name: full name in the model.
+        kind: ``"branch"``: its output is added to a shortcut, so SKIP may drop its whole backward pass;
+            ``"chain"``: one layer with others behind it, so SKIP drops the weight gradient alone.
+        module: whose result is the block's output.
+        members: modules that belong to the block alone, `module` or others before its output.
+        method: the method of `module` that returns the output.
+        why: how it was found.
+    """
+
+    name: str
+    kind: Literal["branch", "chain"]
+    module: nn.Module
+    members: tuple[nn.Module, ...]
+    method: str = "forward"
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One application of a block in one backward pass, before any of its backward work.
+
+    Attributes:
+        delta: δ, gradient at the block's output.
+        key: 64-bit random key of this call, the same on all ranks.
+        step: optimizer steps of the block so far.
+        counters: the block's sums; a rule adds its fallbacks and overhead.
+    """
+
+    delta: Tensor
+    key: int
+    step: int
+    counters: Counters
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a block's rule grants a call.
+
+    Attributes:
+        tier: for all layers of the block that no block inside it speaks for.
+        scale: factor on what the block learns: on δ of a branch, on dW of a chain.
+    """
+
+    tier: Tier
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -201,6 +256,28 @@ class Rule:
         return getattr(type(self), slot) is not getattr(Rule, slot)
 
 
+class BlockRule:
+    """Slot 4 for a whole block. State changes in the backward pass (`gate`) and after the step (`local`) only."""
+
+    def gate(self, call: BlockCall) -> Grant:
+        """What this call is worth; the answer must be the same on all ranks."""
+        raise NotImplementedError
+
+    def local(self) -> None:
+        """After the optimizer's step."""
+
+    def metrics(self) -> dict[str, float]:
+        """The rule's figures, for logs and reports."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
 class Conductor:
     """What a method decides for a whole model rather than for one layer: phases, restarts, the best state so far."""
 
@@ -239,6 +316,17 @@ class Method:
             rules: this method's rules by layer name.
         """
         return None
+
+    def branches(self, model: nn.Module) -> Sequence[Block] | None:
+        """The branches of `model`, where the method grants work to whole blocks; None where it does not.
+
+        Attached layers outside them become chains of one layer.
+        """
+        return None
+
+    def block_rules(self, blocks: Sequence[Block]) -> Sequence[BlockRule]:
+        """One rule for each block of a model; `blocks` are in the model's order."""
+        raise NotImplementedError
 
     def rule(self, site: Site) -> Rule | str:
         """The rule for `site`, or the reason why this method leaves the layer alone."""

@@ -6,15 +6,19 @@ The eigenbasis is tracked by subspace iteration, warm-started from the last one:
     Qᵀ C Q = V Λ Vᵀ,  U = Q V
 
 at 4·m·d·k operations an iteration for m rows; C itself is never formed unless d is small.
+
+A refresh happens in the first step and then every `StatisticsSpec.every`. One step seldom brings all the rows that are
+asked for, so the steps just before a refresh bring theirs too, as many of them as it takes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MEAN_MOMENTUM = 0.9
+_MEAN_MOMENTUM = 0.5
 _COLD_ITERATIONS = 5
 _WARM_ITERATIONS = 2
 
@@ -27,16 +31,19 @@ class StatisticsSpec:
         rows: budget of sampled rows for each refresh.
         every: steps between refreshes.
         rank: eigenpairs to track; 0 for none.
+        until: no refresh from this step on; None refreshes to the end.
     """
 
     rows: int = 2048
     every: int = 32
     rank: int = 0
+    until: int | None = None
 
     def merged(self, other: "StatisticsSpec") -> "StatisticsSpec":
         """Enough for both."""
+        until = None if self.until is None or other.until is None else max(self.until, other.until)
         return StatisticsSpec(
-            max(self.rows, other.rows), min(self.every, other.every), max(self.rank, other.rank)
+            max(self.rows, other.rows), min(self.every, other.every), max(self.rank, other.rank), until
         )
 
 
@@ -48,13 +55,14 @@ class InputStatistics:
 
     Attributes:
         spec: budget, period and rank.
-        rows: (groups, m, d), what the last sampled step saw; None before it.
+        rows: (groups, m, d), what the last refresh saw; None before it.
         mean: (groups, d), running mean over refreshes; None before the first.
         basis: (groups, d, k), orthonormal columns U, leading first; None when no rank is tracked or before the first.
         eigenvalues: (groups, k), Λ.
         variance: (groups,), mean eigenvalue, trace(C)/d.
         drift: (groups,), k − ‖Uᵀ U_before‖²_F of the last refresh.
         refreshes: how many there have been.
+        flops: cost of the last refresh.
     """
 
     def __init__(self, spec: StatisticsSpec) -> None:
@@ -66,11 +74,17 @@ class InputStatistics:
         self.variance: Tensor | None = None
         self.drift: Tensor | None = None
         self.refreshes = 0
+        self.flops = 0.0
+        self._step = 0
+        self._window = 1
         self._pending: list[Tensor] = []
 
     def due(self, step: int) -> bool:
-        """Whether the backward passes of this step bring rows: the first step, then every `spec.every`."""
-        return step % self.spec.every == 0
+        """Whether the backward passes of `step`, the one that begins now, bring rows."""
+        self._step = step
+        left = -step % self.spec.every
+        stopped = self.spec.until is not None and step + left >= self.spec.until
+        return left < self._window and not stopped
 
     def collect(self, rows: Tensor) -> None:
         """Rows of one backward call; a step's calls fill the budget together."""
@@ -79,37 +93,49 @@ class InputStatistics:
             self._pending.append(rows[:, :missing])
 
     def refresh(self) -> bool:
-        """After the step: take the rows in; under data parallelism every rank ends with the same statistics.
+        """After a step: where a refresh is due, take the rows in; all ranks end with the same statistics.
 
         Returns:
             Whether anything new was learnt.
         """
-        if not self._pending:
+        if self._step % self.spec.every:
             return False
-        rows = torch.cat(self._pending, 1)
+        rows = torch.cat(self._pending, 1) if self._pending else None
         self._pending = []
-        if not bool(torch.isfinite(rows).all()):
+        # Ranks decide together: one without rows, or with bad ones, would leave the others waiting.
+        good = rows is not None and bool(torch.isfinite(rows).all())
+        here = torch.tensor(float(good), device=self._device(rows))
+        if float(across_ranks(here)) < 1 or rows is None:
             return False
+        if not self.refreshes:
+            self._window = max(1, min(self.spec.every, math.ceil(self.spec.rows / rows.shape[1])))
         self.rows = rows
-        mean = _across_ranks(rows.mean(1))
+        mean = across_ranks(rows.mean(1))
         self.mean = mean if self.mean is None else self.mean.lerp(mean, 1 - _MEAN_MOMENTUM)
         centred = rows - mean.unsqueeze(1)
-        self.variance = _across_ranks(centred.square().mean((1, 2)))
+        self.variance = across_ranks(centred.square().mean((1, 2)))
+        self.flops = 4.0 * rows.numel()
         if self.spec.rank:
             self._track(centred)
         self.refreshes += 1
         return True
+
+    def _device(self, rows: Tensor | None) -> torch.device:
+        known = rows if rows is not None else self.mean
+        return torch.device("cpu") if known is None else known.device
 
     def _track(self, centred: Tensor) -> None:
         m, d = centred.shape[1:]
         k = min(self.spec.rank, d)
 
         def times_covariance(q: Tensor) -> Tensor:
-            return _across_ranks(centred.mT @ (centred @ q) / m)
+            self.flops += 4.0 * centred.numel() * k
+            return across_ranks(centred.mT @ (centred @ q) / m)
 
         before = self.basis
         if d <= 2 * k:
-            values, vectors = torch.linalg.eigh(_across_ranks(centred.mT @ centred / m))
+            self.flops += 2.0 * centred.numel() * d
+            values, vectors = torch.linalg.eigh(across_ranks(centred.mT @ centred / m))
             basis = vectors[..., -k:].flip(-1)
         else:
             if before is None:
@@ -129,18 +155,20 @@ class InputStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and counts; rows waiting for the next refresh included."""
-        names = ("rows", "mean", "basis", "eigenvalues", "variance", "drift", "refreshes")
-        return {**{name: getattr(self, name) for name in names}, "pending": list(self._pending)}
+        names = ("rows", "mean", "basis", "eigenvalues", "variance", "drift", "refreshes", "flops")
+        counts = {"step": self._step, "window": self._window, "pending": list(self._pending)}
+        return {**{name: getattr(self, name) for name in names}, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         state = dict(state)
+        self._step, self._window = int(state.pop("step")), int(state.pop("window"))
         self._pending = list(state.pop("pending"))
         for name, value in state.items():
             setattr(self, name, value)
 
 
-def _across_ranks(tensor: Tensor) -> Tensor:
+def across_ranks(tensor: Tensor) -> Tensor:
     """The mean over ranks; `tensor` itself in one process."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:

@@ -22,7 +22,7 @@ class Delta:
         """δ̃ as an ordinary tensor of `dtype`."""
         if self.step is None:
             return self.values.to(dtype)
-        return self.values.to(dtype).mul_(self.step)
+        return self.values.to(dtype) * self.step
 
     def zeros(self) -> Tensor:
         """Number of zero entries: a 0-dimensional int64 tensor on the device of δ̃."""

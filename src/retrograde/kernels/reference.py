@@ -32,14 +32,12 @@ def linear_input_grad(delta: Delta, weight: Tensor, input_shape: Sequence[int]) 
         weight: (o, i).
         input_shape: (…, i).
     """
-    rows = delta.values.reshape(-1, weight.shape[0])
-    return _scaled(rows.to(weight.dtype) @ weight, delta).view(tuple(input_shape))
+    return _scaled(_factor(_rows(delta.values), delta, weight.dtype) @ weight, delta).view(tuple(input_shape))
 
 
 def linear_weight_grad(delta: Delta, x: Tensor) -> Tensor:
     """``dW = δ̃ᵀ x`` of shape (o, i), for δ̃ of shape (…, o) and x of shape (…, i)."""
-    rows = delta.values.reshape(-1, delta.values.shape[-1])
-    return _scaled(rows.to(x.dtype).T @ x.reshape(-1, x.shape[-1]), delta)
+    return _scaled(_factor(_rows(delta.values), delta, x.dtype).T @ _rows(x), delta)
 
 
 def convolution_input_grad(
@@ -69,7 +67,7 @@ def _convolution_backward(
     delta: Delta, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.convolution_backward(
-        delta.values.to(x.dtype),
+        _factor(delta.values, delta, x.dtype),
         x,
         weight,
         None,
@@ -83,6 +81,16 @@ def _convolution_backward(
     )
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _factor(values: Tensor, delta: Delta, dtype: torch.dtype) -> Tensor:
+    """δ̃'s factor in a product: the bare levels, exact even in bfloat16. Sums of levels would overflow float16."""
+    factor = values.to(dtype)
+    return factor * delta.step if dtype == torch.float16 and delta.step is not None else factor
+
+
 def _scaled(product: Tensor, delta: Delta) -> Tensor:
-    # Levels are small integers, exact even in bfloat16; the step is applied once, to the product.
-    return product if delta.step is None else product.mul_(delta.step)
+    """The step is applied once, to the product."""
+    return product if delta.step is None or product.dtype == torch.float16 else product.mul_(delta.step)

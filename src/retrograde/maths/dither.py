@@ -1,7 +1,7 @@
 """Non-subtractive dither (NSD): unbiased stochastic rounding of gradients to multiples of a step.
 
     Δ = s · std(δ)                      (1)   widened to max|δ| / (2^(bits−1) − 1), so that no level saturates
-    q = floor(δ/Δ + u),  u ~ U[0, 1)    (2)
+    q = floor(δ/Δ + u),  u ~ U[0, 1)    (2)   computed as floor(δ/Δ) + 1[u < f]: the same law, without rounding bias
     E[Δq] = δ                           (3)
     Var[Δq] = Δ² f(1 − f) ≤ Δ²/4        (4)   f = frac(δ/Δ)
     P(q = 0) = max(0, 1 − |δ|/Δ)        (5)
@@ -61,7 +61,9 @@ def levels(delta: Tensor, step: float, uniform: Tensor, bits: int | None = 8) ->
         q with the shape of `delta`; ``q * step`` is the quantised gradient.
     """
     wide = delta if delta.dtype == torch.float64 else delta.float()
-    q = (wide / step).add_(uniform).floor_()
+    ratio = wide / step
+    q = ratio.floor()
+    q += uniform < ratio.sub_(q)
     if bits is None:
         return q
     # With Δ ≥ peak/limit only the rounding of the division itself can pass the limit, by one.

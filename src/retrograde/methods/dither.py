@@ -77,8 +77,10 @@ class Dither(Method):
                 raise OptionError(
                     "Dither: target_sparsity needs a positive scale to start from, not scale=0."
                 )
-        if self.bits is not None and not 2 <= self.bits <= 8:
-            raise OptionError(f"Dither: bits={self.bits} must be 2 to 8, or None for unbounded levels.")
+        if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(
+                f"Dither: bits={self.bits} must be a whole number from 2 to 8, or None for unbounded levels."
+            )
 
     def rule(self, site: Site) -> Rule:
         """Every linear-like layer is dithered."""

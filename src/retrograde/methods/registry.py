@@ -61,6 +61,9 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
         return pydantic.TypeAdapter(cls).validate_python(options)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            # The method's own refusal, which says everything.
+            raise OptionError(str(first.get("ctx", {}).get("error", first["msg"]))) from error
         raise OptionError(
             f"method {name!r} refuses {'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}."
         ) from error

@@ -1,0 +1,183 @@
+r"""Spectral backpropagation: weight gradients projected on the leading eigenvectors of a layer's activations.
+
+With X (n × d) a layer's input, D (n × o) the gradient at its output, G = DᵀX the weight gradient, and U (d × k) the
+leading eigenvectors of E[xxᵀ], all steps but a few use
+
+    G U Uᵀ = (Dᵀ (X U)) Uᵀ                              (1)   input side: XU is kept, n × k numbers instead of n × d
+    V Vᵀ G                                              (2)   output side: V leads E[zzᵀ], z = W x
+    ‖G − G U Uᵀ‖ ≤ ‖D‖₂ sqrt(Σ_{i>k} λ_i(XᵀX))          (3)   the input side's guarantee; the output side has none
+    W ← W − η β λ₁ e₁ e₁ᵀ W                             (4)   decay of the largest output direction (λ₁, e₁ of E[zzᵀ])
+    U ← orth(E[xxᵀ] U)  or  Cayley(τA) U                (5)   every `every` steps; M ← M P_old P_new + M(I − P_old)
+    G + (s − 1)(G − G U Uᵀ),  s = min(m, λ₁/λ_k)        (6)   every m-th step: ``residual="scaled"``; s = 1: "full-step"
+
+**Why a residual path is on by default.** Steps confined to a dominant subspace stop making progress, and steps
+confined to its complement train about as well as free ones (Song, Ahn, Yun 2025). `basis` and `residual` allow that to be
+seen here: ``"top"``, ``"random"`` and ``"bulk"`` (I − P), with and without the path.
+
+Deviations from the summaries of the source. P multiplies G from the side of the input by default: on the literal side G
+must be formed first, and nothing is saved. The published decay β λ₁ e₁e₁ᵀ does not have W's shape; (4) does, with λ₁ of
+the mean, not the sum, over rows, and its factor never above 1. P is used before the optimizer, whose moments are carried
+along at refreshes (``exp_avg``, ``momentum_buffer``; Adam's ``exp_avg_sq`` holds squares of single entries, on which a
+change of basis has no meaning, and is left). Adam's division by it turns a step out of the subspace: what is confined is
+the gradient. The first `warmup` steps are full, and the rank is then fixed, so that compiled code stays.
+
+Convolutions: a row of X is a patch, and X U is the input convolved with U's columns as filters. It is smaller than the
+input when k is below the input channels of a group times the stride's product, so that is where the rank is capped.
+
+Cost for each projected call: 2nk(d + o) + 2kdo against 2ndo. Each refresh: about 12·rows·d·k. A full step keeps all of
+X, so the *peak* of memory falls only with ``residual="none"`` (then use `random` to leave a way out of the subspace).
+
+Suggested settings: the defaults, for layers from about 64 inputs on; a lower `full_every` when accuracy falls short.
+
+References:
+    Muthuraman, *Dynamic spectral backpropagation*, arXiv 2505.23369 (its base rule, from summaries).
+    Song, Ahn, Yun, *Does SGD really happen in tiny subspaces?*, ICLR 2025.
+    Zhao et al., *GaLore*, ICML 2024; Chen et al., *Fira*, arXiv 2410.01623: projected gradients and their residual.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import ClassVar, Literal, get_args
+
+from torch import nn
+
+from retrograde.engine.layers import find_kind
+from retrograde.engine.slots import Conductor, Method, Rule, Site
+from retrograde.errors import OptionError
+from retrograde.methods.spectral.core import SpectralRule
+from retrograde.methods.spectral.subspace import Directions, Policy, Subspace, Update
+
+__all__ = ["Spectral"]
+
+Side = Literal["input", "output", "both"]
+Residual = Literal["full-step", "scaled", "none"]
+
+_LARGEST_RANK = 64
+_SMALLEST_RANK = 4
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Spectral(Method):
+    """Spectral backpropagation (module docstring: equations, cost, sources).
+
+    Args:
+        rank: k; None takes the smallest that holds `energy`, at most 64, d/4 and, for a convolution, half of what would
+            save memory.
+        energy: θ, share of E‖x‖² that the automatic rank holds.
+        side: project the gradient from the side of the layer's ``"input"``, its ``"output"``, or ``"both"``.
+        every: steps between refreshes of the basis.
+        update: refresh by ``"qr"`` or on the Stiefel manifold by Cayley's transform, ``"lie"``.
+        tau: length of a Cayley step.
+        residual: the way out of the subspace: ``"full-step"``, ``"scaled"`` (equation 6) or ``"none"``.
+        full_every: m, of each so many steps one is full.
+        warmup: full steps at the start.
+        decay: β, in 0 to 1e-3 as a rule.
+        random: how many of the k directions are random, drawn anew at each refresh.
+        basis: ``"top"``; for ablations ``"random"``, and ``"bulk"``, the complement, which saves no memory.
+        rows: rows of the input that a refresh sees.
+        skip_head: train the model's last linear-like layer in full.
+
+    Raises:
+        OptionError: a value out of its range.
+
+    Example:
+        >>> session = rg.attach(model, rg.Spectral())
+    """
+
+    name: ClassVar[str] = "spectral"
+
+    rank: int | None = None
+    energy: float = 0.95
+    side: Side = "input"
+    every: int = 100
+    update: Update = "qr"
+    tau: float = 1.0
+    residual: Residual = "full-step"
+    full_every: int = 4
+    warmup: int = 200
+    decay: float = 0.0
+    random: int = 0
+    basis: Directions = "top"
+    rows: int = 2048
+    skip_head: bool = True
+
+    def __post_init__(self) -> None:
+        for option, choices in (
+            ("side", Side),
+            ("update", Update),
+            ("residual", Residual),
+            ("basis", Directions),
+        ):
+            known = get_args(choices)
+            if getattr(self, option) not in known:
+                raise OptionError(
+                    f"Spectral: {option}={getattr(self, option)!r} must be one of {', '.join(known)}."
+                )
+        for option, least in (("every", 1), ("full_every", 2), ("warmup", 0), ("random", 0), ("rows", 1)):
+            if getattr(self, option) < least:
+                raise OptionError(f"Spectral: {option}={getattr(self, option)} must be {least} or more.")
+        if self.rank is not None and self.rank < 1:
+            raise OptionError(f"Spectral: rank={self.rank} must be 1 or more, or None to follow `energy`.")
+        if not 0 < self.energy <= 1:
+            raise OptionError(f"Spectral: energy={self.energy} must lie above 0 and be at most 1.")
+        if not (math.isfinite(self.tau) and self.tau > 0):
+            raise OptionError(f"Spectral: tau={self.tau} must be a positive number.")
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise OptionError(f"Spectral: decay={self.decay} must be a finite number, 0 or more.")
+        if self.random and self.rank is not None and self.random >= self.rank:
+            raise OptionError(
+                f"Spectral: random={self.random} leaves none of rank={self.rank} to the leading directions. "
+                "For random directions alone use basis='random'."
+            )
+        if self.random and self.basis != "top":
+            raise OptionError(f"Spectral: random={self.random} belongs to basis='top', not {self.basis!r}.")
+
+    def rule(self, site: Site) -> Rule | str:
+        """Every linear layer and convolution that is wide enough."""
+        layer = site.layer
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | _TRANSPOSED):
+            return f"how the weight of a taught {type(layer).__name__} lies is not known"
+        if nn.utils.parametrize.is_parametrized(layer):
+            return "parametrised: its gradient has no rows of its own to project"
+        kernel: tuple[int, ...] = ()
+        if isinstance(layer, nn.Linear):
+            inputs, outputs, limit = layer.in_features, layer.out_features, layer.in_features
+        else:
+            kernel = tuple(layer.kernel_size)
+            pixels, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+            if isinstance(layer, _TRANSPOSED):
+                if self.side != "input" or self.decay:
+                    return "transposed: its rows have no outputs of their own, which side='input' and decay=0 do without"
+                inputs, limit = pixels, pixels
+            else:
+                inputs, limit = pixels * math.prod(kernel), pixels * math.prod(layer.stride)
+        caps = [min(_LARGEST_RANK, inputs // 4, limit // 2), min(_LARGEST_RANK, outputs // 4)]
+        sides = {"input": [0], "output": [1], "both": [0, 1]}[self.side]
+        for side in sides:
+            width, what = ((inputs, "inputs"), (outputs, "outputs"))[side]
+            if self.rank is None and caps[side] < _SMALLEST_RANK:
+                return f"{width} {what}: too few for a projection to save anything (give `rank` to insist)"
+            if self.rank is not None and self.rank > width:
+                return f"rank={self.rank} is more than its {width} {what}: nothing to project"
+        subspaces = [self._subspace(site.name, cap, side) for side, cap in enumerate(caps)]
+        wants_outputs = self.side != "input" or self.decay > 0
+        return SpectralRule(site.name, self, kernel, subspaces[0], subspaces[1] if wants_outputs else None)
+
+    def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> Conductor | None:
+        """Nothing to conduct; but here the whole model is seen, and with it which layer is the head."""
+        layers = [name for name, module in model.named_modules() if find_kind(module) is not None]
+        head = rules.get(layers[-1])
+        # A head that was attached alone was meant.
+        if self.skip_head and isinstance(head, SpectralRule) and len(rules) > 1:
+            head.exempt()
+        return None
+
+    def _subspace(self, name: str, cap: int, side: int) -> Subspace:
+        seed = int.from_bytes(blake2b(f"{name}/{side}".encode(), digest_size=8).digest())
+        # Where the output side is only there for the decay, any rank will do.
+        rank, cap = (1, 1) if side == 1 and self.side == "input" else (self.rank, max(cap, 1))
+        return Subspace(Policy(rank, cap, self.energy, self.random, self.basis, self.update, self.tau, seed))

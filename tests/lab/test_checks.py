@@ -1,0 +1,76 @@
+"""``run_checks`` finds what is broken and goes on."""
+
+from pathlib import Path
+
+import pytest
+
+from retrograde.lab import checks, tensorboard
+from retrograde.lab.checks import Check, run_checks
+
+
+def find(found: list[Check], name: str) -> Check:
+    (check,) = [check for check in found if check.name == name]
+    return check
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_compile", lambda: ("ok", "not run"))
+
+
+def test_this_machine_is_fit() -> None:
+    found = run_checks()
+    assert [check.name for check in found] == [
+        *("machine", "versions", "methods", "gradients", "compile", "accelerator", "data sets", "TensorBoard")
+    ]
+    assert not [check for check in found if check.status == "failed"]
+    assert "dither" in find(found, "methods").detail
+    assert find(found, "data sets").status == "note"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["_machine", "_versions", "_methods", "_gradients", "_accelerator"])
+def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def broken() -> tuple[str, str]:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(checks, name, broken)
+    found = run_checks()
+    assert len(found) == 8
+    (failed,) = [check for check in found if check.status == "failed"]
+    assert failed.detail == "RuntimeError: broken"
+
+
+@pytest.mark.usefixtures("quick")
+def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that scales the gradient by 1.5 is a biased one."""
+    from retrograde.kernels import reference
+
+    original = reference.linear_weight_grad
+    monkeypatch.setattr(reference, "linear_weight_grad", lambda delta, x: 1.5 * original(delta, x))
+    assert find(run_checks(), "gradients").status == "failed"
+
+
+@pytest.mark.usefixtures("quick")
+def test_missing_data_folder_fails(tmp_path: Path) -> None:
+    check = find(run_checks(tmp_path / "gone"), "data sets")
+    assert check.status == "failed"
+    assert "gone" in check.detail
+    assert find(run_checks(tmp_path), "data sets").status == "ok"
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_tensorboard_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "is_available", lambda: False)
+    assert find(run_checks(), "TensorBoard").status == "note"
+
+
+def test_without_a_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no C++ compiler found\nsecond line")
+
+    monkeypatch.setattr("torch.compile", broken)
+    status, detail = checks._compile()
+    assert status == "note"
+    assert "no C++ compiler found" in detail
+    assert "second line" not in detail
