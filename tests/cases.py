@@ -125,7 +125,7 @@ def mlp(*, bias: bool = True) -> nn.Sequential:
 
 def cnn() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
         nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2),

@@ -63,16 +63,15 @@ class Demo:
             output.print_json({"rows": [asdict(row) for row in rows], "report": str(page)})
         else:
             output.print_table(_table(rows, self.seeds))
-            output.print_table(f"report: {page}")
+            output.print_line(f"report: {page}")
         return 0
 
 
 def _clear(folder: Path) -> None:
     """Replace an earlier demonstration's folder, and nothing else."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
-        raise OptionError(
-            f"the folder {folder} is not empty and no demonstration made it. Choose another --runs."
-        )
+    ours = (folder / _MARK).exists()
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise OptionError(f"{folder} is there already and no demonstration made it. Choose another --runs.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / _MARK).touch()

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from retrograde.cli import output
@@ -33,6 +34,6 @@ class Doctor:
         else:
             table = Table(box=None, pad_edge=False, show_header=False)
             for check in checks:
-                table.add_row(check.name, f"[{_STYLES[check.status]}]{check.status}", check.detail)
+                table.add_row(check.name, f"[{_STYLES[check.status]}]{check.status}", escape(check.detail))
             output.print_table(table)
         return int(any(check.status == "failed" for check in checks))

@@ -55,8 +55,9 @@ def read_given(arguments: Sequence[str]) -> Given:
             without a value.
     """
     recipe = _recipe(arguments)
-    methods = available()
     chosen = _values(arguments, "--method") or list(recipe.methods)
+    # Only when a method is named: `doctor` must run where one is broken.
+    methods = available() if chosen else {}
     for name in chosen:
         if name not in methods:
             raise OptionError(
@@ -74,7 +75,7 @@ def read_given(arguments: Sequence[str]) -> Given:
             rest.append(argument)
             continue
         if not equals:
-            if not waiting or waiting[0].startswith("--"):
+            if not waiting or _is_flag(waiting[0]):
                 raise OptionError(
                     f"option {argument} of method {target[0]!r} has no value. Write {argument} VALUE."
                 )
@@ -101,11 +102,16 @@ def _values(arguments: Sequence[str], flag: str) -> list[str]:
         if argument == flag:
             values: list[str] = []
             for value in arguments[position + 1 :]:
-                if value.startswith("-"):
+                if _is_flag(value):
                     break
                 values.append(value)
             return values
     return []
+
+
+def _is_flag(argument: str) -> bool:
+    # A negative number is a value.
+    return argument.startswith("-") and not argument[1:2].isdigit()
 
 
 def _target(flag: str, fields: dict[str, set[str]]) -> tuple[str, str] | None:

@@ -1,19 +1,24 @@
 """What the commands print: results on stdout, as a table or as JSON; progress and messages on stderr."""
 
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from retrograde.lab.files import to_json
+
 log = Console(stderr=True, soft_wrap=True)
 
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    # Not through rich, which would wrap long lines.
-    Console().file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    print_line(to_json(content, indent=2))
+
+
+def print_line(text: str) -> None:
+    """Text as it is on stdout: nothing wrapped, no markup read."""
+    Console().file.write(text + "\n")
 
 
 def print_table(table: Table | Any) -> None:

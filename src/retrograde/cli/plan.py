@@ -39,7 +39,13 @@ class PlanCommand:
         recipe = given.build(self.fields, self.method)
         if not recipe.methods:
             raise OptionError("plan needs at least one method. Add --method NAME; see `retrograde methods`.")
-        data = lab_data.load(recipe.data, data_dir=self.data_dir, seed=recipe.seed, limit=recipe.limit)
+        data = lab_data.load(
+            recipe.data,
+            data_dir=self.data_dir,
+            validation=recipe.validation,
+            seed=recipe.seed,
+            limit=recipe.limit,
+        )
         model = models.build(recipe.model, data, seed=recipe.seed)
         plan = make_plan(model, recipe.make_methods(), only=recipe.only, skip=recipe.skip)
         if self.json:

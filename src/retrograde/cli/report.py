@@ -33,5 +33,5 @@ class Report:
         if self.json:
             output.print_json({"report": str(page), "bytes": page.stat().st_size})
         else:
-            output.print_table(f"report: {page}")
+            output.print_line(f"report: {page}")
         return 0

@@ -1,17 +1,20 @@
 """``retrograde train``: a training run by a recipe, resumable and measured."""
 
+import itertools
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.flags import RecipeFlags
 from retrograde.cli.options import Given
 from retrograde.cli.signals import stop_request
+from retrograde.errors import OptionError
 from retrograde.lab import tensorboard
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.trainer import CHECKPOINT_SECONDS, Progress, train
@@ -45,13 +48,15 @@ class Train:
 
     def run(self, given: Given) -> int:
         """Train, then print the result."""
+        if self.resume and self.out is None:
+            raise OptionError("--resume goes on with a run: name its folder with --out.")
         recipe = given.build(self.fields, self.method)
         folder = self.out or _new_folder(recipe)
         if not tensorboard.is_available():
             output.log.print("no TensorBoard logs: install retrograde[tensorboard] to have them", style="dim")
-        output.log.print(f"run folder: {folder}", style="dim", highlight=False)
+        output.log.print(f"run folder: {folder}", style="dim", highlight=False, markup=False)
         with output.progress_bar() as bar:
-            task = bar.add_task(recipe.label, total=None, note="loading data")
+            task = bar.add_task(escape(recipe.label), total=None, note="loading data")
 
             def show(progress: Progress) -> None:
                 note = f"epoch {progress.epoch}  loss {progress.loss:.3f}"
@@ -85,7 +90,11 @@ def _new_folder(recipe: Recipe) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     model = recipe.model.replace(":", ".")
     methods = "+".join(recipe.methods) or "plain"
-    return Path("runs") / f"{stamp}-{Path(recipe.data).name}-{model}-{methods}"
+    folder = Path("runs") / f"{stamp}-{Path(recipe.data).name}-{model}-{methods}"
+    candidates = itertools.chain(
+        [folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    )
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
@@ -93,7 +102,7 @@ def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     flops = result["flops"]
-    table.add_row("methods", recipe.label)
+    table.add_row("methods", escape(recipe.label))
     table.add_row("test accuracy", f"{result['test']['accuracy']:.2%}")
     if result["zeros"] is not None:
         table.add_row(
@@ -106,5 +115,5 @@ def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
     table.add_row(
         "training time", f"{result['seconds']:.1f} s ({result['step_seconds'] * 1e3:.1f} ms a step)"
     )
-    table.add_row("folder", result["folder"])
+    table.add_row("folder", escape(result["folder"]))
     return table

@@ -7,13 +7,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
 from retrograde.lab import data as lab_data
 from retrograde.lab import machine
 from retrograde.lab.files import write_json
 from retrograde.lab.recipe import Recipe
-from retrograde.lab.trainer import Progress, Trainer
+from retrograde.lab.trainer import Progress, Trainer, pick_device
 
 FILE = "comparison.json"
 SCHEMA = 1
@@ -76,9 +74,9 @@ def compare(
             )
             counter.what = f"{recipe.data} · {recipe.model}"
             trainers: list[Trainer] = []
-            for chosen in ({}, *methods):
+            for number, chosen in enumerate(({}, *methods)):
                 mine = recipe.model_copy(update={"methods": chosen, "seed": seed})
-                name = f"{recipe.model}-{'+'.join(chosen) or 'plain'}-{seed}"
+                name = f"{recipe.model}-{number}-{'+'.join(chosen) or 'plain'}-{seed}"
                 trainers.append(Trainer(mine, folder / name, data, progress=counter.count))
             counter.total = counter.total or sum(t.steps for t in trainers) * seeds * len(recipes)
             # Turn by turn: whatever the machine does meanwhile, it does to all of them.
@@ -95,7 +93,7 @@ def compare(
             "command": command,
             "seeds": seeds,
             "recipes": [recipe.model_dump() for recipe in recipes],
-            "machine": machine.describe(torch.device("cpu")),
+            "machine": machine.describe(pick_device(recipes[0].device)),
             "commit": _commit(),
             "rows": [asdict(row) for row in rows],
         },
@@ -137,11 +135,21 @@ def _row(model: str, label: str, found: list[dict[str, Any]], plain: list[dict[s
 
 def _commit() -> str | None:
     """The checkout's commit, with ``-dirty`` when it holds changes; None outside a checkout."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return git.stdout.strip() or None
+    source = Path(__file__)
+    try:
+        git = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", source.name],
+            cwd=source.parent,
+            capture_output=True,
+            check=True,
+        )
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=source.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()

@@ -1,6 +1,7 @@
 """Files of a run folder, written so that a kill at any moment leaves the old or the new content, never half of it."""
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -17,11 +18,16 @@ MODEL = "model.safetensors"
 RESULT = "result.json"
 RUN = "run.json"
 CHECKPOINT_FORMAT = 1
+# What torch.load raises on bytes that are no checkpoint, or half of one.
+_UNREADABLE = (
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and put it in place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -33,9 +39,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def to_json(content: dict[str, Any], indent: int | None = None) -> str:
+    """JSON that every reader takes: a figure that is not finite (a diverged loss) becomes null."""
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    text = to_json(content, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -55,8 +74,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}. Start the run without --resume.")
     try:
-        content = torch.load(path, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({_first_line(error)}): it is cut off or no checkpoint. Put a whole "
             "copy in its place, or remove it and start the run anew."
@@ -69,6 +88,20 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return content
 
 
+def check_metrics(folder: Path, length: int) -> None:
+    """The metrics file must hold all that was logged up to the checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or shorter.
+    """
+    path = folder / METRICS
+    if not path.is_file() or path.stat().st_size < length:
+        raise CheckpointError(
+            f"{path} is missing or shorter than the {length} bytes that its checkpoint counts on, so the run cannot go "
+            "on in it. Put the file back, or start the run anew in another folder."
+        )
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """The description of the run in `folder`.
 
@@ -77,11 +110,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"there is no run in {folder}: {error}. Give the folder of a run (--out).") from error
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. Start the run anew in another folder.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
+        raise RunError(f"{path} is damaged: it describes no run. Start the run anew in another folder.")
+    return content
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,14 +46,14 @@ class Recipe(BaseModel):
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=128, ge=1)
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     schedule: Literal["one-cycle", "cosine", "constant"] = "one-cycle"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     augment: bool = False
     validation: float = Field(default=0.1, gt=0, lt=1)
     limit: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False

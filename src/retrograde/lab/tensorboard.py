@@ -29,15 +29,15 @@ def is_available() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def open_writer(folder: Path, purge_step: int) -> Writer:
+def open_writer(folder: Path, purge_step: int | None) -> Writer:
     """A writer into `folder`; without TensorBoard one that drops everything (`is_available` tells beforehand).
 
     Args:
         folder: where the event files go.
-        purge_step: on resuming, hide what was logged from this step on.
+        purge_step: on resuming, hide what was logged from this step on; None keeps everything.
     """
     if not is_available():
         return _NoWriter()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=purge_step or None)
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,7 +1,7 @@
 """The training loop of experiments: resumable to the bit, and measured."""
 
 import contextlib
-import json
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrograde.errors import CheckpointError
+from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, machine, measure, models
 from retrograde.lab.data import Data, Split
@@ -121,8 +121,12 @@ class Trainer:
         label: str | None = None,
     ) -> None:
         self.recipe, self.folder, self.data = recipe, folder, data
+        if (recipe.only or recipe.skip) and not recipe.methods:
+            raise OptionError("`only` and `skip` choose layers for methods, and no method is given. Add one.")
         self._progress, self._stop, self._checkpoint_seconds = progress, stop, checkpoint_seconds
         checkpoint = files.load_checkpoint(folder) if resume else None
+        if checkpoint is not None:
+            files.check_metrics(folder, checkpoint["metrics_bytes"])
         if checkpoint is None:
             _refuse_used(folder)
         elif checkpoint["recipe"] != recipe.model_dump():
@@ -131,9 +135,7 @@ class Trainer:
                 f"the checkpoint in {folder} belongs to another recipe: {', '.join(changed)} differ. Resume with the "
                 "recipe that the run was started with, or start a new run in another folder."
             )
-        self.device = torch.device(
-            recipe.device if recipe.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        self.device = pick_device(recipe.device)
         self.model = models.build(recipe.model, data, seed=recipe.seed).to(self.device)
         x, y = self._first_batch()
         self._plain_flops = measure.step_flops(self.model, x, y)
@@ -151,7 +153,6 @@ class Trainer:
         self._validation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
         self._step_seconds: list[float] = []
-        folder.mkdir(parents=True, exist_ok=True)
         self._cuda = [self.device] if self.device.type == "cuda" else []
         # The state of torch's generators between stretches of training; None during one.
         self._rng: list[Tensor] | None = _seeded_rng(recipe.seed, self._cuda)
@@ -161,7 +162,9 @@ class Trainer:
             self._describe(group, label)
             (folder / files.METRICS).write_bytes(b"")
         self._metrics = (folder / files.METRICS).open("ab")
-        self._writer = open_writer(folder / "tensorboard", purge_step=self.step)
+        self._writer = open_writer(
+            folder / "tensorboard", purge_step=None if checkpoint is None else self.step + 1
+        )
         self._saved_at = time.monotonic()
         if checkpoint is None:
             self.save()
@@ -294,7 +297,7 @@ class Trainer:
         self.save()
 
     def _log(self, line: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(line).encode() + b"\n")
+        self._metrics.write(files.to_json(line).encode() + b"\n")
         self._metrics.flush()
 
     @contextlib.contextmanager
@@ -310,7 +313,10 @@ class Trainer:
                 self._rng = _get_rng(self._cuda)
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
-        batches = lab_data.batches(self.data.train, self.recipe.batch_size, seed=0, epoch=0)
+        # Everything that the run will ask of its batches is asked here, before anything is written.
+        batches = lab_data.batches(
+            self.data.train, self.recipe.batch_size, seed=0, epoch=0, augment=self.recipe.augment
+        )
         x, y = next(iter(batches))
         return x.to(self.device), y.to(self.device)
 
@@ -326,7 +332,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint."""
+        # The checkpoint names a length of this file: the bytes must be on disk before it is.
         self._metrics.flush()
+        os.fsync(self._metrics.fileno())
         files.save_checkpoint(
             self.folder,
             {
@@ -408,6 +416,17 @@ class Trainer:
         return result
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of a recipe: ``auto`` is a GPU when there is one.
+
+    Raises:
+        OptionError: ``cuda`` without a CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device='cuda': torch finds no CUDA device here. Use cpu, or auto.")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def _steps(split: Split, batch_size: int) -> int:
     return max(1, len(split) // batch_size)
 
@@ -427,7 +446,9 @@ def _make_schedule(
     schedulers = torch.optim.lr_scheduler
     if recipe.schedule == "one-cycle":
         # The loop steps the schedule after every step, the last one included.
-        return schedulers.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps + 1)
+        return schedulers.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=steps + 1, cycle_momentum=False
+        )
     if recipe.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, steps)
     return schedulers.ConstantLR(optimizer, factor=1.0)
@@ -450,7 +471,14 @@ def _set_rng(states: list[Tensor], cuda: list[torch.device]) -> None:
 
 
 def _refuse_used(folder: Path) -> None:
-    if (folder / files.RUN).exists():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run folder {folder} cannot be made: {error}. Choose another (--out)."
+        ) from error
+    # A run that was killed before its first checkpoint has nothing to lose.
+    if (folder / files.CHECKPOINT).exists() or (folder / files.RESULT).exists():
         raise CheckpointError(
             f"the folder {folder} holds a run already, and starting anew would overwrite it. Go on with it (--resume), "
             "or choose another folder (--out)."
