@@ -42,6 +42,45 @@ def flops(dense: float, zeros: float, overhead: float, discount: float = 1.0) ->
     }
 
 
+def of_layer(at: int, progress: float) -> dict[str, Any]:
+    """What Decorrelate, Perforate and Spectral leave in a layer; ``progress`` goes from 0 to 1."""
+    return {
+        "correlation": 0.2 * math.exp(-3 * progress) / (at + 1),
+        "correlation_input": 0.3 / (at + 1),
+        "captured_energy": 1 - 0.4 * math.exp(-2 * progress) / (at + 1),
+        "effective_rank": 20 + 30 * progress / (at + 1),
+        "drift": 2 * math.exp(-4 * progress) + 0.05 * at,
+        "dendrites": int(3 * progress) if at else 0,
+    }
+
+
+def of_model(epoch: int, epochs: int, per_epoch: int) -> dict[str, Any]:
+    """What DeepFocus and Perforate leave in an epoch."""
+    blocks: dict[str, Any] = {}
+    for block in range(4):
+        skip = 0.8 * (epoch / epochs) ** (1 + block / 2)
+        blocks[f"stages.{block}.branch"] = {
+            "skip": skip,
+            "low": (1 - skip) * 0.6,
+            "full": (1 - skip) * 0.4,
+            "alpha": 0.5,
+            "beta": 1.2,
+            "error": 0.01,
+            "kind": "chain" if block == 3 else "branch",
+        }
+    changes = [(epochs // 4, "dendrite", 0), (epochs // 2, "neuron", 2), (3 * epochs // 4, "done", 4)]
+    marks = [
+        {"step": at * per_epoch, "epoch": at, "phase": phase, "dendrites": dendrites}
+        for at, phase, dendrites in changes
+        if at <= epoch
+    ]
+    return {
+        "blocks": blocks,
+        "perforate": {"phase": "neuron", "dendrites": 2, "marks": marks, "unknown": [1]},
+        "unknown": {"a": [1, {}]},
+    }
+
+
 def write_run(
     root: Path,
     name: str = "dither-0",
@@ -52,10 +91,15 @@ def write_run(
     epochs: int = 8,
     finished: bool = True,
     kernel: str = "reference",
+    seed: int = 0,
+    methods: bool = False,
     **fields: Any,
 ) -> Path:
-    """Write a run folder; ``scale`` 0 is plain backpropagation and makes it the baseline."""
-    draw = random.Random(name + str(scale))
+    """Write a run folder; ``scale`` 0 is plain backpropagation and makes it the baseline.
+
+    ``methods`` adds what each of the other methods leaves behind.
+    """
+    draw = random.Random(name + str(scale) + str(seed))
     folder = root / name
     folder.mkdir(parents=True)
     baseline = scale == 0
@@ -77,7 +121,7 @@ def write_run(
             "optimizer": {"name": "adam", "learning_rate": 0.001},
             "epochs": epochs,
             "batch": 64,
-            "seed": 0,
+            "seed": seed,
             "methods": [{"name": "dither", "scale": scale}] if method else [],
         },
         "machine": MACHINE,
@@ -100,9 +144,12 @@ def write_run(
         },
     }
     (folder / "run.json").write_text(json.dumps(run | fields))
-    per_epoch, step_seconds = 23, 0.021 + (0 if baseline else 0.004) + 0.0003 * scale
+    per_epoch, step_seconds = (
+        23,
+        (1 + 0.05 * math.sin(seed)) * 0.021 + (0 if baseline else 0.004) + 0.0003 * scale,
+    )
     dense = 6.0 * 301066 * 64 * per_epoch
-    final = 0.972 - 0.0008 * scale**2
+    final = 0.972 - 0.0008 * scale**2 + 0.004 * math.sin(7 * seed)
     lines: list[dict[str, Any]] = []
     accuracy = loss = 0.0
     for epoch in range(1, epochs + 1):
@@ -128,10 +175,13 @@ def write_run(
                 "bits": None if baseline else 6,
                 "fallbacks": 0,
                 "step": None if baseline else 0.0012,
-                "effective_rank": 17,
+                "unknown": 17,
             }
             for layer, (_, _, own) in LAYERS.items()
         }
+        if methods:
+            for at, numbers in enumerate(layers.values()):
+                numbers.update(of_layer(at, epoch / epochs))
         own = mean_own * (0.8 + 0.2 * epoch / epochs)
         lines.append(
             {
@@ -147,6 +197,7 @@ def write_run(
                 "flops": flops(dense, zeros(own), 0 if baseline else 0.01 * dense),
                 "layers": layers,
             }
+            | (of_model(epoch, epochs, per_epoch) if methods else {})
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
@@ -189,4 +240,14 @@ def runs(make_run: Callable[..., Path], tmp_path: Path) -> Path:
     make_run("dither-2", scale=2)
     make_run("images-backprop-0", scale=0, group="images · convolutions", epochs=30)
     make_run("images-dither-2", scale=2, group="images · convolutions", epochs=17, finished=False)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def seeded(make_run: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder with three seeds of the baseline, of one dither, and of one run with everything all methods leave."""
+    for seed in range(3):
+        make_run(f"backprop-{seed}", scale=0, seed=seed)
+        make_run(f"dither-{seed}", scale=1, seed=seed)
+        make_run(f"all-{seed}", "Everything", scale=2, seed=seed, methods=True)
     return tmp_path / "runs"

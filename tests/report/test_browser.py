@@ -77,20 +77,30 @@ def theme_of(page: Any) -> dict[str, float]:
     return {name: luminance(colour) for name, colour in colours.items()}
 
 
+@pytest.fixture
+def seeded_report(seeded: Path, tmp_path: Path) -> Path:
+    return write([seeded], tmp_path / "seeded.html")
+
+
 @pytest.mark.parametrize(("width", "height", "theme"), [(1280, 900, "light"), (360, 740, "dark")])
-def test_every_plot_is_drawn(browser: Any, report: Path, width: int, height: int, theme: str) -> None:
-    page, trouble = load(browser, report, width, height, theme)
+@pytest.mark.parametrize(("which", "count"), [("report", 16), ("seeded_report", 16)])
+def test_every_plot_is_drawn(
+    browser: Any, request: pytest.FixtureRequest, which: str, count: int, width: int, height: int, theme: str
+) -> None:
+    page, trouble = load(browser, request.getfixturevalue(which), width, height, theme)
     assert not trouble
     plots = page.query_selector_all(".plot")
-    assert len(plots) == 16
+    assert len(plots) == count
     for plot in plots:
         name = plot.get_attribute("id")
         marks = plot.evaluate(
             """(plot) => [...plot.querySelectorAll(
-                 ".scatterlayer .trace path.js-line, .scatterlayer .points path, .bars .point path")]
-               .filter((path) => path.getAttribute("d") && path.getBoundingClientRect().width > 0).length"""
+                 `.scatterlayer .trace path.js-line, .scatterlayer .points path, .bars .point path,
+                  .scatterlayer path.js-fill, .heatmaplayer image, .shapelayer path`)]
+               .filter((path) => (path.getAttribute("d") || path.href) && path.getBoundingClientRect().width > 0)
+               .length"""
         )
-        assert marks >= 2, name
+        assert marks >= (1 if plot.query_selector(".heatmaplayer image") else 2), name
         box = plot.bounding_box()
         assert box["height"] >= 260, name
         assert box["width"] <= width, name
@@ -100,8 +110,11 @@ def test_every_plot_is_drawn(browser: Any, report: Path, width: int, height: int
     page.close()
 
 
-def test_nothing_scrolls_sideways_on_a_phone(browser: Any, report: Path) -> None:
-    page, _ = load(browser, report, 360, 740, "dark")
+@pytest.mark.parametrize("which", ["report", "seeded_report"])
+def test_nothing_scrolls_sideways_on_a_phone(
+    browser: Any, request: pytest.FixtureRequest, which: str
+) -> None:
+    page, _ = load(browser, request.getfixturevalue(which), 360, 740, "dark")
     page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     # The summary is wider than a phone, so it must scroll inside its own container.
@@ -109,8 +122,9 @@ def test_nothing_scrolls_sideways_on_a_phone(browser: Any, report: Path) -> None
     page.close()
 
 
-def test_text_in_plots_stays_inside(browser: Any, report: Path) -> None:
-    page, _ = load(browser, report, 360, 740, "light")
+@pytest.mark.parametrize("which", ["report", "seeded_report"])
+def test_text_in_plots_stays_inside(browser: Any, request: pytest.FixtureRequest, which: str) -> None:
+    page, _ = load(browser, request.getfixturevalue(which), 360, 740, "light")
     outside = page.evaluate(
         """() => [...document.querySelectorAll(".plot")].flatMap((plot) => {
           const box = plot.getBoundingClientRect();

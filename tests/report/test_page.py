@@ -8,9 +8,12 @@ import pytest
 
 from retrograde.errors import RunError
 from retrograde.report import collect, write
-from retrograde.report.figures import COLOURS, charts, flops, share, swatches
-from retrograde.report.page import caveats, headline, section
-from retrograde.report.runs import Group, grouped
+from retrograde.report.formats import flops, share, size
+from retrograde.report.groups import Group, grouped
+from retrograde.report.page import section
+from retrograde.report.pictures import charts, swatches
+from retrograde.report.pictures.chart import COLOURS
+from retrograde.report.prose import caveats, headline
 
 Make = Callable[..., Path]
 SPACE = "\u00a0"
@@ -105,11 +108,12 @@ def test_differences_are_against_the_baseline_of_the_group(make_run: Make, tmp_p
     edit(make_run("base", scale=0), test={"accuracy": 0.90}, seconds=10.0)
     edit(make_run("better"), test={"accuracy": 0.924}, seconds=15.0)
     edit(make_run("worse", scale=4), test={"accuracy": 0.88}, seconds=5.0)
-    rows = {row.swatch.label: row.cells for row in section(group(tmp_path / "runs")).rows}
-    assert rows["Backprop"][1] == "baseline"
-    assert rows["Dither(scale=2)"][:2] == (f"92.4{SPACE}%", f"+2.4{SPACE}pt")
-    assert rows["Dither(scale=2)"][7] == f"1.50{SPACE}×"
-    assert rows["Dither(scale=4)"][1] == f"−2.0{SPACE}pt"
+    rows = {row.swatch.label: row.cells for row in section(group(tmp_path / "runs")).table.rows}
+    assert rows["Backprop"]["Difference"].text == "baseline"
+    assert rows["Dither(scale=2)"]["Test"].text == f"92.4{SPACE}%"
+    assert rows["Dither(scale=2)"]["Difference"].text == f"+2.4{SPACE}pt"
+    assert rows["Dither(scale=2)"]["Time ratio"].text == f"1.50{SPACE}×"
+    assert rows["Dither(scale=4)"]["Difference"].text == f"−2.0{SPACE}pt"
     text = headline(group(tmp_path / "runs"))
     assert text.startswith(f"Dither(scale=2) reaches 92.4{SPACE}% test accuracy, +2.4{SPACE}pt against")
     assert "1.50 times the baseline’s time" in text
@@ -121,15 +125,16 @@ def test_several_baselines_are_averaged(make_run: Make, tmp_path: Path) -> None:
     edit(make_run("dither"), test={"accuracy": 0.92})
     found = section(group(tmp_path / "runs"))
     assert "mean of the 2 baselines" in found.caption
-    assert [row.cells[1] for row in found.rows] == [f"−1.0{SPACE}pt", f"+1.0{SPACE}pt", f"+1.0{SPACE}pt"]
+    differences = [row.cells["Difference"].text for row in found.table.rows]
+    assert differences == [f"−1.0{SPACE}pt", f"+1.0{SPACE}pt", f"+1.0{SPACE}pt"]
 
 
 def test_a_run_with_nothing_measured_makes_a_page(make_run: Make, tmp_path: Path) -> None:
     folder = make_run("empty", finished=False, plan=None, machine=None, recipe=None)
     (folder / "metrics.jsonl").unlink()
     assert "unfinished" in Page(page(tmp_path / "runs")).text
-    cells = section(group(tmp_path / "runs")).rows[0].cells
-    assert cells == ("–",) * 9 + ("unfinished",)
+    cells = section(group(tmp_path / "runs")).table.rows[0].cells
+    assert [cell.text for cell in cells.values()] == ["–"] * 9 + ["unfinished"]
     assert not any(charts(group(tmp_path / "runs")).values())
 
 
@@ -139,7 +144,7 @@ def test_a_diverged_run_makes_a_page(make_run: Make, tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(re.sub(r'"loss": [^,}]+', '"loss": NaN', text))
     edit(folder, test={"accuracy": float("nan")}, zeros=float("nan"), seconds=float("inf"))
     assert "NaN" not in "".join(re.findall(r"application/json[^>]*>(.*?)</script>", page(tmp_path / "runs")))
-    assert section(group(tmp_path / "runs")).rows[0].cells[0] == "–"
+    assert section(group(tmp_path / "runs")).table.rows[0].cells["Test"].text == "–"
 
 
 @pytest.mark.parametrize(
@@ -205,4 +210,5 @@ def test_plots_and_tables_are_described(runs: Path) -> None:
 def test_numbers_are_written_for_people() -> None:
     assert share(0.974) == f"97.4{SPACE}%"
     assert flops(1.2e9) == f"1.2{SPACE}GFLOP"
+    assert size(3 * 2**20) == f"3.0{SPACE}MiB"
     assert share(None) == flops(None) == flops(float("nan")) == "–"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from retrograde.errors import RunError
-from retrograde.report.runs import collect, grouped, read
+from retrograde.report.runs import collect, read
 
 Make = Callable[..., Path]
 
@@ -23,7 +23,7 @@ def test_reads_description_events_and_result(make_run: Make) -> None:
 
 def test_unknown_layer_fields_are_kept(make_run: Make) -> None:
     run = read(make_run())
-    assert run.layers["1"].model_dump()["effective_rank"] == 17
+    assert run.layers["1"].number("unknown") == 17
 
 
 def test_null_fields_take_their_defaults(make_run: Make) -> None:
@@ -118,14 +118,3 @@ def test_collect_without_runs_is_an_error(tmp_path: Path) -> None:
         collect([tmp_path / "nowhere"])
     with pytest.raises(RunError, match="no path was given"):
         collect([])
-
-
-def test_groups_put_the_baseline_first_and_tell_equal_labels_apart(make_run: Make, tmp_path: Path) -> None:
-    make_run("a-0", scale=1)
-    make_run("a-1", scale=1)
-    make_run("z", scale=0)
-    make_run("other", group="other")
-    groups = grouped(collect([tmp_path / "runs"]))
-    assert [group.name for group in groups] == ["digits · mlp", "other"]
-    assert groups[0].labels == ("Backprop", "Dither(scale=1) · a-0", "Dither(scale=1) · a-1")
-    assert [run.description.name for run in groups[0].baselines] == ["z"]
