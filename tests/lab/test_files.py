@@ -66,10 +66,8 @@ def test_json_that_cannot_be_made_leaves_the_old(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"größe": 1, "path": tmp_path})
     before = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert "größe" in before
-    circle: dict[str, Any] = {}
-    circle["self"] = circle
-    with pytest.raises(ValueError, match="Circular"):
-        files.write_json(tmp_path / "a.json", circle)
+    with pytest.raises(TypeError, match="keys must be str"):
+        files.write_json(tmp_path / "a.json", {("a", "pair"): 1})  # pyright: ignore[reportArgumentType]
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == before
 
 

@@ -153,6 +153,7 @@ class Trainer:
         self._validation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
         self._step_seconds: list[float] = []
+        _make_folder(folder)
         self._cuda = [self.device] if self.device.type == "cuda" else []
         # The state of torch's generators between stretches of training; None during one.
         self._rng: list[Tensor] | None = _seeded_rng(recipe.seed, self._cuda)
@@ -470,13 +471,14 @@ def _set_rng(states: list[Tensor], cuda: list[torch.device]) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
-def _refuse_used(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(
-            f"the run folder {folder} cannot be made: {error}. Choose another (--out)."
-        ) from error
+        raise CheckpointError(f"the run folder {folder} cannot be made: {error}. Choose another (--out).") from error
+
+
+def _refuse_used(folder: Path) -> None:
     # A run that was killed before its first checkpoint has nothing to lose.
     if (folder / files.CHECKPOINT).exists() or (folder / files.RESULT).exists():
         raise CheckpointError(

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from retrograde.engine.branches import Residual
 from retrograde.errors import OptionError
 from retrograde.lab.data import Data
 from retrograde.lab.models.convolutional import VGG, LeNet, ResNet
 from retrograde.lab.models.mlp import MLP, ResMLP
-from retrograde.lab.models.residual import Residual
 from retrograde.lab.models.text import TextBag, TextCNN, TextTransformer
 from retrograde.lab.models.transformer import GPT, ViT
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from retrograde.lab.models.residual import Residual
+from retrograde.engine.branches import Residual
 
 __all__ = ["VGG", "LeNet", "ResNet"]
 

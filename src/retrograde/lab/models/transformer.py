@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrograde.lab.models.residual import Residual
+from retrograde.engine.branches import Residual
 
 __all__ = ["GPT", "SelfAttention", "ViT", "blocks"]
 
