@@ -1,7 +1,7 @@
 """The plan: what happens to each layer of a model, and why, before anything is changed."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from retrograde.engine.layers import AttachedLayer, LayerKind, find_kind
-from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import NoEffectError, PatternError
+from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
+from retrograde.errors import NoEffectError, OptionError, PatternError
 from retrograde.kernels import reference
 
 _NORMALISATIONS = (
@@ -65,11 +65,45 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class BlockRow:
+    """One block of the plan, where a method grants work to whole blocks.
+
+    Attributes:
+        name: full name.
+        type: class name of the module whose output is the block's.
+        kind: ``branch`` or ``chain``, see `retrograde.engine.slots.Block`.
+        parameters: number of parameters inside.
+        layers: names of the attached layers inside.
+        status: ``attached`` or ``left``.
+        why: how it was found, or why it was left.
+    """
+
+    name: str
+    type: str
+    kind: str
+    parameters: int
+    layers: tuple[str, ...]
+    status: Status
+    why: str
+
+
+@dataclass(frozen=True)
+class BlockPlacement:
+    """A block that will be attached."""
+
+    block: Block
+    rule: BlockRule
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All layers with parameters, in the model's order. Print it, or read `rows`."""
+    """All layers with parameters, in the model's order, and the blocks. Print it, or read `rows` and `blocks`."""
 
     rows: tuple[PlanRow, ...]
     placements: tuple[Placement, ...] = field(repr=False, default=())
+    blocks: tuple[BlockRow, ...] = ()
+    block_placements: tuple[BlockPlacement, ...] = field(repr=False, default=())
 
     @property
     def attached(self) -> tuple[PlanRow, ...]:
@@ -78,9 +112,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"layers": [asdict(row) for row in self.rows]}
+        blocks = {"blocks": [asdict(row) for row in self.blocks]} if self.blocks else {}
+        return {"layers": [asdict(row) for row in self.rows], **blocks}
 
     def __rich__(self) -> Any:
+        from rich.console import Group
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -102,7 +138,7 @@ class Plan:
                 row.why,
                 style=style,
             )
-        return table
+        return Group(table, "", _block_table(self.blocks)) if self.blocks else table
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -180,9 +216,84 @@ def make_plan(
                 why,
             )
         )
-    plan = Plan(tuple(rows), tuple(placements))
+    plan = Plan(tuple(rows), tuple(placements), *_plan_blocks(model, methods, placements, bypassed))
     _refuse_no_effect(plan, methods, strict)
     return plan
+
+
+def _plan_blocks(
+    model: nn.Module, methods: Sequence[Method], placements: list[Placement], bypassed: Mapping[str, str]
+) -> tuple[tuple[BlockRow, ...], tuple[BlockPlacement, ...]]:
+    """The blocks of the one method that grants work to blocks: branches, and the layers outside them as chains."""
+    answers = [(method, found) for method in methods if (found := method.branches(model)) is not None]
+    if not answers:
+        return (), ()
+    if len(answers) > 1:
+        names = " and ".join(method.name for method, _ in answers)
+        raise OptionError(f"{names} both decide how much work a block is worth; attach one of them.")
+    (method, branches) = answers[0]
+    placed = {id(place.layer): place for place in placements if method.name in place.rules}
+    outside = {
+        id(layer): name
+        for name, layer in model.named_modules()
+        if isinstance(find_kind(layer), LayerKind) and id(layer) not in placed and name not in bypassed
+    }
+    entries: list[tuple[Block, tuple[str, ...], str]] = []
+    covered: set[int] = set()
+    for block in branches:
+        inside = {id(module) for member in block.members for module in member.modules()}
+        foreign = [name for key, name in outside.items() if key in inside]
+        frozen = not any(p.requires_grad for member in block.members for p in member.parameters())
+        left = f"holds {_some(foreign)}, which {method.name} leaves alone" if foreign else ""
+        left = left or ("frozen: nothing inside is trained" if frozen else "")
+        entries.append((block, tuple(p.name for key, p in placed.items() if key in inside), left))
+        covered |= set() if left else inside
+    for key, place in placed.items():
+        if key not in covered and any(p.requires_grad for p in place.layer.parameters()):
+            chain = Block(place.name, "chain", place.layer, (place.layer,), why="layer in no branch")
+            entries.append((chain, (place.name,), ""))
+    order = {id(module): position for position, module in enumerate(model.modules())}
+    entries.sort(key=lambda entry: (order[id(entry[0].members[0])], entry[0].name))
+    rows = tuple(
+        BlockRow(
+            block.name,
+            _type_name(block.module),
+            block.kind,
+            sum({id(p): p.numel() for member in block.members for p in member.parameters()}.values()),
+            layers,
+            "left" if left else "attached",
+            left or block.why,
+        )
+        for block, layers, left in entries
+    )
+    kept = [(block, layers) for block, layers, left in entries if not left]
+    rules = method.block_rules([block for block, _ in kept])
+    return rows, tuple(
+        BlockPlacement(block, rule, layers) for (block, layers), rule in zip(kept, rules, strict=True)
+    )
+
+
+def _block_table(rows: Sequence[BlockRow]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("block", "type", "kind"):
+        table.add_column(name, overflow="fold")
+    table.add_column("parameters", justify="right")
+    for name in ("status", "layers", "why"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        style = None if row.status == "attached" else "dim"
+        cells = (
+            row.name,
+            row.type,
+            row.kind,
+            f"{row.parameters:,}",
+            row.status,
+            ", ".join(row.layers) or "–",
+        )
+        table.add_row(*cells, row.why, style=style)
+    return table
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,12 +13,14 @@ from torch import nn
 
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
+from retrograde.engine.blocks import BlockProgram, Blocks
+from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
 from retrograde.engine.program import LayerProgram
-from retrograde.engine.slots import Conductor, Method
+from retrograde.engine.slots import Block, Conductor, Method
 from retrograde.errors import AttachError, DetachError, OptionError, StateError
-from retrograde.plan import Plan, make_plan
+from retrograde.plan import BlockPlacement, Plan, make_plan
 
 _STATE_FORMAT = 1
 _ORDER = (
@@ -141,9 +143,13 @@ class Session:
         for place in plan.placements:
             swap_in(place.layer, place.kind, self._programs[place.name])
             self._layers[place.name] = place.layer
+        self._blocks = _make_blocks(plan.block_placements, self._programs, seed)
+        self._block_window: dict[str, dict[str, int]] = {}
+        swap_in_blocks(list(self._blocks.values()))
         pairs = [(self._layers[name], program) for name, program in self._programs.items()]
         self._conductors = self._make_conductors()
-        self._clock = Clock(pairs, tuple(self._conductors.values()), optimizer, strict)
+        blocks = Blocks(model, list(self._blocks.values())) if self._blocks else None
+        self._clock = Clock(pairs, tuple(self._conductors.values()), optimizer, strict, blocks)
         for program in self._programs.values():
             program.clock = self._clock
         self._attached = True
@@ -179,6 +185,8 @@ class Session:
         Returns:
             ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", …the methods' own}}}``, and
             under a method's name its figures for the whole model; shares are None before the first backward pass.
+            Where a method grants work to blocks, ``"blocks": {name: {"skip", "low", "full", …the method's own}}``:
+            shares of the block's calls.
         """
         layers: dict[str, dict[str, float | None]] = {}
         total = Counters()
@@ -188,10 +196,12 @@ class Session:
             layers[name] = {**_shares(counts), "fallbacks": counts.fallbacks}
             for rule in program.rules:
                 layers[name].update(rule.metrics())
+        blocks = {name: b.metrics(self._block_window.get(name, {})) for name, b in self._blocks.items()}
         if reset:
+            self._block_window = {name: block.window() for name, block in self._blocks.items()}
             self._window = {name: program.total.copy() for name, program in self._programs.items()}
         whole = {name: figures for name, c in self._conductors.items() if (figures := c.metrics())}
-        return {**_shares(total), **whole, "layers": layers}
+        return {**_shares(total), **whole, "layers": layers, **({"blocks": blocks} if blocks else {})}
 
     def flops(self) -> Flops:
         """FLOPs of the attached layers since attaching, see `retrograde.accounting.flops`."""
@@ -213,7 +223,8 @@ class Session:
         )
 
     def _total(self) -> Counters:
-        return sum((program.total for program in self._programs.values()), Counters())
+        programs = (*self._programs.values(), *self._blocks.values())
+        return sum((program.total for program in programs), Counters())
 
     # Control.
 
@@ -221,14 +232,18 @@ class Session:
     def paused(self) -> Generator[None]:
         """Plain autograd inside: forward passes run in this context have plain backward passes."""
         self._pauses += 1
-        for program in self._programs.values():
-            program.pause(True)
+        self._pause(True)
         try:
             yield
         finally:
             self._pauses -= 1
-            for program in self._programs.values():
-                program.pause(self._pauses > 0)
+            self._pause(self._pauses > 0)
+
+    def _pause(self, paused: bool) -> None:
+        for program in self._programs.values():
+            program.pause(paused)
+        for block in self._blocks.values():
+            block.active = not paused
 
     def report(self, *, val: float) -> None:
         """Tell the methods a validation score, higher is better; those with phases act on it.
@@ -259,6 +274,7 @@ class Session:
         """
         if not self._attached:
             raise DetachError("this session is detached already: its model is plain.")
+        swap_out_blocks(list(self._blocks.values()))
         swap_out(self._layers)
         self._clock.stop()
         for program in self._programs.values():
@@ -282,6 +298,8 @@ class Session:
             "window": {name: counts.to_dict() for name, counts in self._window.items()},
             "layers": {name: program.state_dict() for name, program in self._programs.items()},
             "conductors": {name: conductor.state_dict() for name, conductor in self._conductors.items()},
+            "blocks": {name: block.state_dict() for name, block in self._blocks.items()},
+            "block_window": {name: dict(counts) for name, counts in self._block_window.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,9 +331,37 @@ class Session:
             program.seed = int(state["seed"])
         for name, conductor in self._conductors.items():
             conductor.load_state_dict(state["conductors"][name])
+        for name, block in self._blocks.items():
+            block.load_state_dict(state["blocks"][name])
+            block.seed = int(state["seed"])
         self._seed = int(state["seed"])
         self._scores = [(int(step), float(score)) for step, score in state["scores"]]
         self._window = {name: Counters(**counts) for name, counts in state["window"].items()}
+        self._block_window = {name: dict(counts) for name, counts in state["block_window"].items()}
+
+
+def _make_blocks(
+    places: Sequence[BlockPlacement], layers: dict[str, LayerProgram], seed: int
+) -> dict[str, BlockProgram]:
+    """The blocks by name, outer ones made first; each attached layer is told its innermost one."""
+    made: dict[str, BlockProgram] = {}
+    owners: dict[str, set[int]] = {}
+
+    def around(modules: set[int]) -> BlockProgram | None:
+        holding = [name for name in made if modules <= owners[name]]
+        return made[min(holding, key=lambda name: len(owners[name]))] if holding else None
+
+    def members(block: Block) -> set[int]:
+        return {id(module) for member in block.members for module in member.modules()}
+
+    for place in sorted(places, key=lambda place: -len(members(place.block))):
+        name, modules = place.block.name, members(place.block)
+        inside = [layers[layer] for layer in place.layers]
+        made[name] = BlockProgram(place.block, place.rule, seed, inside, around(modules))
+        owners[name] = modules
+        for layer in inside:
+            layer.block = made[name]
+    return {place.block.name: made[place.block.name] for place in places}
 
 
 def _shares(counts: Counters) -> dict[str, float | None]:
@@ -350,7 +396,7 @@ def _check_methods(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
 def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"submodule {name!r}" if name else "the model"
-        if isinstance(module, AttachedLayer):
+        if isinstance(module, AttachedLayer | AttachedBlock):
             raise AttachError(
                 f"{where} is attached already. Detach the earlier session first (session.detach()), and give attach "
                 "all methods at once: they compose within one session."

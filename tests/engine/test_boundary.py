@@ -39,7 +39,7 @@ def test_opcheck_linear(check: str, needs: list[bool]) -> None:
     layer = nn.Linear(4, 3)
     _session, token = alive(layer)
     saved = [batch((5, 4))] if needs[1] else []
-    arguments = (batch((5, 3)), saved, None, layer.weight.detach(), token, (5, 4), needs)
+    arguments = (batch((5, 3)), saved, None, layer.weight.detach(), token, (5, 4), needs, True)
     torch.library.opcheck(torch.ops.retrograde.linear_backward.default, arguments, test_utils=check)
 
 
@@ -52,7 +52,17 @@ def test_opcheck_convolution(check: str, needs: list[bool], layout: torch.memory
     _session, token = alive(layer)
     x = batch((2, 4, 7, 8)).to(memory_format=layout)
     delta = torch.ones_like(layer(x)).detach()
-    arguments = (delta, [x], None, layer.weight.detach(), token, tuple(x.shape), needs, *GEOMETRY.values())
+    arguments = (
+        delta,
+        [x],
+        None,
+        layer.weight.detach(),
+        token,
+        tuple(x.shape),
+        needs,
+        True,
+        *GEOMETRY.values(),
+    )
     torch.library.opcheck(torch.ops.retrograde.convolution_backward.default, arguments, test_utils=check)
 
 

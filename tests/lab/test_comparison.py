@@ -50,7 +50,7 @@ def test_every_model_has_a_row_for_plain_and_every_contestant(tmp_path: Path) ->
 def test_seeds_are_paired_and_averaged(tmp_path: Path) -> None:
     rows = compare([RECIPES[0].model_copy(update={"limit": 256})], [], tmp_path, seeds=2, what="", command="")
     runs = [
-        json.loads((tmp_path / f"mlp-small-plain-{seed}" / files.RESULT).read_text()) for seed in range(2)
+        json.loads((tmp_path / f"mlp-small-0-plain-{seed}" / files.RESULT).read_text()) for seed in range(2)
     ]
     scores = [run["test"]["accuracy"] for run in runs]
     (row,) = rows

@@ -126,7 +126,8 @@ def test_widening_never_saturates(bits: int, dtype: torch.dtype) -> None:
         step = dither.step_size(std, top, 0.5, bits)
         assert step == pytest.approx(abs(float(delta[-1])) / limit)
         u = uniform(0, delta.shape)
-        unclamped = (delta.double() / step + u).floor()
+        ratio = delta.double() / step
+        unclamped = ratio.floor() + (u < ratio - ratio.floor())
         q = dither.levels(delta, step, u, bits)
         assert int(q.abs().max()) == limit
         assert float((q.double() - unclamped).abs().max()) <= 1

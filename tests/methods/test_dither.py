@@ -69,7 +69,7 @@ def test_non_finite(bad: float) -> None:
     assert len([w for w in seen if issubclass(w.category, RetrogradeWarning)]) == 1
     plain(batch((8, 6))).backward(delta)
     torch.testing.assert_close(layer.weight.grad, plain.weight.grad, equal_nan=True, rtol=0, atol=0)
-    assert session.metrics()["layers"][""]["fallbacks"] == session.summary().fallbacks == 3
+    assert session.metrics()["layers"]["(root)"]["fallbacks"] == session.summary().fallbacks == 3
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_metrics() -> None:
     """Scale, step, largest level and the bits that it needs with its sign."""
     layer = seeded(partial(nn.Linear, 6, 5))
     session = rg.attach(layer, rg.Dither(scale=0.5))
-    assert session.metrics()["layers"][""]["bits"] == 0
+    assert session.metrics()["layers"]["(root)"]["bits"] == 0
     delta = batch((64, 5), 2)
     layer(batch((64, 6))).backward(delta)
-    figures = session.metrics()["layers"][""]
+    figures = session.metrics()["layers"]["(root)"]
     assert figures["step"] == pytest.approx(0.5 * float(delta.std(correction=0)), rel=1e-5)
     assert 4 <= figures["largest_level"] <= 9
     assert figures["bits"] in (4, 5)

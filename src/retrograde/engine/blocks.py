@@ -194,9 +194,7 @@ class Blocks:
 
     def __init__(self, model: nn.Module, programs: Sequence[BlockProgram]) -> None:
         self._programs = tuple(programs)
-        inside = [
-            (program, program.owners()) for program in self._programs if program.block.kind == "branch"
-        ]
+        inside = [(program, program.owners()) for program in self._programs if program.block.kind == "branch"]
         self._owners = [
             (module, tuple(program for program, ids in inside if id(module) in ids))
             for module in model.modules()

@@ -22,12 +22,12 @@ from retrograde.kernels.geometry import Geometry
 _LIBRARY = torch.library.Library("retrograde", "DEF")
 _LIBRARY.define(
     "linear_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
-    " SymInt[] input_shape, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    " SymInt[] input_shape, bool[] needs, bool fixed_layout) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "convolution_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
-    " SymInt[] input_shape, bool[] needs, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed,"
-    " SymInt[] output_padding, int groups) -> (Tensor, Tensor, Tensor)"
+    " SymInt[] input_shape, bool[] needs, bool fixed_layout, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " bool transposed, SymInt[] output_padding, int groups) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -82,7 +82,14 @@ class _LinearBoundary(torch.autograd.Function):
         weight, rows, *saved = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
         found = torch.ops.retrograde.linear_backward(
-            delta, saved, rows, weight, ctx.program.token, ctx.input_shape, needs
+            delta,
+            saved,
+            rows,
+            weight,
+            ctx.program.token,
+            ctx.input_shape,
+            needs,
+            torch.compiler.is_compiling(),
         )
         return *_asked(found, needs), None
 
@@ -117,6 +124,7 @@ class _ConvolutionBoundary(torch.autograd.Function):
             ctx.program.token,
             ctx.input_shape,
             needs,
+            torch.compiler.is_compiling(),
             g.stride,
             g.padding,
             g.dilation,
@@ -149,28 +157,17 @@ def _run(
     token: Tensor,
     input_shape: Sequence[int],
     needs: Sequence[bool],
+    fixed_layout: bool,
     geometry: Geometry | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     program = LayerProgram.find(token)
     found: Gradients = program.backward(delta, saved, rows, weight, input_shape, geometry, Needs(*needs))
-    # An op cannot return None: what was not asked for comes back empty. Layouts are those that the fake announces.
-    return (
-        delta.new_empty(0) if found.input is None else found.input.contiguous(memory_format=_layout(delta)),
-        delta.new_empty(0)
-        if found.weight is None
-        else found.weight.contiguous(memory_format=_layout(weight)),
-        delta.new_empty(0) if found.bias is None else found.bias,
+    # An op cannot return None: what was not asked for comes back empty. A compiler is promised contiguous results;
+    # eager execution takes them as the kernels lay them out.
+    return tuple(  # pyright: ignore[reportReturnType]
+        delta.new_empty(0) if g is None else g.contiguous() if fixed_layout else g
+        for g in (found.input, found.weight, found.bias)
     )
-
-
-def _layout(tensor: Tensor) -> torch.memory_format:
-    if tensor.is_contiguous():
-        return torch.contiguous_format
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
 
 
 def _run_convolution(
@@ -181,9 +178,10 @@ def _run_convolution(
     token: Tensor,
     input_shape: Sequence[int],
     needs: Sequence[bool],
+    fixed_layout: bool,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(delta, saved, rows, weight, token, input_shape, needs, _geometry(*geometry))
+    return _run(delta, saved, rows, weight, token, input_shape, needs, fixed_layout, _geometry(*geometry))
 
 
 def _geometry(
@@ -205,6 +203,7 @@ def _fake(
     token: Tensor,
     input_shape: Sequence[int],
     needs: Sequence[bool],
+    fixed_layout: bool,
     stride: Sequence[int] = (),
     padding: Sequence[int] = (),
     dilation: Sequence[int] = (),
@@ -214,12 +213,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = weight.shape[1] * groups if transposed else weight.shape[0]
     return (
-        torch.empty(tuple(input_shape), dtype=delta.dtype, device=delta.device, memory_format=_layout(delta))
-        if needs[0]
-        else delta.new_empty(0),
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device, memory_format=_layout(weight))
-        if needs[1]
-        else delta.new_empty(0),
+        delta.new_empty(tuple(input_shape)) if needs[0] else delta.new_empty(0),
+        weight.new_empty(tuple(weight.shape)) if needs[1] else delta.new_empty(0),
         delta.new_empty(outputs) if needs[2] else delta.new_empty(0),
     )
 
@@ -242,6 +237,7 @@ def _linear_formula(  # pyright: ignore[reportUnusedFunction]
     token: Any,
     input_shape: Sequence[int],
     needs: Sequence[bool],
+    fixed_layout: bool,
     *args: Any,
     out_shape: Any = None,
     **kwargs: Any,
@@ -258,6 +254,7 @@ def _convolution_formula(  # pyright: ignore[reportUnusedFunction]
     token: Any,
     input_shape: Sequence[int],
     needs: Sequence[bool],
+    fixed_layout: bool,
     *geometry: Any,
     out_shape: Any = None,
     **kwargs: Any,

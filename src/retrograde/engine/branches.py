@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,8 @@ def _convolutions(name: str, module: nn.Module) -> Iterator[Block]:
 class AttachedBlock(nn.Module):
     """Mixin of a module with boundaries. Copies and pickles are of the plain class."""
 
-    _retrograde_blocks: dict[str, BlockProgram] = {}  # noqa: RUF012: slices of an nn.Sequential have none of their own
+    # Empty on the class: a slice of an attached nn.Sequential is of its class and has no boundary of its own.
+    _retrograde_blocks: ClassVar[dict[str, BlockProgram]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward pass; what it returns crosses the boundary."""
@@ -221,7 +222,9 @@ def swap_in_blocks(programs: Sequence[BlockProgram]) -> None:
 def swap_out_blocks(programs: Sequence[BlockProgram]) -> None:
     """Give the modules their own classes back: all of them, or none when one cannot."""
     modules = {id(p.block.module): p.block.module for p in programs if p.block.kind == "branch"}
-    swapped = [(m, _swapped_from(m)) for m in modules.values() if isinstance(m, AttachedBlock)]
+    swapped: list[tuple[nn.Module, type[nn.Module]]] = [
+        (module, _swapped_from(module)) for module in modules.values() if isinstance(module, AttachedBlock)
+    ]
     for module, base in swapped:
         module.__class__ = base
         del module.__dict__["_retrograde_blocks"]

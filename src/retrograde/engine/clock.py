@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from retrograde.engine.blocks import Blocks
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Conductor
 from retrograde.errors import AttachError, NoEffectError, RetrogradeWarning
@@ -28,6 +29,7 @@ class Clock:
         optimizer: listen to this optimizer alone, which must own an attached parameter; None listens to every
             optimizer of the process and acts on those that own one.
         strict: raise, rather than warn, when several steps in a row pass every attached layer by.
+        blocks: the blocks whose backward work a method decides about, if any.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class Clock:
         conductors: Sequence[Conductor],
         optimizer: torch.optim.Optimizer | None,
         strict: bool,
+        blocks: Blocks | None = None,
     ) -> None:
         self._attached = list(attached)
         self._conductors = conductors
+        self._blocks = blocks
         self._strict = strict
         self._outermost: torch.optim.Optimizer | None = None
         if optimizer is not None and attached and not self._owned(optimizer):
@@ -46,32 +50,12 @@ class Clock:
                 "the optimizer that attach was given owns no parameter of an attached layer, so its steps would drive "
                 "nothing. Make it over the parameters of the attached model."
             )
-        # The hooks are the process's, or the optimizer's: they must not keep a forgotten model alive.
-        clock = weakref.ref(self)
-
-        def before(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-            if (alive := clock()) is not None:
-                alive._before(optimizer)
-
-        def after(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-            if (alive := clock()) is not None:
-                alive._after(optimizer)
-
-        if optimizer is None:
-            self._handles = (
-                register_optimizer_step_pre_hook(before),
-                register_optimizer_step_post_hook(after),
-            )
-        else:
-            self._handles = (
-                optimizer.register_step_pre_hook(before),
-                optimizer.register_step_post_hook(after),
-            )
-        weakref.finalize(self, _remove, self._handles)
+        self._only = None if optimizer is None else weakref.ref(optimizer)
+        _listen(self)
 
     def stop(self) -> None:
-        """Take the hooks away."""
-        _remove(self._handles)
+        """Hear no more steps."""
+        _running.discard(self)
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, LayerProgram]]:
         """The layers whose first trainable parameter (the weight, if it trains) is this optimizer's."""
@@ -79,7 +63,10 @@ class Clock:
         firsts = ((layer, program, _first_trainable(layer)) for layer, program in self._attached)
         return [(layer, program) for layer, program, first in firsts if id(first) in mine]
 
-    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is about to step."""
+        if self._only is not None and self._only() is not optimizer:
+            return
         # Some optimizers step another one inside their own step (sharpness-aware, lookahead): the outer one counts.
         if self._outermost is None:
             self._outermost = optimizer
@@ -87,8 +74,11 @@ class Clock:
             return
         for layer, program in self._owned(optimizer):
             program.before_step(layer, optimizer)
+        if self._blocks is not None:
+            self._blocks.before_step(optimizer)
 
-    def _after(self, optimizer: torch.optim.Optimizer) -> None:
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped."""
         if self._outermost is not optimizer:
             return
         self._outermost = None
@@ -98,6 +88,8 @@ class Clock:
             self._refuse_idleness([program for _, program in owned])
         for layer, program in owned:
             program.after_step(layer, optimizer, idle=idle)
+        if self._blocks is not None:
+            self._blocks.after_step(optimizer)
         if owned:
             for conductor in self._conductors:
                 conductor.after_step(optimizer)
@@ -123,6 +115,24 @@ def _first_trainable(layer: nn.Module) -> nn.Parameter | None:
     return next((p for p in layer.parameters() if p.requires_grad), None)
 
 
-def _remove(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+# Clocks come and go, by garbage collection too, which may strike while torch walks through its hooks: so the process
+# has one pair of hooks, made with the first clock and never removed, and a weak set of the clocks that it tells.
+_running: "weakref.WeakSet[Clock]" = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _listen(clock: Clock) -> None:
+    _running.add(clock)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_tell_before))
+        _hooks.append(register_optimizer_step_post_hook(_tell_after))
+
+
+def _tell_before(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    for clock in list(_running):
+        clock.before(optimizer)
+
+
+def _tell_after(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    for clock in list(_running):
+        clock.after(optimizer)

@@ -368,7 +368,7 @@ def _bias_size(weight: Tensor, geometry: Geometry | None) -> int:
 
 def _bias_grad(call: Call) -> Tensor:
     if call.geometry is None:
-        return call.delta.reshape(-1, call.delta.shape[-1]).sum(0)
+        return call.delta.reshape(call.delta.shape[:-1].numel(), call.delta.shape[-1]).sum(0)
     return call.delta.sum([0, *range(2, call.delta.dim())])
 
 

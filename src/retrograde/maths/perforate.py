@@ -11,7 +11,8 @@ One candidate per neuron c, p over a batch and its positions, f the activation, 
 
 Index letters: ``m`` candidates per neuron, ``c`` channels, ``p`` rows (examples and positions).
 
-References: Fahlman, Lebiere, *The cascade-correlation learning architecture*, NIPS 1990; Brenner, Itti, arXiv 2501.18018.
+References: Fahlman, Lebiere, *The cascade-correlation learning architecture*, NIPS 1990;
+Brenner, Itti, arXiv 2501.18018.
 """
 
 import math

@@ -126,8 +126,8 @@ def error_bound(delta: Tensor, eigenvalues: Tensor, rank: int) -> Tensor:
 def reexpress(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """Carry an optimizer's moment from one basis to the next: ``M P_old P_new + M (I − P_old)``.
 
-    The first term is M U_old (U_oldᵀ U_new) U_newᵀ, the coordinates re-expressed; the second is what steps with the full
-    gradient left outside the old subspace, which no change of basis concerns.
+    The first term is M U_old (U_oldᵀ U_new) U_newᵀ, the coordinates re-expressed; the second is what full steps left
+    outside the old subspace, which no change of basis concerns.
 
     Args:
         moment: (…, o, d).

@@ -1,0 +1,291 @@
+r"""DeepFocus: each block's backward pass is skipped, run in low precision or run in full, by how large its error is.
+
+A block is a residual branch, or, where there is none, a single linear or convolutional layer (a *chain*). Its error is
+the gradient δ at its output, seen before any of its backward work:
+
+    e = ‖δ‖_F / √numel,   m = EMA(e, 0.98),   r = e/m                       (1)
+    r < α → SKIP,   α ≤ r < β → LOW,   r ≥ β → FULL                         (2)
+    α ← α·exp(h (q_skip − 1[r < α]))                                        (3)
+    β ← β·exp(h ((1 − q_full) − 1[r < β])),   α ≤ 0.95 β                    (4)
+    probe: run anyway with probability p = clip(r/α, p_min, p_max)          (5)
+    unbiased: a probed block's gradient is multiplied by 1/p                (6)
+
+SKIP at a branch drops its whole backward pass; in a chain dx and db are computed and dW is not. LOW rounds both
+operands of dx and of dW, stochastically, to int8 (step = peak/127) or to bfloat16, and accumulates in the layer's own
+precision; here this is emulated, so it is counted at the precision's discount but takes no less time. A probed block
+runs in LOW, as r < β. Parameters whose every call in a step was skipped get no gradient at all, so neither momentum nor
+weight decay moves them.
+
+With ``unbiased=True`` the expected gradient is exactly the dense one (SKIP, probe and LOW are unbiased given δ, and δ
+enters linearly), unless gradients are clipped afterwards. Without it the skipped part is missing: a regulariser.
+
+Choices of this implementation: r is measured against the m of the steps before, and α, β and m move once after every
+step, by the mean over the step's calls (gradient accumulation). With q_skip = 0 nothing is skipped and with q_full = 1
+everything is full, exactly. A non-finite δ runs in full, and counts (`fallbacks`). Under data parallelism e² is
+averaged over the ranks, and rank 0's probe counts for all. The first and the last block are never skipped: they run in
+LOW instead. ``p_max`` (not in the description) bounds the probe: r/α is mostly near 1, so that with ``p_max=1`` far
+fewer calls are really skipped than q_skip says. ``controller="random"`` puts a uniform random number in place of r
+(with α = q_skip, β = 1 − q_full): the control experiment for whether the error tells anything.
+
+Cost for each entry of a block's δ: 2 operations, and one small number for the host at each call (on a GPU, a
+synchronisation). LOW, for each entry of δ, W and x: about 28 operations. Compiled with ``fullgraph``, a skipped branch
+saves the products of its attached layers; norms, activations and attention products still run, on zeros.
+
+Suggested settings: the defaults; ``warmup`` about 5 % of the steps; ``p_max=0.05`` where speed matters most;
+``unbiased=True`` with ``p_min`` of 0.2 and more, else rare large gradients.
+
+Reference: an independent design from the published idea of DeepFocus-BP (C. Fernandes: skip, low and full precision by
+error magnitude, stochastic probing, adaptive α and β). Related: Wang et al., *Efficient backpropagation with
+variance-controlled adaptive sampling* (VCAS), ICLR 2024, arXiv 2402.17227; Huang et al., *Deep networks with stochastic
+depth*, ECCV 2016.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from retrograde.engine.branches import find_branches
+from retrograde.engine.slots import Block, BlockCall, BlockRule, Call, Grant, Method, Rule, Site, Tier
+from retrograde.engine.statistics import across_ranks
+from retrograde.errors import OptionError
+from retrograde.kernels.delta import Delta
+from retrograde.maths import deepfocus as maths
+from retrograde.maths.philox import mix_key, uniform
+
+_FLOPS_PER_ENTRY = 2
+"""Overhead of the error: one square, one sum."""
+
+_ROUNDING_FLOPS = 28
+"""Overhead of LOW for each rounded entry: peak, scaling, rounding and noise, as for dithering."""
+
+_CEILING = 0.95
+_START = (0.95, 1.05)
+_DELTA, _WEIGHT, _SAVED = range(3)
+
+
+@dataclass(frozen=True)
+class DeepFocus(Method):
+    """Routing of blocks to SKIP, LOW or FULL by their error (module docstring: equations, cost, source).
+
+    Args:
+        q_skip: share of calls that should fall below α.
+        q_full: share of calls that should reach β.
+        p_min: smallest probability that a block to be skipped runs anyway, in (0, 1].
+        h: step of the threshold tracking.
+        warmup: steps with everything FULL while the thresholds settle; about 5 % of the run.
+        unbiased: scale probed gradients by 1/p.
+        low: what LOW rounds to; None runs LOW in full precision.
+        blocks: glob patterns that name the residual branches; None finds them (see `retrograde.engine.branches`).
+        momentum: of the running mean m.
+        controller: ``"quantile"`` routes by error, ``"random"`` at random, at the same rates.
+        p_max: largest probability of a probe.
+
+    Raises:
+        OptionError: a value out of its range.
+
+    Example:
+        >>> session = rg.attach(model, rg.DeepFocus(q_skip=0.6, unbiased=True))
+    """
+
+    name: ClassVar[str] = "deepfocus"
+
+    q_skip: float = 0.5
+    q_full: float = 0.2
+    p_min: float = 0.05
+    h: float = 0.03
+    warmup: int = 100
+    unbiased: bool = False
+    low: Literal["int8", "bfloat16"] | None = "int8"
+    blocks: tuple[str, ...] | None = None
+    momentum: float = 0.98
+    controller: Literal["quantile", "random"] = "quantile"
+    p_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("q_skip", "q_full"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"DeepFocus: {name}={getattr(self, name)} must be a share, 0 to 1.")
+        if self.q_skip + self.q_full > 1:
+            raise OptionError(
+                f"DeepFocus: q_skip={self.q_skip} and q_full={self.q_full} are shares of the same calls and must not "
+                "add up to more than 1."
+            )
+        if not 0 < self.p_min <= self.p_max <= 1:
+            raise OptionError(
+                f"DeepFocus: p_min={self.p_min} and p_max={self.p_max} must be probabilities, 0 < p_min ≤ p_max ≤ 1: "
+                "without a probe a skipped block would never be seen again."
+            )
+        if not (math.isfinite(self.h) and self.h >= 0):
+            raise OptionError(f"DeepFocus: h={self.h} must be a finite number, 0 or more.")
+        if self.warmup < 0:
+            raise OptionError(f"DeepFocus: warmup={self.warmup} must be 0 or more steps.")
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"DeepFocus: momentum={self.momentum} must be at least 0 and below 1.")
+        if self.low not in ("int8", "bfloat16", None):
+            raise OptionError(f"DeepFocus: low={self.low!r} must be 'int8', 'bfloat16' or None.")
+        if self.controller not in ("quantile", "random"):
+            raise OptionError(f"DeepFocus: controller={self.controller!r} must be 'quantile' or 'random'.")
+        if isinstance(self.blocks, str):
+            object.__setattr__(self, "blocks", (self.blocks,))
+        elif self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    def branches(self, model: nn.Module) -> Sequence[Block]:
+        """The residual branches, found or named."""
+        return find_branches(model, self.blocks)
+
+    def block_rules(self, blocks: Sequence[Block]) -> Sequence[BlockRule]:
+        """One router for each block; the first and the last are never skipped."""
+        ends = (0, len(blocks) - 1)
+        return [_Router(self, may_skip=position not in ends) for position in range(len(blocks))]
+
+    def rule(self, site: Site) -> Rule:
+        """Every linear-like layer can run in LOW."""
+        return _LowPrecision(site.name, self)
+
+
+class _Router(BlockRule):
+    """Equations (1) to (6) for one block."""
+
+    def __init__(self, method: DeepFocus, *, may_skip: bool) -> None:
+        self._method = method
+        self._may_skip = may_skip
+        if method.controller == "random":
+            self._alpha, self._beta = method.q_skip, 1 - method.q_full
+        else:
+            self._alpha = _START[0] if method.q_skip else 0.0
+            self._beta = _START[1] if method.q_full < 1 else 0.0
+        self._mean: float | None = None
+        self._ratio = 0.0
+        self._probes = 0
+        # Of this step: calls, sum of e, calls with r < α, calls with r < β.
+        self._calls, self._errors, self._below_alpha, self._below_beta = 0, 0.0, 0, 0
+
+    def gate(self, call: BlockCall) -> Grant:
+        method = self._method
+        if not call.delta.numel():
+            return Grant(Tier.FULL)
+        call.counters.overhead += _FLOPS_PER_ENTRY * call.delta.numel()
+        error, ratio, u = self._measure(call)
+        if not math.isfinite(error):
+            call.counters.fallbacks += 1
+            return Grant(Tier.FULL)
+        if method.controller == "quantile":
+            ratio = error / self._mean if self._mean else math.inf
+        self._ratio = ratio
+        self._calls += 1
+        self._errors += error
+        self._below_alpha += ratio < self._alpha
+        # With q_full = 0 nothing is full, however large.
+        low = ratio < self._beta or method.q_full == 0
+        self._below_beta += ratio < self._beta
+        if call.step < method.warmup or self._mean is None:
+            return Grant(Tier.FULL)
+        if ratio >= self._alpha or not self._may_skip:
+            return Grant(Tier.LOW if low else Tier.FULL)
+        p = maths.probe_probability(ratio, self._alpha, method.p_min, method.p_max)
+        if u >= p:
+            return Grant(Tier.SKIP)
+        self._probes += 1
+        return Grant(Tier.LOW if low else Tier.FULL, 1 / p if method.unbiased else 1.0)
+
+    def _measure(self, call: BlockCall) -> tuple[float, float, float]:
+        """e, and two uniform numbers; the same on all ranks."""
+        square = maths.mean_square(call.delta)
+        noise = uniform(call.key, (2,)).to(square)
+        # The mean over ranks of (e², n·u on rank 0 and 0 elsewhere): seeds may differ, decisions may not.
+        noise = noise * _ranks() if _rank() == 0 else torch.zeros_like(noise)
+        square, *drawn = across_ranks(torch.cat([square.reshape(1), noise])).tolist()
+        return math.sqrt(square) if square >= 0 else math.nan, drawn[0], drawn[1]
+
+    def local(self) -> None:
+        """Equations (3) and (4), then m."""
+        if not self._calls:
+            return
+        method, calls = self._method, self._calls
+        if method.controller == "quantile" and self._mean is not None:
+            if method.q_full < 1:
+                share = self._below_beta / calls
+                self._beta = maths.track(self._beta, 1 - method.q_full, share, method.h)
+            if method.q_skip:
+                self._alpha = maths.track(self._alpha, method.q_skip, self._below_alpha / calls, method.h)
+                self._alpha = min(self._alpha, _CEILING * self._beta)
+        error = self._errors / calls
+        before = error if self._mean is None else self._mean
+        self._mean = method.momentum * before + (1 - method.momentum) * error
+        self._calls, self._errors, self._below_alpha, self._below_beta = 0, 0.0, 0, 0
+
+    def metrics(self) -> dict[str, float]:
+        """Thresholds, running mean of e, last r, and probes so far."""
+        return {
+            "alpha": self._alpha,
+            "beta": self._beta,
+            "error": self._mean or 0.0,
+            "ratio": self._ratio if math.isfinite(self._ratio) else 0.0,
+            "probes": self._probes,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "alpha": self._alpha,
+            "beta": self._beta,
+            "mean": self._mean,
+            "ratio": self._ratio,
+            "probes": self._probes,
+            "step": [self._calls, self._errors, self._below_alpha, self._below_beta],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._alpha, self._beta, self._ratio = (float(state[name]) for name in ("alpha", "beta", "ratio"))
+        self._mean = None if state["mean"] is None else float(state["mean"])
+        self._probes = int(state["probes"])
+        self._calls, self._errors, self._below_alpha, self._below_beta = state["step"]
+
+
+class _LowPrecision(Rule):
+    """What LOW means at one layer: both operands of both products rounded without bias."""
+
+    def __init__(self, name: str, method: DeepFocus) -> None:
+        super().__init__(name)
+        self._low = method.low
+
+    def delta(self, call: Call, delta: Delta) -> Delta:
+        if call.tier is not Tier.LOW or self._low is None or delta.step is not None:
+            return delta
+        if not delta.values.numel():
+            return delta
+        rounded = self._rounded(call, delta.values, _DELTA)
+        if rounded is None:
+            return delta
+        if call.needs.input:
+            call.weight = self._operand(call, call.weight, _WEIGHT)
+        if call.needs.weight:
+            call.saved = tuple(self._operand(call, x, _SAVED + i) for i, x in enumerate(call.saved))
+        call.precision = self._low
+        return rounded
+
+    def _operand(self, call: Call, x: torch.Tensor, which: int) -> torch.Tensor:
+        rounded = self._rounded(call, x, which)
+        return x if rounded is None else rounded.dense(x.dtype)
+
+    def _rounded(self, call: Call, x: torch.Tensor, which: int) -> Delta | None:
+        key = mix_key(call.key, which)
+        call.counters.overhead += _ROUNDING_FLOPS * x.numel()
+        if self._low == "bfloat16":
+            return Delta(maths.round_to_bfloat16(x, key))
+        levels = maths.int8_levels(x, key)
+        return None if levels is None else Delta(*levels)
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
