@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from retrograde.accounting.flops import DISCOUNTS, linear_flops
 from retrograde.engine.slots import Call, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
+from retrograde.errors import AttachError
 from retrograde.kernels import reference
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
@@ -74,6 +75,12 @@ class SpectralRule(Rule):
 
     def observe(self, call: Call, delta: Delta) -> None:
         """Note how the layer lies, for the next forward pass, and settle what the last step's hook cost."""
+        projected = len(call.saved) > 1 and call.geometry is not None and not call.geometry.transposed
+        if projected and call.geometry != self._geometry:
+            raise AttachError(
+                f"layer {self.name!r} was given another stride, padding or dilation while it trained, and what was "
+                "kept of its input belongs to the earlier ones. Detach, change the layer, and attach again."
+            )
         self._geometry, self._seen = call.geometry, True
         call.counters.overhead += self._owed
         self._owed = 0.0
@@ -116,7 +123,7 @@ class SpectralRule(Rule):
             if not self._narrows or self._method.side == "both":
                 weight.grad.copy_(self._projected(weight.grad, narrow=self._narrows))
             return
-        if self._inputs.basis is None and self._output_basis() is None:
+        if any(subspace.basis is None for subspace in self._subspaces()):
             return
         projected = self._projected(weight.grad)
         self._diagnostics.measure(weight.grad, projected)
@@ -166,9 +173,7 @@ class SpectralRule(Rule):
             self._refreshed_at = step.index
             self._refresh(rows, weight, step if group is not None else None)
         following = step.index + 1
-        ready = (
-            self._inputs.basis is not None or self._outputs is not None and self._outputs.basis is not None
-        )
+        ready = self._seen and all(subspace.basis is not None for subspace in self._subspaces())
         self.projecting = ready and self._past_warmup(following) and not self._is_full(following)
         if self.projecting:
             for subspace in self._subspaces():
@@ -178,9 +183,8 @@ class SpectralRule(Rule):
         return index >= self._method.warmup
 
     def _is_full(self, index: int) -> bool:
-        return (
-            self._method.residual != "none" and (index - self._method.warmup) % self._method.full_every == 0
-        )
+        m = self._method.full_every
+        return self._method.residual != "none" and (index - self._method.warmup) % m == m - 1
 
     def _subspaces(self) -> list[Subspace]:
         inputs = [] if self._method.side == "output" else [self._inputs]
@@ -232,6 +236,7 @@ class SpectralRule(Rule):
         return {} if subspace is None else self._diagnostics.metrics(subspace, self.projecting)
 
     def state_dict(self) -> dict[str, Any]:
+        """Bases, cadence and figures."""
         return {
             "projecting": self.projecting,
             "geometry": None if self._geometry is None else asdict(self._geometry),
@@ -244,6 +249,7 @@ class SpectralRule(Rule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
         self.projecting, self._seen = bool(state["projecting"]), bool(state["seen"])
         self._geometry = None if state["geometry"] is None else Geometry(**state["geometry"])
         self._refreshed_at, self._owed = int(state["refreshed_at"]), float(state["owed"])

@@ -29,7 +29,7 @@ class Diagnostics:
             self.captured = float(projected.float().square().sum() / total)
 
     def metrics(self, subspace: Subspace, projecting: bool) -> dict[str, float]:
-        """``rank``, ``drift``, ``lambda_1``, ``effective_rank``, ``captured``, ``saved_bytes_fraction``, ``projecting``.
+        """The figures by name.
 
         What is not known yet is left out. λ₁ is of E[xxᵀ], largest of the groups; the effective rank is their mean.
         """

@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from retrograde.engine.statistics import _across_ranks  # pyright: ignore[reportPrivateUsage]
+from retrograde.engine.statistics import across_ranks
 from retrograde.maths import spectral
 from retrograde.maths.philox import mix_key
 
 _COLD_STEPS = 5
-_WARM_STEPS = 2
+_WARM_STEPS = 1
 
 Update = Literal["qr", "lie"]
 Directions = Literal["top", "random", "bulk"]
@@ -82,10 +82,10 @@ class Subspace:
         local = spectral.second_moment(rows)
 
         def multiply(q: Tensor) -> Tensor:
-            return _across_ranks(local(q))
+            return across_ranks(local(q))
 
         groups, m, d = rows.shape
-        self.trace = _across_ranks(rows.square().mean(1).sum(-1))
+        self.trace = across_ranks(rows.square().mean(1).sum(-1))
         before, steps = self._leading, _WARM_STEPS
         k = self._tracked(d)
         if before is None:
@@ -103,7 +103,7 @@ class Subspace:
             self.drift = float(spectral.drift(self._leading, leading).max())
         self._leading = leading
         self._refreshes += 1
-        self._choose()
+        self.basis = self._chosen(leading)
         # C Q once an iteration and once for the eigenpairs; QR, or Cayley's 2k × 2k, at about 6dk².
         return groups * ((steps + 1) * 4.0 * m * d * k + (steps + 1) * 6.0 * d * k * k)
 
@@ -116,7 +116,7 @@ class Subspace:
         if policy.rank is None:
             k = spectral.rank_for_energy(self.eigenvalues, self.trace, policy.energy)
             self._leading, self.eigenvalues = self._leading[..., :k], self.eigenvalues[:, :k]
-            self._choose()
+            self.basis = self._chosen(self._leading)
 
     def _tracked(self, d: int) -> int:
         if self._leading is not None:
@@ -128,19 +128,20 @@ class Subspace:
         generator = torch.Generator().manual_seed(mix_key(self._policy.seed, self._refreshes) >> 1)
         return torch.linalg.qr(torch.randn(groups, d, k, generator=generator).to(like))[0]
 
-    def _choose(self) -> None:
+    def _chosen(self, leading: Tensor) -> Tensor:
         """What of the leading directions, and of random ones, gradients are projected on."""
-        assert self._leading is not None
-        groups, d, k = self._leading.shape
+        groups, d, k = leading.shape
         if self._policy.directions == "random":
-            self.basis = self._start(groups, d, k, self._leading)
-        elif self._policy.random:
-            fixed = self._leading[..., : max(k - self._policy.random, 1)]
-            drawn = self._start(groups, d, k - fixed.shape[-1], fixed)
-            drawn = drawn - fixed @ (fixed.mT @ drawn)
-            self.basis = torch.cat((fixed, torch.linalg.qr(drawn - fixed @ (fixed.mT @ drawn))[0]), -1)
-        else:
-            self.basis = self._leading
+            return self._start(groups, d, k, leading)
+        drawn = min(self._policy.random, k - 1)
+        if not drawn:
+            return leading
+        fixed = leading[..., : k - drawn]
+        # Projected out twice: once leaves rounding behind.
+        rest = self._start(groups, d, drawn, fixed)
+        for _ in range(2):
+            rest, _ = torch.linalg.qr(rest - fixed @ (fixed.mT @ rest))
+        return torch.cat((fixed, rest), -1)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and counts."""

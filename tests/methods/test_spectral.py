@@ -1,0 +1,647 @@
+"""Spectral backpropagation on real layers: what it computes, keeps, moves along and saves."""
+
+import copy
+import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import retrograde as rg
+from cases import assert_bitwise, assert_same, batch, conv, gradients, program, seeded, train, transposed
+from retrograde.accounting.memory import saved_bytes
+from retrograde.errors import AttachError, NoEffectError, OptionError
+from retrograde.maths import spectral
+from retrograde.methods.spectral import Spectral
+from retrograde.methods.spectral.projection import as_matrix, from_matrix
+
+Make = Callable[[], nn.Module]
+ALWAYS = partial(Spectral, rank=3, warmup=0, residual="none", every=2, skip_head=False)
+"""Projects from the second step on."""
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1, groups=2),
+        nn.Flatten(),
+        nn.Linear(128, 4),
+    )
+
+
+MODELS: dict[str, tuple[Make, tuple[int, ...]]] = {"mlp": (net, (16, 8)), "cnn": (convolutions, (6, 3, 8, 8))}
+
+
+def rule(layer: nn.Module) -> Any:
+    return program(layer).rules[-1]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def projecting(make: Make, shape: tuple[int, ...], method: rg.Method, steps: int = 2) -> nn.Module:
+    """An attached model, trained until it projects."""
+    model = seeded(make)
+    session = rg.attach(model, method, seed=1)
+    train(model, sgd(model), shape, steps)
+    model.session = session  # type: ignore[assignment]
+    return model
+
+
+LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
+    "linear": (partial(nn.Linear, 9, 5), (7, 9)),
+    "linear_3d": (partial(nn.Linear, 9, 5, bias=False), (3, 4, 9)),
+    "linear_1d": (partial(nn.Linear, 9, 5), (9,)),
+    "conv1d": (conv(1, 4, 8, 3, stride=2, padding=1), (3, 4, 11)),
+    "conv1d_dilation": (conv(1, 4, 8, 3, dilation=2, padding=2, groups=2), (3, 4, 11)),
+    "conv2d": (conv(2, 4, 8, 3, padding=1), (3, 4, 7, 8)),
+    "conv2d_mixed": (conv(2, 4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (3, 4, 7, 8)),
+    "conv2d_groups": (conv(2, 4, 6, 3, stride=2, padding=2, groups=2), (3, 4, 7, 8)),
+    "conv2d_same": (conv(2, 4, 6, 4, padding="same"), (3, 4, 7, 8)),
+    "conv2d_circular": (conv(2, 4, 6, 3, padding=1, padding_mode="circular"), (3, 4, 7, 8)),
+    "conv2d_unbatched": (conv(2, 4, 6, 3, padding=1), (4, 7, 8)),
+    "conv3d": (conv(3, 2, 4, 3, stride=(1, 2, 1), padding=1, dilation=(1, 1, 2)), (2, 2, 5, 6, 7)),
+    "transposed1d": (transposed(1, 4, 6, 3, stride=2), (3, 4, 9)),
+    "transposed2d_groups": (transposed(2, 8, 6, 3, stride=2, padding=1, groups=2), (3, 8, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_product_is_the_projected_gradient(name: str) -> None:
+    """(δᵀ(x̂U))Uᵀ from what was kept is GUUᵀ of autograd's G; dx and db are autograd's own."""
+    make, shape = LAYERS[name]
+    layer = projecting(make, shape, ALWAYS())
+    plain = seeded(make)
+    plain.load_state_dict(layer.state_dict())
+    assert rule(layer).projecting
+    expected = gradients(plain, batch(shape, seed=50))
+    basis, geometry = rule(layer)._inputs.basis, rule(layer)._geometry
+    whole = expected["weight"]
+    expected["weight"] = from_matrix(
+        spectral.project_rows(as_matrix(whole, geometry), basis), whole, geometry
+    )
+    found = gradients(layer, batch(shape, seed=50))
+    assert_same(found, expected, 1e-5)
+    # Something was left out, or the comparison would be one of G with itself.
+    assert (whole - expected["weight"]).norm() > 1e-3 * whole.norm()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d_groups", "transposed2d_groups"])
+def test_gradient_error_within_the_bound(name: str) -> None:
+    """On the rows that the basis comes from, group by group, the error is within equation (3)."""
+    make, shape = LAYERS[name]
+    layer = seeded(make)
+    _session = rg.attach(layer, ALWAYS(every=1000))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    x = batch(shape)
+    layer(x).square().sum().backward()
+    whole = layer.weight.grad.clone()
+    optimizer.step()
+    assert rule(layer).projecting
+    optimizer.zero_grad()
+    z = layer(x)
+    z.retain_grad()
+    z.square().sum().backward()
+    geometry, rows = rule(layer)._geometry, program(layer).statistics.rows
+    error = as_matrix(layer.weight.grad - whole, geometry)
+    assert torch.linalg.matrix_norm(error).max() > 0
+    for group, e in enumerate(error):
+        values = torch.linalg.eigvalsh(rows[group].T @ rows[group]).flip(0)
+        # D as the bound wants it solves DᵀX = G row by row; its norm is at least that of the δ which autograd saw.
+        d = torch.linalg.lstsq(rows[group].T, as_matrix(whole, geometry)[group].T).solution
+        norm = torch.linalg.matrix_norm(e)
+        assert norm <= spectral.error_bound(d, values, 3) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Spectral(2, warmup=100),
+        Spectral(2, warmup=1, residual="full-step", full_every=2, every=1),
+        Spectral(8, warmup=0, residual="none", every=1, rows=64),
+    ],
+    ids=["warmup", "full-steps", "rank-d"],
+)
+def test_neutral(name: str, method: Spectral) -> None:
+    """Warm-up, full steps and a whole basis give autograd's gradients."""
+    make, shape = MODELS[name]
+    if method.rank == 8:
+        make, shape = (
+            (lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))),
+            (
+                16,
+                8,
+            ),
+        )
+    model = seeded(make)
+    _session = rg.attach(model, method)
+    train(model, sgd(model), shape, 2)
+    assert rule(model[0]).projecting == (method.rank == 8)
+    plain = seeded(make)
+    plain.load_state_dict(model.state_dict())
+    assert_same(gradients(model, batch(shape)), gradients(plain, batch(shape)), 1e-6)
+
+
+def test_head_is_trained_in_full() -> None:
+    """The last linear-like layer keeps its exact gradient, unless it was attached alone."""
+    model = projecting(net, (16, 8), ALWAYS(skip_head=True))
+    assert [rule(model[i]).projecting for i in (0, 2, 4)] == [True, True, False]
+    plain = seeded(net)
+    plain.load_state_dict(model.state_dict())
+    found, expected = gradients(model, batch((16, 8))), gradients(plain, batch((16, 8)))
+    assert_same({"g": found["4.weight"]}, {"g": expected["4.weight"]})
+    assert not torch.allclose(found["2.weight"], expected["2.weight"], rtol=1e-3)
+    alone = seeded(net)
+    _session = rg.attach(alone, ALWAYS(skip_head=True), only="4")
+    train(alone, sgd(alone), (16, 8), 2)
+    assert rule(alone[4]).projecting
+
+
+def test_cadence() -> None:
+    """Warm-up, then a full step in every m; statistics at their own."""
+    model = seeded(net)
+    _session = rg.attach(model, Spectral(3, warmup=5, full_every=3, every=2))
+    optimizer, seen = sgd(model), []
+    for step in range(14):
+        seen.append(rule(model[0]).projecting)
+        train(model, optimizer, (16, 8), 1, first=step)
+    assert [i for i, projects in enumerate(seen) if not projects] == [0, 1, 2, 3, 4, 7, 10, 13]
+
+
+def test_saved_bytes_fall_as_rank_over_width() -> None:
+    """n·k numbers instead of n·d; the basis, d·k, is state of the layer and no part of a batch."""
+    n, d, k = 512, 64, 4
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(d, d), nn.Identity())
+
+    model = projecting(
+        make, (n, d), Spectral(k, warmup=0, residual="none", every=100, rows=512, skip_head=False)
+    )
+    x = batch((n, d))
+    plain = seeded(make)
+    assert saved_bytes(plain, lambda: plain(x)) == 4 * n * d
+    assert saved_bytes(model, lambda: model(x)) == 4 * n * k + 4 * d * k
+    gradients(model, x)
+    assert model.session.metrics()["layers"]["0"]["saved_bytes_fraction"] == k / d
+
+
+def test_saved_bytes_of_a_convolution() -> None:
+    """N·k·H'·W' numbers instead of N·C·H·W."""
+    shape = (16, 16, 10, 10)
+    model = projecting(conv(2, 16, 8, 3, padding=1), shape, ALWAYS(rank=4, every=100))
+    x = batch(shape)
+    assert saved_bytes(model, lambda: model(x)) == 4 * 16 * 4 * 100 + 4 * (16 * 9) * 4
+
+
+def test_flops() -> None:
+    """A projected call costs 2nk(d + o) + 2kdo in place of 2ndo; the refresh is the method's own work."""
+    n, d, o, k = 64, 32, 24, 4
+    model = projecting(partial(nn.Linear, d, o), (n, d), ALWAYS(rank=k, every=100))
+    before = model.session.flops()
+    # Five iterations from cold and the eigenpairs: C Q six times, at 4ndk, and QR at 6dk².
+    assert before.overhead == 6 * (4 * n * d * k + 6 * d * k * k)
+    gradients(model, batch((n, d)))
+    after = model.session.flops()
+    assert after.weight_grad.dense - before.weight_grad.dense == 2 * n * d * o
+    assert after.weight_grad.executed - before.weight_grad.executed == 2 * n * k * (d + o) + 2 * k * d * o
+    assert after.overhead == before.overhead
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam])
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled(name: str, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+    """Eager and compiled end in the same weights, through warm-up, projected and full steps; few graphs."""
+    make, shape = MODELS[name]
+    torch._dynamo.reset()
+    ends = []
+    for fast in (False, True):
+        model = seeded(make)
+        _session = rg.attach(model, Spectral(3, warmup=2, full_every=3, every=2), seed=1)
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        run: Any = torch.compile(model, fullgraph=True, backend=counter) if fast else model
+        train(run, make_optimizer(model), shape, 12)
+        assert rule(model[0])._inputs.rank == 3
+        ends.append(model.state_dict())
+    # Rows sampled or not, projected or not: by step, never more.
+    assert 2 <= counter.frame_count <= 4
+    torch._dynamo.reset()
+    assert_same(ends[1], ends[0], 1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing(name: str, reentrant: bool) -> None:
+    """Bit for bit, though forward runs twice."""
+    make, shape = MODELS[name]
+    one, two = (projecting(make, shape, ALWAYS()) for _ in range(2))
+    x = batch(shape)
+
+    def run(y: Tensor) -> Tensor:
+        return checkpoint(two, y, use_reentrant=reentrant)
+
+    assert rule(one[0]).projecting
+    assert_bitwise(gradients(two, x, run), gradients(one, x))
+
+
+@pytest.mark.parametrize("method", [ALWAYS(), ALWAYS(side="both", decay=1e-2)], ids=["input", "both"])
+def test_accumulation(method: Spectral) -> None:
+    """Two half batches give the gradient of the whole one, and train alike."""
+    model = projecting(net, (16, 8), method)
+    x = batch((16, 8))
+    model.zero_grad()
+    torch.sin(model(x)).sum().backward()
+    whole = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for part in x.chunk(2):
+        torch.sin(model(part)).sum().backward()
+    assert_same({n: p.grad for n, p in model.named_parameters()}, whole, 1e-5)
+
+
+def test_autocast() -> None:
+    """bfloat16 activations are projected in bfloat16; gradients are float32 and near the exact projection."""
+    model = projecting(net, (64, 8), ALWAYS())
+
+    def run(y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(y).float()
+
+    exact, found = gradients(model, batch((64, 8))), gradients(model, batch((64, 8)), run)
+    assert_same(found, exact, 0.05)
+    assert not torch.equal(found["2.weight"], exact["2.weight"])
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adam])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Spectral(None, warmup=3, full_every=3, every=2, residual="scaled", decay=1e-2),
+        ALWAYS(update="lie", random=1, side="both"),
+        ALWAYS(basis="random"),
+    ],
+    ids=["scaled", "lie", "random"],
+)
+def test_resumed_is_uninterrupted(
+    method: Spectral, make_optimizer: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    """Interrupted between any two steps, through a file: the same bits."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def fresh() -> tuple[nn.Module, rg.Session, Any]:
+        model = seeded(make)
+        session = rg.attach(model, method, seed=4)
+        return model, session, make_optimizer(model)
+
+    model, session, optimizer = fresh()
+    train(model, optimizer, (16, 16), 9)
+    assert rule(model[0])._inputs.basis is not None
+    for cut in (1, 4, 6):
+        one, first, opt = fresh()
+        train(one, opt, (16, 16), cut)
+        torch.save([one.state_dict(), opt.state_dict(), first.state_dict()], tmp_path / "state.pt")
+        two, second, opt = fresh()
+        parts = torch.load(tmp_path / "state.pt", weights_only=True)
+        for part, state in zip((two, opt, second), parts, strict=True):
+            part.load_state_dict(state)
+        train(two, opt, (16, 16), 9 - cut, first=cut)
+        assert_bitwise(two.state_dict(), model.state_dict())
+        assert second.metrics() == session.metrics()
+
+
+def test_moments_are_reexpressed() -> None:
+    """At a refresh SGD's momentum and Adam's first moment follow the basis; Adam's second moment does not move."""
+    for make_optimizer, name in ((sgd, "momentum_buffer"), (adam, "exp_avg")):
+        model = seeded(net)
+        _session = rg.attach(model, ALWAYS(every=2), seed=1)
+        optimizer = make_optimizer(model)
+        train(model, optimizer, (16, 8), 2)
+        layer, before = model[2], rule(model[2])._inputs.basis
+        twin = copy.deepcopy(model)
+        twin_optimizer = make_optimizer(twin)
+        twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        x = batch((16, 8), seed=102)
+        optimizer.zero_grad()
+        torch.sin(model(x)).square().mean().backward()
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            theirs.grad = mine.grad.clone()
+        optimizer.step()
+        twin_optimizer.step()
+        after = rule(layer)._inputs.basis
+        assert after is not before
+        state, plain = optimizer.state[layer.weight], twin_optimizer.state[twin[2].weight]
+        expected = spectral.reexpress(plain[name][None], before, after)[0]
+        torch.testing.assert_close(state[name], expected)
+        assert not torch.allclose(state[name], plain[name], rtol=1e-3)
+        if name == "exp_avg":
+            assert torch.equal(state["exp_avg_sq"], plain["exp_avg_sq"])
+
+
+def test_momentum_stays_in_the_subspace() -> None:
+    """Without full steps, and but for the first step, all of momentum and its updates lies in span(U)."""
+    model = seeded(net)
+    _session = rg.attach(model, ALWAYS(every=3), seed=1)
+    optimizer = sgd(model)
+    train(model, optimizer, (16, 8), 1)
+    optimizer.state[model[2].weight]["momentum_buffer"].zero_()
+    train(model, optimizer, (16, 8), 8, first=1)
+    m, u = optimizer.state[model[2].weight]["momentum_buffer"], rule(model[2])._inputs.basis[0]
+    torch.testing.assert_close(spectral.project_rows(m, u), m)
+
+
+@pytest.mark.parametrize("update", ["qr", "lie"])
+def test_basis_is_of_the_inputs_second_moment(update: str) -> None:
+    """On inputs with four directions of note both updates find them, the mean among them."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(24, 24))[0]
+    scales = torch.cat((torch.tensor([5.0, 4.0, 3.0, 2.0]), torch.full((20,), 0.1)))
+    layer = nn.Linear(24, 8)
+    session = rg.attach(layer, Spectral(4, update=update, warmup=0, residual="none", every=1, rows=64))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
+    for _ in range(60):
+        optimizer.zero_grad()
+        x = torch.randn(64, 24) * scales
+        x[:, 0] = 5.0
+        layer(x @ turn.T).square().mean().backward()
+        optimizer.step()
+    assert spectral.drift(turn[None, :, :4], rule(layer)._inputs.basis) < 0.05
+    (figures,) = session.metrics()["layers"].values()
+    assert figures["lambda_1"] == pytest.approx(25, rel=0.02)
+    # Σλ = 25 + 16 + 9 + 4 + 20 · 0.01, Σλ² = 625 + 256 + 81 + 16
+    assert figures["effective_rank"] == pytest.approx(54.2**2 / 978, rel=0.15)
+    assert figures["rank"] == 4
+    assert spectral.orthonormality(rule(layer)._inputs.basis) <= 1e-6
+
+
+def test_automatic_rank() -> None:
+    """The smallest rank that holds the energy, at most a fourth of the inputs; fixed after warm-up."""
+    layer = nn.Linear(32, 8)
+    _session = rg.attach(layer, Spectral(warmup=3, every=1, energy=0.9))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    ranks = []
+    for step in range(6):
+        optimizer.zero_grad()
+        scales = torch.cat((torch.tensor([3.0, 2.0]), torch.full((30,), 0.1))) if step < 4 else torch.ones(32)
+        layer(torch.randn(64, 32) * scales).square().mean().backward()
+        optimizer.step()
+        ranks.append(rule(layer)._inputs.rank)
+    assert ranks == [8, 8, 2, 2, 2, 2]
+
+
+def test_captured_energy() -> None:
+    """Measured on full steps: ‖GU‖²/‖G‖², of the gradient that the optimizer saw."""
+    model = seeded(net)
+    session = rg.attach(model, Spectral(3, warmup=2, residual="full-step", every=100))
+    optimizer = sgd(model)
+    train(model, optimizer, (16, 8), 1)
+    assert "captured" not in session.metrics()["layers"]["2"]
+    basis = rule(model[2])._inputs.basis[0]
+    train(model, optimizer, (16, 8), 1, first=1)
+    g = model[2].weight.grad
+    expected = float((g @ basis).square().sum() / g.square().sum())
+    assert session.metrics()["layers"]["2"]["captured"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < 1
+
+
+def test_output_side() -> None:
+    """V(VᵀG) after the backward pass, V leading E[zzᵀ] with z = Wx."""
+    model = seeded(net)
+    _session = rg.attach(model, ALWAYS(rank=8, side="output", every=100, rows=64), seed=1)
+    x = batch((16, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        z = model[1](model[0](x)) @ model[2].weight.T
+    torch.sin(model(x)).sum().backward()
+    whole = model[2].weight.grad.clone()
+    weight = model[2].weight.detach().clone()
+    # A step without movement, or z would be another.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    _, vectors = torch.linalg.eigh(z.T @ z)
+    v = vectors[:, -8:]
+    assert spectral.drift(v[None], rule(model[2])._outputs.basis) < 1e-4
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.zero_grad()
+    torch.sin(model(x)).sum().backward()
+    torch.testing.assert_close(model[2].weight.grad, whole)
+    optimizer.step()
+    torch.testing.assert_close(
+        model[2].weight.detach(), weight - 0.1 * v @ (v.T @ whole), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_scaled_residual() -> None:
+    """On full steps the part outside the subspace counts s-fold."""
+    model = seeded(net)
+    _session = rg.attach(model, Spectral(3, warmup=0, residual="scaled", full_every=2, every=100), seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, (16, 8), 1)
+    weight, basis = model[2].weight.detach().clone(), rule(model[2])._inputs.basis[0]
+    values = rule(model[2])._inputs.eigenvalues[0]
+    scale = min(2.0, float(values[0] / values[-1]))
+    assert scale == 2.0
+    x = batch((16, 8), seed=101)
+    plain = seeded(net)
+    plain.load_state_dict(model.state_dict())
+    torch.sin(plain(x)).square().mean().backward()
+    g = plain[2].weight.grad
+    train(model, optimizer, (16, 8), 1, first=1)
+    expected = weight - 0.1 * (g + (scale - 1) * (g - spectral.project_rows(g, basis)))
+    torch.testing.assert_close(model[2].weight.detach(), expected)
+
+
+@pytest.mark.parametrize("basis", ["top", "random", "bulk"])
+def test_ablations_confine_the_weights(basis: str) -> None:
+    """Without residual every weight moves in span(U), or for the bulk outside it, and nowhere else."""
+    model = projecting(net, (16, 8), ALWAYS(basis=basis, every=1000))
+    before = model[2].weight.detach().clone()
+    u = rule(model[2])._inputs.basis[0]
+    leading = rule(model[2])._inputs._leading[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, (16, 8), 3, first=2)
+    moved = model[2].weight.detach() - before
+    inside = spectral.project_rows(moved, u)
+    assert moved.norm() > 0
+    assert (inside if basis == "bulk" else moved - inside).norm() < 1e-4 * moved.norm()
+    assert (float(spectral.drift(u[None], leading[None])) > 0.5) == (basis == "random")
+
+
+def test_some_random_directions() -> None:
+    """Top and random together are orthonormal; the random ones change with each refresh."""
+    model = projecting(net, (16, 8), ALWAYS(random=1, every=2))
+    u = rule(model[2])._inputs.basis
+    assert spectral.orthonormality(u) < 1e-6
+    torch.testing.assert_close(u[..., :2], rule(model[2])._inputs._leading[..., :2])
+    train(model, sgd(model), (16, 8), 2, first=2)
+    assert (u[..., 2] * rule(model[2])._inputs.basis[..., 2]).sum().abs() < 0.9
+
+
+def test_decay() -> None:
+    """W ← W − η β λ₁ e₁e₁ᵀW, beside the optimizer's own step."""
+    model = seeded(net)
+    _session = rg.attach(model, Spectral(3, warmup=100, decay=0.5, every=100), seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, (16, 8), 1)
+    outputs = rule(model[2])._outputs
+    value, e = outputs.eigenvalues[0, 0], outputs._leading[0, :, 0]
+    before = model[2].weight.detach().clone()
+    optimizer.zero_grad()
+    torch.sin(model(batch((16, 8)))).square().mean().backward()
+    stepped = before - 0.1 * model[2].weight.grad
+    optimizer.step()
+    expected = stepped - 0.1 * 0.5 * value * torch.outer(e, e @ stepped)
+    torch.testing.assert_close(model[2].weight.detach(), expected)
+    assert (expected - stepped).norm() > 1e-4
+
+
+def test_together_with_dither() -> None:
+    """Levels of δ̃ are projected with their step: the product of both is (δ̃ᵀ(x̂U))Uᵀ."""
+    for make, shape in (MODELS["mlp"], MODELS["cnn"]):
+        both, alone = seeded(make), seeded(make)
+        sessions = [
+            rg.attach(both, [ALWAYS(), rg.Dither(scale=2)], seed=1),
+            rg.attach(alone, rg.Dither(scale=2), seed=1),
+        ]
+        train(both, sgd(both), shape, 2)
+        alone.load_state_dict(both.state_dict())
+        # The same step and call number on both: the same noise.
+        for name, p in sessions[1]._programs.items():
+            p.step, p.calls = sessions[0]._programs[name].step, 0
+            sessions[0]._programs[name].calls = 0
+        found, expected = gradients(both, batch(shape)), gradients(alone, batch(shape))
+        assert sessions[0].metrics()["zeros"] > sessions[0].metrics()["own_zeros"]
+        for name, layer in both.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                r, key = next(r for r in program(layer).rules if hasattr(r, "projecting")), f"{name}.weight"
+                g = as_matrix(expected[key], r._geometry)
+                expected[key] = from_matrix(
+                    spectral.project_rows(g, r._inputs.basis), expected[key], r._geometry
+                )
+        assert_same(found, expected, 1e-5)
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    try:
+        model = seeded(convolutions)
+        session = rg.attach(model, Spectral(3, warmup=2, full_every=3, every=2, random=1, decay=1e-2), seed=3)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = sgd(model)
+        for step in range(7):
+            optimizer.zero_grad()
+            torch.sin(parallel(batch((6, 3, 8, 8), seed=10 * step + rank))).square().mean().backward()
+            optimizer.step()
+        result = {
+            "parameters": dict(model.state_dict()),
+            "bases": {name: rule(model.get_submodule(name))._inputs.basis for name in ("0", "2")},
+            "rows": program(model[0]).statistics.rows,
+            "metrics": session.metrics()["layers"]["2"]["captured"],
+        }
+        torch.save(result, f"{folder}/rank{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different data on each rank: bases, decisions and weights agree to the last bit."""
+    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not torch.equal(one["rows"], two["rows"])
+    assert_bitwise(one["bases"], two["bases"])
+    assert_bitwise(one["parameters"], two["parameters"])
+    assert one["metrics"] == two["metrics"]
+
+
+def test_changed_geometry_is_refused() -> None:
+    layer = projecting(conv(2, 4, 6, 3, padding=1), (3, 4, 7, 8), ALWAYS())
+    layer.dilation = (2, 2)
+    with pytest.raises(AttachError, match="another stride, padding or dilation"):
+        gradients(layer, batch((3, 4, 7, 8)))
+
+
+def test_plan_names_the_reasons() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3),
+        nn.Flatten(),
+        nn.Linear(64, 9),
+        nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)),
+    )
+    rows = {row.name: row for row in rg.attach(model, Spectral()).plan.rows}
+    assert rows["0"].status == "left"
+    assert "too few" in rows["0"].why
+    assert rows["2"].status == "attached"
+    assert "parametrised" in rows["3"].why
+    with pytest.raises(NoEffectError, match="rank=9 is more than its 8 inputs"):
+        rg.attach(nn.Linear(8, 3), Spectral(9))
+    with pytest.raises(NoEffectError, match="transposed"):
+        rg.attach(nn.ConvTranspose2d(8, 8, 3), Spectral(2, side="both"))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"rank": 0}, "rank=0"),
+    ({"energy": 0.0}, "energy"),
+    ({"energy": 1.1}, "energy"),
+    ({"side": "left"}, "input, output, both"),
+    ({"update": "svd"}, "qr, lie"),
+    ({"residual": True}, "full-step, scaled, none"),
+    ({"basis": "last"}, "top, random, bulk"),
+    ({"every": 0}, "every=0"),
+    ({"full_every": 1}, "full_every=1"),
+    ({"warmup": -1}, "warmup=-1"),
+    ({"decay": -1e-3}, "decay"),
+    ({"decay": float("nan")}, "decay"),
+    ({"tau": 0.0}, "tau"),
+    ({"rows": 0}, "rows=0"),
+    ({"rank": 4, "random": 4}, "leaves none"),
+    ({"random": 2, "basis": "bulk", "residual": "none"}, "belongs to basis='top'"),
+    ({"residual": "scaled", "basis": "bulk"}, "only stable"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(options) for options, _ in BAD])
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Spectral(**options)
+
+
+def test_every_combination_trains() -> None:
+    """Sides, updates, residuals and bases: finite, and something is learnt."""
+    for side, update, residual, basis in itertools.product(
+        ("input", "output", "both"), ("qr", "lie"), ("full-step", "scaled", "none"), ("top", "random", "bulk")
+    ):
+        if residual == "scaled" and basis != "top":
+            continue
+        method = Spectral(
+            3, side=side, update=update, residual=residual, basis=basis, warmup=1, full_every=2, every=2
+        )
+        model = seeded(net)
+        _session = rg.attach(model, method, seed=1)
+        before = model.state_dict()["2.weight"].clone()
+        train(model, sgd(model), (16, 8), 5)
+        assert torch.isfinite(model[2].weight).all()
+        assert not torch.equal(before, model[2].weight)
