@@ -35,7 +35,7 @@ def allocate(layer: nn.Module, capacity: int) -> None:
         channels = weight.new_zeros(weight.shape[0])
         parts = {
             "weight": torch.zeros_like(weight),
-            "bias": None if layer.bias is None else channels,
+            "bias": channels if isinstance(layer.bias, Tensor) else None,
             "cascade": weight.new_zeros(d, weight.shape[0]) if d else None,
             "output": channels.clone(),
         }
@@ -76,14 +76,17 @@ def activations(
     spatial = cast(Tensor, layer.weight).dim() - 2
     x = x.detach() if detached else x
     for d in range(count):
-        weight, bias, cascade = (getattr(layer, name_of(part, d)) for part in NAMES[:3])
+        weight: Tensor = getattr(layer, name_of("weight", d))
+        bias: Tensor | None = getattr(layer, name_of("bias", d))
+        cascade: Tensor | None = getattr(layer, name_of("cascade", d))
         if detached:
             weight = weight.detach()
             bias = None if bias is None else bias.detach()
             cascade = None if cascade is None else cascade.detach()
         z = product(x, weight, bias)
-        for e in range(d):
-            z = z + over_channels(cascade[e], spatial) * values[e]
+        if cascade is not None:
+            for e in range(d):
+                z = z + over_channels(cascade[e], spatial) * values[e]
         values.append(activate(z, activation))
     return values
 

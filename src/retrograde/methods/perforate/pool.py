@@ -34,7 +34,7 @@ class Pool:
         self._activation: Activation = activation
         self._first = {name: torch.zeros_like(value) for name, value in self.values.items()}
         self._second = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self.moments = Moments.zeros(*weight.shape[:2], weight)
+        self.moments = Moments.zeros(weight.shape[0], weight.shape[1], weight)
         self._reference = weight.new_zeros(weight.shape[1])
         self._updates = 0
         self._begin()
@@ -42,7 +42,7 @@ class Pool:
     def _begin(self) -> None:
         weight = self.values["weight"]
         self._gradient = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self._sums = Sums.zeros(*weight.shape[:2], weight)
+        self._sums = Sums.zeros(weight.shape[0], weight.shape[1], weight)
 
     @torch.no_grad()
     def observe(self, call: Call, x: Tensor, accepted: list[Tensor]) -> None:
@@ -69,9 +69,7 @@ class Pool:
             self._sums.add_candidate(j, _rows(a, spatial), rows, self.moments)
             if not self.moments.steps:
                 continue  # no sign is known yet: the first batch only primes the means
-            g = maths.ascent(
-                _rows(a, spatial), rows, self.moments.mean_delta, direction[j], self._activation
-            )
+            g = maths.ascent(_rows(a, spatial), rows, self.moments.mean_delta, direction[j], self._activation)
             if bias is not None:
                 self._gradient["bias"][j] += g.sum(0)
             for e, a_e in enumerate(accepted):
@@ -109,7 +107,9 @@ class Pool:
     def best(self) -> tuple[Tensor, dict[str, Tensor]]:
         """|r| (C,) and parameters of the best candidate of each neuron: weight (C, …), cascade (d, C), bias (C,)."""
         score, index = maths.best_of(self.moments.score())
-        chosen = {name: maths.choose(value, index) for name, value in self.values.items() if name != "cascade"}
+        chosen = {
+            name: maths.choose(value, index) for name, value in self.values.items() if name != "cascade"
+        }
         chosen["cascade"] = maths.choose(self.values["cascade"].transpose(1, 2), index).T
         return score, chosen
 

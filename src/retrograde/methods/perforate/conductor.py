@@ -1,0 +1,257 @@
+"""When dendrites grow: phases of a whole model, driven by the validation scores that the user reports.
+
+    neuron ── plateau ──► restore best ──► dendrite phase (perforated) ──► accept, zero row of w ──► neuron …
+
+A plateau ends a *cycle*: one dendrite set, tried once. A cycle without a new best score is undone, and tried again with
+new candidates; after `tries` of them the best state is restored for good.
+"""
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.engine.slots import Conductor
+from retrograde.errors import RetrogradeWarning
+from retrograde.methods.perforate import dendrites
+from retrograde.methods.perforate.rule import DendriteRule
+from retrograde.methods.perforate.stage import Stage
+
+if TYPE_CHECKING:
+    from retrograde.methods.perforate import Perforate
+
+Phase = Literal["neuron", "dendrite", "finished"]
+_CODES: dict[Phase, float] = {"neuron": 0.0, "dendrite": 1.0, "finished": 2.0}
+
+_THRESHOLDS = (1e-3, 1e-4, 0.0)
+"""Relative margin of a new best score, by the number of dendrites in use."""
+
+_DEFAULT_PERIOD = 10_000
+_PLAIN = (
+    *(
+        "phase",
+        "best",
+        "reports",
+        "age",
+        "stale",
+        "quiet",
+        "attempt",
+        "growths",
+        "improved",
+        "since",
+        "warned",
+    ),
+)
+
+
+class PerforateConductor(Conductor):
+    """Phases of one model.
+
+    Attributes:
+        phase: ``"neuron"``, ``"dendrite"`` or ``"finished"``.
+        best: best score so far; its model state is kept on the CPU.
+        reports: scores reported.
+        age: reports in this phase.
+        stale: reports in this phase since the best score.
+        quiet: reports of a dendrite phase since a candidate improved.
+        attempt: failed cycles at the present number of dendrites.
+        growths: cycles begun.
+        improved: whether this cycle brought a new best score.
+        marks: ``(step, report, event)`` of every phase change, for a graph of the scores.
+    """
+
+    def __init__(self, method: "Perforate", model: nn.Module, rules: Mapping[str, DendriteRule]) -> None:
+        self._method = method
+        self._model = weakref.ref(model)
+        self._rules = dict(rules)
+        self._stage = Stage(model)
+        for rule in self._rules.values():
+            rule.stage = self._stage
+        self.phase: Phase = "neuron"
+        self.best: float | None = None
+        self.reports = self.age = self.stale = self.quiet = self.attempt = self.growths = 0
+        self.improved = False
+        self.since = 0
+        self.warned = False
+        self.marks: list[tuple[int, int, str]] = []
+        self._snapshot: dict[str, Tensor] | None = None
+
+    @property
+    def dendrites(self) -> int:
+        """Dendrite sets in use."""
+        return max((rule.active for rule in self._rules.values()), default=0)
+
+    @property
+    def _steps(self) -> int:
+        return max((rule.steps for rule in self._rules.values()), default=0)
+
+    # What drives it.
+
+    def validated(self, score: float) -> None:
+        """One score; under data parallelism every rank reports, and the mean counts."""
+        model = self._model()
+        if model is None:
+            return
+        score = _mean_over_ranks(score, model)
+        self.reports += 1
+        self.age += 1
+        if self.phase == "neuron":
+            self._judge(score)
+        elif self.phase == "dendrite":
+            # Every layer is asked: each notes its own progress.
+            better = [rule.improved() for rule in self._rules.values()]
+            self.quiet = 0 if any(better) else self.quiet + 1
+            if self.quiet >= self._method.candidate_patience or self.age >= self._method.candidate_limit:
+                self._accept()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Without scores, phases of a fixed length."""
+        self._stage.after_step()
+        if self.reports or self.phase == "finished":
+            return
+        period = self._method.period
+        if self._steps - self.since < (period or _DEFAULT_PERIOD):
+            return
+        if period is None and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"Perforate has seen {self._steps} steps and no validation score: its phases now last "
+                f"{_DEFAULT_PERIOD} steps each, nothing is judged, and no state is restored. Call "
+                "session.report(val=…) after each validation (higher is better), or set `period`.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+        if self.phase == "dendrite":
+            self._accept()
+        elif self.dendrites < self._method.max_dendrites:
+            self._stage.warn_of_decay()
+            self._grow()
+        else:
+            self._enter("finished", "finished")
+
+    # Decisions.
+
+    def _judge(self, score: float) -> None:
+        margin = _THRESHOLDS[min(self.dendrites, len(_THRESHOLDS) - 1)]
+        if self.best is None or score > self.best + margin * abs(self.best):
+            self.best, self.improved, self.stale = score, True, 0
+            self._snapshot = self._take()
+        else:
+            self.stale += 1
+        if self.stale >= self._method.patience or self.age >= self._method.limit:
+            self._plateau()
+
+    def _plateau(self) -> None:
+        self._stage.warn_of_decay()
+        self.attempt = 0 if self.improved else self.attempt + 1
+        self._restore()
+        if self.dendrites >= self._method.max_dendrites or self.attempt >= self._method.tries:
+            self._enter("finished", "finished")
+        else:
+            self._grow()
+
+    def _grow(self) -> None:
+        self.improved = False
+        self.growths += 1
+        if self._method.learning == "gradient":
+            self._accept()
+            return
+        for rule in self._rules.values():
+            rule.begin(self.growths)
+        self._stage.freeze()
+        self._enter("dendrite", "dendrite phase")
+
+    def _accept(self) -> None:
+        for rule in self._rules.values():
+            rule.grow(self.growths)
+        self._stage.thaw()
+        self._stage.restart()
+        self._enter("neuron", f"{self.dendrites} dendrites")
+
+    def _enter(self, phase: Phase, event: str) -> None:
+        self.phase = phase
+        self.age = self.stale = self.quiet = 0
+        self.since = self._steps
+        self.marks.append((self._steps, self.reports, event))
+
+    # The best state.
+
+    def _take(self) -> dict[str, Tensor]:
+        model = self._model()
+        state = {} if model is None else model.state_dict()
+        return {name: _cpu_copy(value) for name, value in state.items()}
+
+    def _restore(self) -> None:
+        model = self._model()
+        if self._snapshot is None or model is None:
+            return
+        model.load_state_dict(self._snapshot)
+        for rule in self._rules.values():
+            rule.sync()
+        self._stage.restart()
+
+    # Figures and state.
+
+    def metrics(self) -> dict[str, float]:
+        """Phase (0 neuron, 1 dendrite, 2 finished), dendrites, cycles, and what the run can cost at most.
+
+        ``bound`` is the largest number of reports until the method has finished; ``parameters_bound`` the parameters
+        that it can add, ``parameters_added`` those in use.
+        """
+        sizes = [
+            sum(value.numel() for value in dendrites.parameters(rule.layer, d).values())
+            for rule in self._rules.values()
+            for d in range(self._method.max_dendrites)
+        ]
+        used = [
+            sum(value.numel() for value in dendrites.parameters(rule.layer, d).values())
+            for rule in self._rules.values()
+            for d in range(rule.active)
+        ]
+        found = {
+            "phase": _CODES[self.phase],
+            "dendrites": float(self.dendrites),
+            "cycles": float(self.growths),
+            "attempt": float(self.attempt),
+            "reports": float(self.reports),
+            "bound": float(self._method.bound()),
+            "parameters_added": float(sum(used)),
+            "parameters_bound": float(sum(sizes)),
+        }
+        return found if self.best is None else {**found, "best": self.best}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, counts, marks, and the best model state."""
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "marks": [list(mark) for mark in self.marks],
+            "snapshot": self._snapshot,
+            "stage": self._stage.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        self.marks = [(int(step), int(report), str(event)) for step, report, event in state["marks"]]
+        snapshot = state["snapshot"]
+        self._snapshot = None if snapshot is None else {k: _cpu_copy(v) for k, v in snapshot.items()}
+        self._stage.load_state_dict(state["stage"])
+
+
+def _cpu_copy(value: Any) -> Any:
+    # An extra state (`nn.Module.get_extra_state`) may be no tensor.
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _mean_over_ranks(score: float, model: nn.Module) -> float:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return score
+    device = next(model.parameters()).device
+    value = torch.tensor(score, device=device)
+    distributed.all_reduce(value)
+    return float(value) / distributed.get_world_size()

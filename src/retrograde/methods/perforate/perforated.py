@@ -1,0 +1,107 @@
+"""The perforated rule at one layer: dendrites without error flow, and candidates that learn in a phase of their own."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from retrograde.engine.slots import Call, Step
+from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.kernels.delta import Delta
+from retrograde.methods.perforate import dendrites
+from retrograde.methods.perforate.pool import Pool
+from retrograde.methods.perforate.rule import DendriteRule, product_flops
+
+if TYPE_CHECKING:
+    from retrograde.methods.perforate import Perforate
+
+
+class PerforatedRule(DendriteRule):
+    """The papers' rule: dendrites read x without passing error back, and learn by correlation in their own phase."""
+
+    detached = True
+
+    def __init__(self, name: str, method: "Perforate") -> None:
+        super().__init__(name, method)
+        self._pool: Pool | None = None
+
+    def begin(self, attempt: int) -> None:
+        """New candidates for every neuron."""
+        self._pool = self._new_pool(attempt)
+
+    def _new_pool(self, attempt: int) -> Pool:
+        drawn = [self._draw(self.active, attempt, j) for j in range(self._method.candidates)]
+        stacked = {part: torch.stack([values[part] for values in drawn]) for part in drawn[0]}
+        weight = stacked["weight"]
+        cascade = stacked.get("cascade", weight.new_zeros(len(drawn), 0, weight.shape[1]))
+        return Pool(weight, stacked.get("bias"), cascade, self._method.activation)
+
+    def observe(self, call: Call, delta: Delta) -> None:
+        """Dendrite phase: candidates read δ and x̂."""
+        super().observe(call, delta)
+        if self._pool is None or not self.stage.learning or not call.delta.numel():
+            return
+        x = self._input_of(call)
+        if not bool(torch.isfinite(call.delta).all()):
+            call.counters.fallbacks += 1
+            return
+        weight = self._pool.values["weight"]
+        call.counters.overhead += (2 * weight.shape[0] + self.active) * product_flops(call)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x = x.to(weight.dtype)
+            activation = self._method.activation
+            accepted = dendrites.activations(
+                self.layer, x, self.active, activation, self._product, detached=True
+            )
+            self._pool.observe(call, x, accepted)
+
+    def _input_of(self, call: Call) -> Tensor:
+        if len(call.saved) != 1 or tuple(call.saved[0].shape) != tuple(call.input_shape):
+            raise OptionError(
+                f"candidate dendrites of layer {self.name!r} need the layer's input in the backward pass, and it was "
+                "not kept: its weight is frozen, or another method keeps something else (slot `save`). Leave the layer "
+                "out with Perforate(where=…), or use learning='gradient'."
+            )
+        return call.saved[0]
+
+    def local(self, step: Step) -> None:
+        """Candidates make one step uphill."""
+        super().local(step)
+        if self._pool is not None and self.stage.learning:
+            self._pool.learn(self._method.candidate_rate, self._method.momentum)
+
+    def improved(self) -> bool:
+        """Whether any neuron's best |r| has grown by a tenth."""
+        if self._pool is None:
+            return False
+        better = self._pool.improved()
+        self.score = float(self._pool.best()[0].max())
+        return better
+
+    def _new_values(self, attempt: int) -> dict[str, Tensor]:
+        """The best candidate of each neuron, frozen from here on."""
+        pool = self._pool if self._pool is not None else self._new_pool(attempt)
+        if not pool.moments.steps:
+            warnings.warn(
+                f"the candidate dendrites of layer {self.name!r} saw no gradient in their phase, and are accepted as "
+                "they were drawn. Train with the attached model between reports, or leave the layer out (where=…).",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+        score, values = pool.best()
+        self.score, self._pool = float(score.max()), None
+        parts = dendrites.parameters(self.layer, self.active)
+        return {part: value for part, value in values.items() if part in parts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every rule keeps, and the candidates."""
+        return {**super().state_dict(), "pool": None if self._pool is None else self._pool.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._pool = None
+        if state["pool"] is not None:
+            self._pool = self._new_pool(0)
+            self._pool.load_state_dict(state["pool"])

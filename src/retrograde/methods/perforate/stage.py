@@ -1,0 +1,127 @@
+"""What a phase does to a model: freeze the network, pin normalisation statistics, give optimizers a fresh start."""
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+
+from retrograde.errors import RetrogradeWarning
+
+_DECAYED = 0.01
+
+
+class Stage:
+    """Shared by the rules of one model and their conductor.
+
+    Attributes:
+        learning: whether this is a dendrite phase: candidates learn, and nothing else does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Rules hang on the model's layers: a strong reference back would keep a forgotten model alive for a while.
+        self._model = weakref.ref(model)
+        self.learning = False
+        self._pinned: dict[str, tuple[float | None, int | None]] = {}
+        self._seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._fresh: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._restart = False
+
+    # Phases.
+
+    def freeze(self) -> None:
+        """Begin a dendrite phase."""
+        self.learning = True
+        self._pin()
+
+    def thaw(self) -> None:
+        """End it; harmless outside of one."""
+        self.learning = False
+        self._unpin()
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Slot 7: no gradient in a dendrite phase; moments of weights that were replaced are forgotten."""
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._seen.setdefault(optimizer, rates)
+        model = self._model()
+        if model is None:
+            return
+        if self._restart and optimizer not in self._fresh:
+            self._fresh.add(optimizer)
+            mine = {id(parameter) for parameter in model.parameters()}
+            for parameter in [p for p in optimizer.state if id(p) in mine]:
+                del optimizer.state[parameter]
+        if self.learning:
+            for parameter in model.parameters():
+                parameter.grad = None
+
+    def restart(self) -> None:
+        """Weights were replaced: each optimizer's moments go before its next step."""
+        self._restart, self._fresh = True, weakref.WeakSet()
+
+    def after_step(self) -> None:
+        """Optimizers that turn up from here on were loaded or made after the restart, and are left alone."""
+        self._restart = self._restart and any(o not in self._fresh for o in self._seen)
+
+    def warn_of_decay(self) -> None:
+        """A plateau at a vanishing learning rate is none."""
+        pairs = [
+            (float(group["lr"]), float(group.get("initial_lr", first)))
+            for optimizer, rates in self._seen.items()
+            for group, first in zip(optimizer.param_groups, rates, strict=False)
+        ]
+        if pairs and all(now < _DECAYED * start for now, start in pairs):
+            warnings.warn(
+                "Perforate declares a plateau while every learning rate is below 1 % of its initial value: the score "
+                "may stand still because the schedule has ended, and new dendrites will hardly learn. Use a constant "
+                "rate, or a schedule that restarts.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+
+    # Normalisation statistics.
+
+    def _norms(self) -> dict[str, _NormBase]:
+        model = self._model()
+        modules = {} if model is None else dict(model.named_modules())
+        return {
+            name: m for name, m in modules.items() if isinstance(m, _NormBase) and m.running_mean is not None
+        }
+
+    def _pin(self) -> None:
+        for name, norm in self._norms().items():
+            if name not in self._pinned:
+                batches = norm.num_batches_tracked
+                self._pinned[name] = (norm.momentum, None if batches is None else int(batches))
+            norm.momentum = 0.0
+
+    def _unpin(self) -> None:
+        for name, norm in self._norms().items():
+            if name in self._pinned:
+                norm.momentum, batches = self._pinned[name]
+                if batches is not None and norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.fill_(batches)
+        self._pinned = {}
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, pinned norms, and whether a restart waits for the next step."""
+        return {"learning": self.learning, "pinned": dict(self._pinned), "restart": self._restart}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave: the model is frozen and pinned again if it was."""
+        own = {name: norm.momentum for name, norm in self._norms().items() if name not in self._pinned}
+        for name, (momentum, _) in self._pinned.items():
+            own[name] = momentum
+        for name, norm in self._norms().items():
+            norm.momentum = own[name]
+        self.learning = bool(state["learning"])
+        self._pinned = {name: (entry[0], entry[1]) for name, entry in state["pinned"].items()}
+        if self.learning:
+            self._pin()
+        self._restart, self._fresh = bool(state["restart"]), weakref.WeakSet()
