@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--reports", type=int, default=500)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    perforated = chosen.learning == "perforated"
+    perforated = chosen.rule == "perforated"
     method = Perforate(
-        learning=chosen.learning,
+        rule=chosen.rule,
         max_dendrites=20 if perforated else 6,
         candidates=8 if perforated else 1,
         patience=4 if perforated else 6,
@@ -80,7 +80,7 @@ def main() -> None:
     dense = torch.linspace(0, 96, 2881)
     for grown in (False, True):
         torch.manual_seed(chosen.seed)
-        model = base(chosen.learning)
+        model = base(chosen.rule)
         session = rg.attach(model, method) if grown else None
         steps = train(model, chosen.reports, session)
         sets = 0 if session is None else int(session.metrics()["perforate"]["dendrites"])

@@ -75,7 +75,7 @@ def run(
         "loss": losses,
         "seconds": round(time.perf_counter() - start, 1),
         "layers": {
-            name: {k: figures[k] for k in ("rank", "captured") if k in figures}
+            name: {k: figures[k] for k in ("rank", "captured_energy") if k in figures}
             for name, figures in layers.items()
         },
     }

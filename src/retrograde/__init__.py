@@ -2,6 +2,7 @@
 
 from retrograde import errors as errors
 from retrograde.accounting.flops import Flops as Flops
+from retrograde.engine.branches import Residual as Residual
 from retrograde.engine.layers import register_layer as register_layer
 from retrograde.engine.slots import Call as Call
 from retrograde.engine.slots import Conductor as Conductor
@@ -14,7 +15,11 @@ from retrograde.engine.slots import Step as Step
 from retrograde.engine.slots import Tier as Tier
 from retrograde.kernels.delta import Delta as Delta
 from retrograde.kernels.geometry import Geometry as Geometry
+from retrograde.methods.decorrelate import Decorrelate as Decorrelate
+from retrograde.methods.deepfocus import DeepFocus as DeepFocus
 from retrograde.methods.dither import Dither as Dither
+from retrograde.methods.perforate import Perforate as Perforate
+from retrograde.methods.spectral import Spectral as Spectral
 from retrograde.plan import Plan as Plan
 from retrograde.plan import make_plan as make_plan
 from retrograde.session import Session as Session

@@ -171,6 +171,7 @@ def make_plan(
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
     """
     layers = _layers(model)
+    last = next((name for name, layer in reversed(layers) if isinstance(find_kind(layer), LayerKind)), None)
     bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
     candidates = {
         name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
@@ -195,7 +196,7 @@ def make_plan(
         else:
             reasons: list[str] = []
             for method in methods:
-                answer = method.rule(Site(name, layer, kind.kind))
+                answer = method.make_rule(Site(name, layer, kind.kind, name in sharers, name == last))
                 if isinstance(answer, Rule):
                     rules[method.name] = answer
                 else:

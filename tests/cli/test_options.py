@@ -24,7 +24,7 @@ class Toy(Method):
     scale: float = 3.0
     epochs: int = 1
 
-    def rule(self, site: Site) -> Rule:
+    def make_rule(self, site: Site) -> Rule:
         return Rule(site.name)
 
 

@@ -55,7 +55,7 @@ class Script(rg.Method):
         grants = {n: [g if isinstance(g, Grant) else Grant(g) for g in v] for n, v in self.grants.items()}
         return [_Fixed(grants.get(b.name, [Grant(FULL)]), self.seen[b.name]) for b in blocks]
 
-    def rule(self, site: rg.Site) -> rg.Rule:
+    def make_rule(self, site: rg.Site) -> rg.Rule:
         return _Halve(site.name)
 
 

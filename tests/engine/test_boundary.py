@@ -109,7 +109,7 @@ def test_linear_in_frozen_noise(case: Case, scale: float) -> None:
     class Recording(rg.Method):
         name = "recording"
 
-        def rule(self, site: rg.Site) -> rg.Rule:
+        def make_rule(self, site: rg.Site) -> rg.Rule:
             return Recorder(site.name)
 
     plain, attached = seeded(case.make).double(), seeded(case.make).double()

@@ -27,7 +27,7 @@ def method(kind: type[rg.Rule], label: str | None = None) -> rg.Method:
     class Everywhere(rg.Method):
         name = label or kind.__name__
 
-        def rule(self, site: rg.Site) -> rg.Rule:
+        def make_rule(self, site: rg.Site) -> rg.Rule:
             return kind(site.name)
 
     return Everywhere()
@@ -353,7 +353,7 @@ def test_unknown_answer_is_a_reason() -> None:
     class Picky(rg.Method):
         name = "picky"
 
-        def rule(self, site: rg.Site) -> rg.Rule | str:
+        def make_rule(self, site: rg.Site) -> rg.Rule | str:
             return Halve(site.name) if site.name == "0" else "not the first"
 
     plan = rg.make_plan(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [Picky()])

@@ -96,7 +96,7 @@ def test_plan() -> None:
         nn.Linear(4, 4),
     )
     model[3].weight.requires_grad_(False)
-    rows = {r.name: r for r in rg.make_plan(model, [Perforate(learning="perforated", where="[0-3]")]).rows}
+    rows = {r.name: r for r in rg.make_plan(model, [Perforate(rule="perforated", where="[0-3]")]).rows}
     assert rows["0"].status == "attached"
     for name, why in {"1": "inherit", "2": "parametrised", "3": "frozen", "4": "where"}.items():
         assert rows[name].status == "left"
@@ -109,7 +109,7 @@ def test_neutral(name: str, learning: Any) -> None:
     """Without dendrites: autograd's gradients, and capacity that gets none."""
     make, shape = MODELS[name]
     plain, attached = seeded(make), seeded(make)
-    rg.attach(attached, Perforate(learning=learning))
+    rg.attach(attached, Perforate(rule=learning))
     x = batch(shape)
     assert torch.equal(plain(x), attached(x))
     assert_same(gradients(attached, x), gradients(plain, x), 1e-6)
@@ -121,7 +121,7 @@ def test_neutral(name: str, learning: Any) -> None:
 def test_growth_preserves_the_function(case: Case, learning: Any, autocast: bool) -> None:
     """Bit for bit, in training and evaluation, with none and with other dendrites there before."""
     layer = case.make()
-    session = rg.attach(layer, Perforate(learning=learning, max_dendrites=3))
+    session = rg.attach(layer, Perforate(rule=learning, max_dendrites=3))
     x = batch(case.shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         grow(session, 1)
@@ -143,7 +143,7 @@ def test_growth_preserves_the_function(case: Case, learning: Any, autocast: bool
 def test_forward_and_fold(case: Case, learning: Any) -> None:
     """Equations (1) to (3) with the plain layer itself as M_d; the folded layer computes the same, and pickles."""
     layer = case.make()
-    session = rg.attach(layer, Perforate(learning=learning, max_dendrites=3, activation="sigmoid"))
+    session = rg.attach(layer, Perforate(rule=learning, max_dendrites=3, activation="sigmoid"))
     grow(session, 2)
     x = batch(case.shape)
     plain = case.make()
@@ -188,7 +188,7 @@ def test_fold_without_dendrites() -> None:
 def test_folded_trains_by_its_rule() -> None:
     for learning in LEARNING:
         layer = nn.Conv2d(3, 4, 3)
-        session = rg.attach(layer, Perforate(learning=learning))
+        session = rg.attach(layer, Perforate(rule=learning))
         grow(session)
         folded = session.fold()
         assert type(folded) is DendriticConv2d
@@ -218,7 +218,7 @@ def test_perforated_stops_error() -> None:
     """x gets the gradient that it gets without dendrites; w learns, and nothing else of a dendrite does."""
     with_dendrites, without = nn.Linear(6, 5), nn.Linear(6, 5)
     without.load_state_dict(with_dendrites.state_dict())
-    session = rg.attach(with_dendrites, Perforate(learning="perforated"))
+    session = rg.attach(with_dendrites, Perforate(rule="perforated"))
     grow(session, 2)
     x, delta = batch((7, 6)).requires_grad_(), batch((7, 5), 2)
     with_dendrites(x).backward(delta)
@@ -253,7 +253,7 @@ def test_gradient_rule_is_autograd() -> None:
 def test_unused_capacity_stays(learning: Any) -> None:
     """Momentum and weight decay move nothing that is not in use, or frozen."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(learning=learning))
+    session = rg.attach(model, Perforate(rule=learning))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     run(model, optimizer, 0, 2, (16, 8))
     grow(session)
@@ -281,7 +281,7 @@ def test_compiled_checkpointed_accumulated(name: str, learning: Any) -> None:
     """fullgraph, activation checkpointing and micro-batches give the eager gradients."""
     make, shape = MODELS[name]
     model = seeded(make)
-    session = rg.attach(model, Perforate(learning=learning))
+    session = rg.attach(model, Perforate(rule=learning))
     grow(session, 2)
     x = batch(shape)
     eager = gradients(model, x)
@@ -298,7 +298,7 @@ def test_compiled_checkpointed_accumulated(name: str, learning: Any) -> None:
 def test_recompiles_at_growth_only() -> None:
     """Twelve layers share code; steps, dendrite phases included, add none; growth adds one version."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
-    session = rg.attach(model, Perforate(learning="perforated", patience=1))
+    session = rg.attach(model, Perforate(rule="perforated", patience=1))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     for layer in model:
         layer.compile(fullgraph=True, backend=counter)
@@ -319,7 +319,7 @@ def test_recompiles_at_growth_only() -> None:
 def test_autocast(learning: Any) -> None:
     """bfloat16: output dtype as of the plain layer, gradients close, candidates in float32."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(learning=learning, patience=1))
+    session = rg.attach(model, Perforate(rule=learning, patience=1))
     grow(session)
 
     def forward(x: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ SHORT: dict[str, Any] = {
 def test_dendrite_phase_freezes_the_network() -> None:
     """Momentum, decay and BatchNorm included: evaluation stays the same to the bit while candidates learn."""
     model = seeded(net)
-    session = rg.attach(model, Perforate(learning="perforated", candidates=2, **SHORT))
+    session = rg.attach(model, Perforate(rule="perforated", candidates=2, **SHORT))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     run(model, optimizer, 0, 3, SHAPE)
     for score in (1.0, 0.0, 0.0):
@@ -394,7 +394,7 @@ def test_dendrite_phase_freezes_the_network() -> None:
 def test_detach_in_a_dendrite_phase() -> None:
     """BatchNorm is given back as it was."""
     model = seeded(net)
-    session = rg.attach(model, Perforate(learning="perforated", patience=1))
+    session = rg.attach(model, Perforate(rule="perforated", patience=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     run(model, optimizer, 0, 1, SHAPE)
     session.report(val=1.0)
@@ -416,7 +416,7 @@ SCRIPTS: dict[str, Callable[[int], float]] = {
 def test_finishes_within_its_bound(learning: Any, script: str) -> None:
     """Whatever the scores do; phases are marked, and the best state is the last."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(learning=learning, **SHORT))
+    session = rg.attach(model, Perforate(rule=learning, **SHORT))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     figures = session.metrics()["perforate"]
     bound, most = int(figures["bound"]), figures["parameters_bound"]
@@ -437,7 +437,7 @@ def test_finishes_within_its_bound(learning: Any, script: str) -> None:
     assert_bitwise(model.state_dict(), states[c.best])
     assert c.marks[-1][2] == "finished"
     metrics = session.metrics()["perforate"]
-    assert metrics["phase"] == 2
+    assert metrics["phase"] == "finished"
     assert metrics["parameters_added"] <= most
     if script == "always better":
         assert metrics["dendrites"] == 2
@@ -452,7 +452,7 @@ def test_finishes_within_its_bound(learning: Any, script: str) -> None:
 @pytest.mark.parametrize("learning", LEARNING)
 def test_retry_draws_anew(learning: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 4))
-    session = rg.attach(model, Perforate(learning=learning, patience=1, candidate_limit=1, tries=2))
+    session = rg.attach(model, Perforate(rule=learning, patience=1, candidate_limit=1, tries=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     drawn: list[Tensor] = []
     for n in range(6):
@@ -508,7 +508,7 @@ def test_resumes_bit_for_bit(stop: int, learning: Any) -> None:
     def made() -> tuple[nn.Module, torch.optim.Optimizer, rg.Session]:
         model = seeded(net)
         candidates = 2 if learning == "perforated" else 1
-        session = rg.attach(model, Perforate(learning=learning, candidates=candidates, **SHORT), seed=1)
+        session = rg.attach(model, Perforate(rule=learning, candidates=candidates, **SHORT), seed=1)
         return model, torch.optim.AdamW(model.parameters(), lr=0.01), session
 
     def train(model: nn.Module, optimizer: Any, session: rg.Session, first: int, last: int) -> set[str]:
@@ -551,9 +551,9 @@ def test_loading_brings_the_dendrites() -> None:
 def test_fixed_period_without_reports() -> None:
     """Phases last `period` steps; without one the fallback says so, once."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(learning="perforated", period=3, max_dendrites=1))
+    session = rg.attach(model, Perforate(rule="perforated", period=3, max_dendrites=1))
     run(model, torch.optim.SGD(model.parameters(), lr=0.05), 0, 10, (16, 8))
-    events = [(step, event) for step, _, event in conductor(session).marks]
+    events = [(step, event) for step, _, event, _ in conductor(session).marks]
     assert events == [(3, "dendrite phase"), (6, "1 dendrites"), (9, "finished")]
 
 
@@ -593,7 +593,7 @@ def test_optimizer_made_before_attaching() -> None:
 def test_two_optimizers() -> None:
     """Each counts, and both find the network frozen in a dendrite phase."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(learning="perforated", patience=1))
+    session = rg.attach(model, Perforate(rule="perforated", patience=1))
     optimizers = [
         torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith("4.") == last], lr=0.01)
         for last in (False, True)
@@ -613,7 +613,7 @@ def test_two_optimizers() -> None:
 
 def test_non_finite_error_is_passed_over() -> None:
     model = nn.Sequential(nn.Linear(8, 4))
-    session = rg.attach(model, Perforate(learning="perforated", patience=1))
+    session = rg.attach(model, Perforate(rule="perforated", patience=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     run(model, optimizer, 0, 1, (16, 8))
     session.report(val=1.0)
@@ -630,7 +630,7 @@ def test_non_finite_error_is_passed_over() -> None:
 def test_another_method_keeps_the_input() -> None:
     """A layer whose input is not there in the backward pass is named, not passed over."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    session = rg.attach(model, Perforate(learning="perforated", patience=1))
+    session = rg.attach(model, Perforate(rule="perforated", patience=1))
     model[1].weight.requires_grad_(False)
     session.report(val=1.0)
     session.report(val=0.0)
@@ -641,7 +641,7 @@ def test_another_method_keeps_the_input() -> None:
 def test_with_dither() -> None:
     """Another method on the same layers: dendrites grow, and fold."""
     model = seeded(mlp)
-    session = rg.attach(model, [rg.Dither(scale=1), Perforate(learning="perforated", **SHORT)])
+    session = rg.attach(model, [rg.Dither(scale=1), Perforate(rule="perforated", **SHORT)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for n in range(7):
         run(model, optimizer, n, n + 1, (16, 8))
@@ -660,7 +660,7 @@ def worker(rank: int, folder: str) -> None:
         model = seeded(mlp)
         torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
         options = {**SHORT, "max_dendrites": 3}
-        session = rg.attach(model, Perforate(learning="perforated", **options))
+        session = rg.attach(model, Perforate(rule="perforated", **options))
         model[0].dendrite_weight_2.data.fill_(1.0)
         parallel = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)

@@ -17,7 +17,7 @@ class Foreign(rg.Method):
     name = "foreign"
     strength: int = 1
 
-    def rule(self, site: rg.Site) -> rg.Rule | str:
+    def make_rule(self, site: rg.Site) -> rg.Rule | str:
         return "nothing to do"
 
 

@@ -414,12 +414,12 @@ def test_captured_energy() -> None:
     session = rg.attach(model, Spectral(3, warmup=2, residual="full-step", every=100))
     optimizer = sgd(model)
     train(model, optimizer, (16, 8), 1)
-    assert "captured" not in session.metrics()["layers"]["2"]
+    assert "captured_energy" not in session.metrics()["layers"]["2"]
     basis = rule(model[2])._inputs.basis[0]
     train(model, optimizer, (16, 8), 1, first=1)
     g = model[2].weight.grad
     expected = float((g @ basis).square().sum() / g.square().sum())
-    assert session.metrics()["layers"]["2"]["captured"] == pytest.approx(expected, rel=1e-5)
+    assert session.metrics()["layers"]["2"]["captured_energy"] == pytest.approx(expected, rel=1e-5)
     assert 0 < expected < 1
 
 
@@ -559,7 +559,7 @@ def worker(rank: int, folder: str) -> None:
             "parameters": dict(model.state_dict()),
             "bases": {name: rule(model.get_submodule(name))._inputs.basis for name in ("0", "2")},
             "rows": program(model[0]).statistics.rows,
-            "metrics": session.metrics()["layers"]["2"]["captured"],
+            "metrics": session.metrics()["layers"]["2"]["captured_energy"],
         }
         torch.save(result, f"{folder}/rank{rank}.pt")
     finally:

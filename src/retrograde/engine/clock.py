@@ -74,6 +74,8 @@ class Clock:
             return
         for layer, program in self._owned(optimizer):
             program.before_step(layer, optimizer)
+        for conductor in self._conductors:
+            conductor.before_step(optimizer)
         if self._blocks is not None:
             self._blocks.before_step(optimizer)
 

@@ -54,6 +54,8 @@ class LayerProgram:
         self.kind = kind
         self.rules = tuple(rules)
         self.seed = seed
+        for rule in self.rules:
+            rule.seed = seed
         self.active = True
         self.block: BlockProgram | None = None
         """The innermost block around the layer, or its own when it is a chain; its grant is the tier to begin with."""
@@ -297,7 +299,10 @@ class LayerProgram:
 
     def after_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> None:
         """Slot 8, then the next step begins; `idle` when no layer of this optimizer ran a backward pass."""
-        refreshed = self.statistics is not None and self.statistics.refresh()
+        refreshed = False
+        if self.statistics is not None and self.statistics.refresh():
+            refreshed = True
+            self.total.overhead += self.statistics.flops
         if self._local:
             step = Step(layer, self.step, optimizer, self.total - self._at_step, refreshed)
             for rule in self._local:

@@ -163,11 +163,15 @@ class Site:
         name: full name in the model.
         layer: the layer itself.
         kind: ``"linear"`` or ``"convolution"``.
+        tied: whether another layer shares a parameter of this one.
+        last: whether it is the last layer that could be attached: the head, as a rule.
     """
 
     name: str
     layer: nn.Module
     kind: str
+    tied: bool = False
+    last: bool = False
 
 
 class Rule:
@@ -182,6 +186,9 @@ class Rule:
 
     statistics: InputStatistics
     """Statistics of the layer's input, given by the program to rules that need them, refreshed before slot 8."""
+
+    seed: int = 0
+    """The session's seed, given by the program."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -281,14 +288,17 @@ class BlockRule:
 class Conductor:
     """What a method decides for a whole model rather than for one layer: phases, restarts, the best state so far."""
 
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer, any that owns a parameter of the model, is about to step; the rules' own slot 7 has run."""
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer that owns attached parameters made a step; the rules' own slot 8 has run."""
 
     def validated(self, score: float) -> None:
         """The user reported a validation score, higher is better (`Session.report`)."""
 
-    def metrics(self) -> dict[str, float]:
-        """The method's figures for the whole model."""
+    def metrics(self) -> dict[str, Any]:
+        """The method's figures for the whole model, ready for JSON."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -328,6 +338,6 @@ class Method:
         """One rule for each block of a model; `blocks` are in the model's order."""
         raise NotImplementedError
 
-    def rule(self, site: Site) -> Rule | str:
+    def make_rule(self, site: Site) -> Rule | str:
         """The rule for `site`, or the reason why this method leaves the layer alone."""
         raise NotImplementedError

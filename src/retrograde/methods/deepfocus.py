@@ -143,7 +143,7 @@ class DeepFocus(Method):
         ends = (0, len(blocks) - 1)
         return [_Router(self, may_skip=position not in ends) for position in range(len(blocks))]
 
-    def rule(self, site: Site) -> Rule:
+    def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer can run in LOW."""
         return _LowPrecision(site.name, self)
 

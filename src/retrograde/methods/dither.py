@@ -82,7 +82,7 @@ class Dither(Method):
                 f"Dither: bits={self.bits} must be a whole number from 2 to 8, or None for unbounded levels."
             )
 
-    def rule(self, site: Site) -> Rule:
+    def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer is dithered."""
         return _DitherRule(site.name, self)
 

@@ -83,7 +83,7 @@ class Perforate(Method):
     """Artificial dendrites (module docstring: equations, phases, cost, source).
 
     Args:
-        learning: the rule: ``"gradient"``, dendrites train by the loss; ``"perforated"``, by correlation in a phase of
+        rule: ``"gradient"``, dendrites train by the loss; ``"perforated"``, by correlation in a phase of
             their own.
         where: glob pattern or patterns over full layer names; None for every layer.
         max_dendrites: D, dendrite sets that a layer can get.
@@ -108,7 +108,7 @@ class Perforate(Method):
 
     name: ClassVar[str] = "perforate"
 
-    learning: Learning = "gradient"
+    rule: Learning = "gradient"
     where: str | tuple[str, ...] | None = None
     max_dendrites: int = 3
     activation: Activation = "tanh"
@@ -123,7 +123,7 @@ class Perforate(Method):
     period: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("learning", self.learning, ("gradient", "perforated"))
+        _one_of("rule", self.rule, ("gradient", "perforated"))
         _one_of("activation", self.activation, ACTIVATIONS)
         for name in _COUNTS:
             value = getattr(self, name)
@@ -135,15 +135,15 @@ class Perforate(Method):
             raise OptionError(f"Perforate: candidate_rate={self.candidate_rate} must be a positive number.")
         if not 0 < self.momentum <= 1:
             raise OptionError(f"Perforate: momentum={self.momentum} must lie above 0 and be 1 at most.")
-        if self.candidates > 1 and self.learning == "gradient":
+        if self.candidates > 1 and self.rule == "gradient":
             raise OptionError(
-                f"Perforate: candidates={self.candidates} has no effect with learning='gradient', which has no "
-                "dendrite phase to choose in. Leave it at 1, or use learning='perforated'."
+                f"Perforate: candidates={self.candidates} has no effect with rule='gradient', which has no "
+                "dendrite phase to choose in. Leave it at 1, or use rule='perforated'."
             )
         if self.where is not None and not all(isinstance(p, str) and p for p in self._patterns()):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"Perforate: where={self.where!r} must be a glob pattern or several.")
 
-    def rule(self, site: Site) -> Rule | str:
+    def make_rule(self, site: Site) -> Rule | str:
         """Linear layers and convolutions, as far as `where` names them."""
         if self.where is not None and not any(
             fnmatchcase(site.name, pattern) for pattern in self._patterns()
@@ -153,9 +153,9 @@ class Perforate(Method):
             return "dendrites copy nn.Linear and nn.Conv1d to nn.Conv3d, and subclasses that inherit their forward"
         if nn.utils.parametrize.is_parametrized(site.layer):
             return "parametrised: dendrites would be copies of a weight that is computed"
-        if not cast(nn.Linear, site.layer).weight.requires_grad and self.learning == "perforated":
+        if not cast(nn.Linear, site.layer).weight.requires_grad and self.rule == "perforated":
             return "weight frozen: its input, which candidate dendrites read, is not kept"
-        return (PerforatedRule if self.learning == "perforated" else DendriteRule)(site.name, self)
+        return (PerforatedRule if self.rule == "perforated" else DendriteRule)(site.name, self)
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> PerforateConductor:
         """Phases of the whole model."""
@@ -166,7 +166,7 @@ class Perforate(Method):
 
         One neuron phase, then for each try at each set a dendrite phase (perforated) and a neuron phase.
         """
-        phase = self.candidate_limit if self.learning == "perforated" else 0
+        phase = self.candidate_limit if self.rule == "perforated" else 0
         return self.limit + self.max_dendrites * self.tries * (phase + self.limit)
 
     def _patterns(self) -> tuple[str, ...]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from retrograde.methods.perforate import Perforate
 
 Phase = Literal["neuron", "dendrite", "finished"]
-_CODES: dict[Phase, float] = {"neuron": 0.0, "dendrite": 1.0, "finished": 2.0}
 
 _THRESHOLDS = (1e-3, 1e-4, 0.0)
 """Relative margin of a new best score, by the number of dendrites in use."""
@@ -60,7 +59,7 @@ class PerforateConductor(Conductor):
         attempt: failed cycles at the present number of dendrites.
         growths: cycles begun.
         improved: whether this cycle brought a new best score.
-        marks: ``(step, report, event)`` of every phase change, for a graph of the scores.
+        marks: ``(step, report, event, dendrites)`` of every phase change, for a graph of the scores.
     """
 
     def __init__(self, method: "Perforate", model: nn.Module, rules: Mapping[str, DendriteRule]) -> None:
@@ -76,7 +75,7 @@ class PerforateConductor(Conductor):
         self.improved = False
         self.since = 0
         self.warned = False
-        self.marks: list[tuple[int, int, str]] = []
+        self.marks: list[tuple[int, int, str, int]] = []
         self._snapshot: dict[str, Tensor] | None = None
 
     @property
@@ -106,6 +105,10 @@ class PerforateConductor(Conductor):
             self.quiet = 0 if any(better) else self.quiet + 1
             if self.quiet >= self._method.candidate_patience or self.age >= self._method.candidate_limit:
                 self._accept()
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Dendrite phase: nothing moves but the candidates, whichever optimizer steps."""
+        self._stage.before_step(optimizer)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Without scores, phases of a fixed length."""
@@ -156,7 +159,7 @@ class PerforateConductor(Conductor):
     def _grow(self) -> None:
         self.improved = False
         self.growths += 1
-        if self._method.learning == "gradient":
+        if self._method.rule == "gradient":
             self._accept()
             return
         for rule in self._rules.values():
@@ -175,7 +178,7 @@ class PerforateConductor(Conductor):
         self.phase = phase
         self.age = self.stale = self.quiet = 0
         self.since = self._steps
-        self.marks.append((self._steps, self.reports, event))
+        self.marks.append((self._steps, self.reports, event, self.dendrites))
 
     # The best state.
 
@@ -195,8 +198,8 @@ class PerforateConductor(Conductor):
 
     # Figures and state.
 
-    def metrics(self) -> dict[str, float]:
-        """Phase (0 neuron, 1 dendrite, 2 finished), dendrites, cycles, and what the run can cost at most.
+    def metrics(self) -> dict[str, Any]:
+        """Phase, dendrites, cycles, phase marks, and what the run can cost at most.
 
         ``bound`` is the largest number of reports until the method has finished; ``parameters_bound`` the parameters
         that it can add, ``parameters_added`` those in use.
@@ -212,7 +215,10 @@ class PerforateConductor(Conductor):
             for d in range(rule.active)
         ]
         found = {
-            "phase": _CODES[self.phase],
+            "phase": self.phase,
+            "marks": [
+                {"step": step, "phase": event, "dendrites": count} for step, _, event, count in self.marks
+            ],
             "dendrites": float(self.dendrites),
             "cycles": float(self.growths),
             "attempt": float(self.attempt),
@@ -236,7 +242,9 @@ class PerforateConductor(Conductor):
         """Take back what `state_dict` gave."""
         for name in _PLAIN:
             setattr(self, name, state[name])
-        self.marks = [(int(step), int(report), str(event)) for step, report, event in state["marks"]]
+        self.marks = [
+            (int(step), int(report), str(event), int(count)) for step, report, event, count in state["marks"]
+        ]
         snapshot = state["snapshot"]
         self._snapshot = None if snapshot is None else {k: _cpu_copy(v) for k, v in snapshot.items()}
         self._stage.load_state_dict(state["stage"])

@@ -61,7 +61,7 @@ class PerforatedRule(DendriteRule):
             raise OptionError(
                 f"candidate dendrites of layer {self.name!r} need the layer's input in the backward pass, and it was "
                 "not kept: its weight is frozen, or another method keeps something else (slot `save`). Leave the layer "
-                "out with Perforate(where=…), or use learning='gradient'."
+                "out with Perforate(where=…), or use rule='gradient'."
             )
         return call.saved[0]
 

@@ -64,7 +64,7 @@ class DendriteRule(Rule):
         # DDP waits for every parameter that is registered: idle ones are tied to the output, without a gradient.
         self._tied = torch.distributed.is_available() and torch.distributed.is_initialized()
         name = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest())
-        self._key = mix_key(torch.initial_seed(), name)
+        self._key = mix_key(self.seed, name)
         dendrites.allocate(layer, self._method.max_dendrites)
         layer.register_load_state_dict_post_hook(_after_load)
         for d in range(self._method.max_dendrites):
@@ -121,7 +121,6 @@ class DendriteRule(Rule):
 
     def grad(self, step: Step) -> None:
         """Dendrite phase: nothing moves but the candidates. Else: everything but unused and frozen dendrites."""
-        self.stage.before_step(step.optimizer)
         for parameter in self._idle(step.layer):
             parameter.grad = None
         if not self._checked:

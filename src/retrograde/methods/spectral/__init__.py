@@ -41,15 +41,13 @@ References:
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
-from retrograde.engine.layers import find_kind
-from retrograde.engine.slots import Conductor, Method, Rule, Site
+from retrograde.engine.slots import Method, Rule, Site
 from retrograde.errors import OptionError
 from retrograde.methods.spectral.core import SpectralRule
 from retrograde.methods.spectral.subspace import Directions, Policy, Subspace, Update
@@ -146,8 +144,10 @@ class Spectral(Method):
         if self.random and self.basis != "top":
             raise OptionError(f"Spectral: random={self.random} belongs to basis='top', not {self.basis!r}.")
 
-    def rule(self, site: Site) -> Rule | str:
+    def make_rule(self, site: Site) -> Rule | str:
         """Every linear layer and convolution that is wide enough."""
+        if self.skip_head and site.last:
+            return "head: trained in full (skip_head=False projects it too)"
         layer = site.layer
         if not isinstance(layer, nn.Linear | _Convolution):
             return f"how the weight of a taught {type(layer).__name__} lies is not known"
@@ -176,15 +176,6 @@ class Spectral(Method):
         subspaces = [self._subspace(site.name, cap, side) for side, cap in enumerate(caps)]
         wants_outputs = self.side != "input" or self.decay > 0
         return SpectralRule(site.name, self, kernel, subspaces[0], subspaces[1] if wants_outputs else None)
-
-    def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> Conductor | None:
-        """Nothing to conduct; but here the whole model is seen, and with it which layer is the head."""
-        layers = [name for name, module in model.named_modules() if find_kind(module) is not None]
-        head = rules.get(layers[-1])
-        # A head that was attached alone was meant.
-        if self.skip_head and isinstance(head, SpectralRule) and len(rules) > 1:
-            head.exempt()
-        return None
 
     def _subspace(self, name: str, cap: int, side: int) -> Subspace:
         seed = int.from_bytes(blake2b(f"{name}/{side}".encode(), digest_size=8).digest())

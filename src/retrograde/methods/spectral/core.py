@@ -52,16 +52,11 @@ class SpectralRule(Rule):
         self._kernel = kernel
         self._inputs, self._outputs = inputs, outputs
         self._narrows = method.side != "output" and method.basis != "bulk"
-        self._exempt = False
         self._geometry: Geometry | None = None
         self._seen = False
         self._refreshed_at = -1
         self._owed = 0.0
         self._diagnostics = Diagnostics()
-
-    def exempt(self) -> None:
-        """Train this layer in full: it is the model's head."""
-        self._exempt = True
 
     # Slots 3 to 6: every step.
 
@@ -117,7 +112,7 @@ class SpectralRule(Rule):
     def grad(self, step: Step) -> None:
         """V(VᵀG) for the output side; the scaled residual, equation (6), on full steps."""
         weight = _weight(step.layer)
-        if self._exempt or not self._seen or weight.grad is None or _group(step, weight) is None:
+        if not self._seen or weight.grad is None or _group(step, weight) is None:
             return
         if self.projecting:
             if not self._narrows or self._method.side == "both":
@@ -161,8 +156,6 @@ class SpectralRule(Rule):
 
     def local(self, step: Step) -> None:
         """Decay, refresh, and whether the next step projects."""
-        if self._exempt:
-            return
         weight = _weight(step.layer)
         group = _group(step, weight)
         if group is not None:
@@ -230,8 +223,6 @@ class SpectralRule(Rule):
 
     def metrics(self) -> dict[str, float]:
         """See `Diagnostics.metrics`; nothing for a layer that is trained in full."""
-        if self._exempt:
-            return {}
         subspace = self._outputs if self._method.side == "output" else self._inputs
         return {} if subspace is None else self._diagnostics.metrics(subspace, self.projecting)
 

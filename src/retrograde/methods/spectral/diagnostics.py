@@ -41,7 +41,7 @@ class Diagnostics:
             found["lambda_1"] = float(subspace.eigenvalues[:, 0].max())
             found["effective_rank"] = float(ranks.mean())
         if self.captured is not None:
-            found["captured"] = self.captured
+            found["captured_energy"] = self.captured
         if self.saved_fraction is not None:
             found["saved_bytes_fraction"] = self.saved_fraction
         return found
