@@ -44,7 +44,7 @@ def train(model: nn.Module, reports: int, session: rg.Session | None) -> int:
             loss = float(F.binary_cross_entropy_with_logits(model(x)[:, 0], y))
         if session is not None:
             session.report(val=-loss)
-        if loss < 0.005 or (session is not None and session.metrics()["perforate"]["phase"] == 2):
+        if loss < 0.005 or (session is not None and session.metrics()["perforate"]["phase"] == "finished"):
             return report * STEPS_PER_REPORT
     return reports * STEPS_PER_REPORT
 
@@ -59,7 +59,7 @@ def accuracy(model: nn.Module, i: Tensor) -> float:
 def main() -> None:
     """Train both, and print a line for each."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--learning", default="gradient", choices=["gradient", "perforated"])
+    parser.add_argument("--rule", default="gradient", choices=["gradient", "perforated"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reports", type=int, default=500)
     chosen = parser.parse_args()

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,11 @@ def test_data_parallel_wrappers(tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+        "gloo",
+        timeout=timedelta(seconds=60),
+        init_method=f"file://{tmp_path / 'store'}",
+        rank=0,
+        world_size=1,
     )
     try:
         with pytest.raises(AttachError, match="wrapped in DistributedDataParallel"):

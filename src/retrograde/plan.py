@@ -171,13 +171,18 @@ def make_plan(
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
     """
     layers = _layers(model)
-    last = next((name for name, layer in reversed(layers) if isinstance(find_kind(layer), LayerKind)), None)
     bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
     candidates = {
         name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
     }
     chosen = _select(candidates, only, "only", strict) if only is not None else set(candidates)
     left = _select(candidates, skip, "skip", strict) if skip is not None else set[str]()
+    selected = [
+        name
+        for name, layer in layers
+        if isinstance(find_kind(layer), LayerKind) and name in chosen - left and name not in bypassed
+    ]
+    last = selected[-1] if len(selected) > 1 else None
     rows: list[PlanRow] = []
     placements: list[Placement] = []
     for name, layer in layers:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,11 @@ def accumulation(method: Entry, kind: Kind, tmp_path: Path) -> None:
 def ddp(method: Entry, kind: Kind, tmp_path: Path) -> None:
     """A process group of one through DistributedDataParallel; tests/engine/test_ddp.py runs two ranks."""
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+        "gloo",
+        timeout=timedelta(seconds=60),
+        init_method=f"file://{tmp_path / 'store'}",
+        rank=0,
+        world_size=1,
     )
     try:
         found = []

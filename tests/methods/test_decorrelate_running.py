@@ -5,6 +5,7 @@ import gc
 import math
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,7 @@ def train_parallel(make: Callable[[], Decorrelate], rank: int) -> dict[str, Tens
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     try:
         torch.save(
@@ -241,7 +242,9 @@ def test_overhead_is_counted() -> None:
 
 
 def test_tied_weights_are_left() -> None:
-    answer = Decorrelate().make_rule(SimpleNamespace(name="head", layer=nn.Linear(4, 4), kind="linear", tied=True))  # type: ignore[arg-type]
+    answer = Decorrelate().make_rule(
+        SimpleNamespace(name="head", layer=nn.Linear(4, 4), kind="linear", tied=True)
+    )  # type: ignore[arg-type]
     assert isinstance(answer, str)
     assert "shared" in answer
 

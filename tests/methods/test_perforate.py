@@ -5,6 +5,7 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: in
 
 def test_options() -> None:
     bad: list[dict[str, Any]] = [
-        {"learning": "hebb"},
+        {"rule": "hebb"},
         {"activation": "gelu"},
         {"max_dendrites": 0},
         {"patience": 0},
@@ -654,7 +655,7 @@ def test_with_dither() -> None:
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     try:
         model = seeded(mlp)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ def test_neutral(name: str, method: Spectral) -> None:
 def test_head_is_trained_in_full() -> None:
     """The last linear-like layer keeps its exact gradient, unless it was attached alone."""
     model = projecting(net, (16, 8), ALWAYS(skip_head=True))
-    assert [rule(model[i]).projecting for i in (0, 2, 4)] == [True, True, False]
+    assert [rule(model[i]).projecting for i in (0, 2)] == [True, True]
+    assert type(model[4]) is nn.Linear
     plain = seeded(net)
     plain.load_state_dict(model.state_dict())
     found, expected = gradients(model, batch((16, 8))), gradients(plain, batch((16, 8)))
@@ -218,8 +220,8 @@ def test_flops() -> None:
     n, d, o, k = 64, 32, 24, 4
     model = projecting(partial(nn.Linear, d, o), (n, d), ALWAYS(rank=k, every=100))
     before = model.session.flops()
-    # Five iterations from cold and the eigenpairs: C Q six times, at 4ndk, and QR at 6dk².
-    assert before.overhead == 6 * (4 * n * d * k + 6 * d * k * k)
+    # Five iterations from cold and the eigenpairs: C Q six times, at 4ndk, and QR at 6dk². Mean and variance: 4nd.
+    assert before.overhead == 6 * (4 * n * d * k + 6 * d * k * k) + 4 * n * d
     gradients(model, batch((n, d)))
     after = model.session.flops()
     assert after.weight_grad.dense - before.weight_grad.dense == 2 * n * d * o
@@ -544,7 +546,7 @@ def test_together_with_dither() -> None:
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     try:
         model = seeded(convolutions)

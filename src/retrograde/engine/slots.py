@@ -164,7 +164,7 @@ class Site:
         layer: the layer itself.
         kind: ``"linear"`` or ``"convolution"``.
         tied: whether another layer shares a parameter of this one.
-        last: whether it is the last layer that could be attached: the head, as a rule.
+        last: whether it is the last of several layers that were chosen: the head, as a rule.
     """
 
     name: str
@@ -289,7 +289,7 @@ class Conductor:
     """What a method decides for a whole model rather than for one layer: phases, restarts, the best state so far."""
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer, any that owns a parameter of the model, is about to step; the rules' own slot 7 has run."""
+        """An optimizer, any of the process, is about to step; the rules' own slot 7 has run."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer that owns attached parameters made a step; the rules' own slot 8 has run."""

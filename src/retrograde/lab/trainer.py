@@ -475,7 +475,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"the run folder {folder} cannot be made: {error}. Choose another (--out).") from error
+        raise CheckpointError(
+            f"the run folder {folder} cannot be made: {error}. Choose another (--out)."
+        ) from error
 
 
 def _refuse_used(folder: Path) -> None:

@@ -45,14 +45,16 @@ class Stage:
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Slot 7: no gradient in a dendrite phase; moments of weights that were replaced are forgotten."""
+        model = self._model()
+        mine = set[int]() if model is None else {id(parameter) for parameter in model.parameters()}
+        if model is None or not any(
+            id(p) in mine for group in optimizer.param_groups for p in group["params"]
+        ):
+            return
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._seen.setdefault(optimizer, rates)
-        model = self._model()
-        if model is None:
-            return
         if self._restart and optimizer not in self._fresh:
             self._fresh.add(optimizer)
-            mine = {id(parameter) for parameter in model.parameters()}
             for parameter in [p for p in optimizer.state if id(p) in mine]:
                 del optimizer.state[parameter]
         if self.learning:
