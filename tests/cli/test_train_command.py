@@ -247,6 +247,7 @@ def test_lost_metrics_are_noticed(run: Run, monkeypatch: pytest.MonkeyPatch, lef
     assert "metrics.jsonl" in outcome.err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_a_run_killed_before_its_first_checkpoint_has_a_way_on(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

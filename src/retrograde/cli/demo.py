@@ -16,10 +16,18 @@ from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write
 
-SETTINGS: dict[str, dict[str, Any]] = {"dither": {"scale": 1.0}}
-"""Options in the demonstration; a method that is not named here runs at its defaults."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepfocus": {"warmup": 40},
+    "dither": {"scale": 1.0},
+    "perforate": {"patience": 2, "limit": 6, "max_dendrites": 2},
+    "spectral": {"warmup": 20, "every": 20},
+}
+"""Options for a run of a few hundred steps; a method that is not named here runs at its defaults."""
 
-MODELS = ("mlp", "vgg-small-bn")
+COMBINATION = ("decorrelate", "dither")
+"""Methods that the demonstration also attaches together."""
+
+MODELS = ("mlp", "resnet-small")
 
 _MARK = ".retrograde-demo"
 
@@ -51,7 +59,7 @@ class Demo:
             task = bar.add_task("demo", total=None, note="")
             rows = compare(
                 [Recipe(data="digits", model=model, epochs=self.epochs, batch_size=64) for model in MODELS],
-                [{name: SETTINGS.get(name, {})} for name in available()],
+                _contestants(),
                 self.runs,
                 seeds=self.seeds,
                 what=f"digits, {self.epochs} epochs",
@@ -65,6 +73,11 @@ class Demo:
             output.print_table(_table(rows, self.seeds))
             output.print_line(f"report: {page}")
         return 0
+
+
+def _contestants() -> list[dict[str, dict[str, Any]]]:
+    alone = [{name: SETTINGS.get(name, {})} for name in available()]
+    return [*alone, {name: SETTINGS.get(name, {}) for name in COMBINATION}]
 
 
 def _clear(folder: Path) -> None:

@@ -37,7 +37,8 @@ def fingerprint(files: Iterable[Path]) -> str:
 def read(key: str) -> dict[str, NDArray[np.generic]] | None:
     """Return the arrays stored under ``key``, or None where there are none or the file is damaged."""
     try:
-        with np.load(_path(key), allow_pickle=False) as archive:
+        # Opened here: numpy leaves the file open when it cannot make sense of it.
+        with _path(key).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,7 +75,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}. Start the run without --resume.")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            # Bytes that are no checkpoint make torch muse about pickle protocols before it refuses them.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except _UNREADABLE as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({_first_line(error)}): it is cut off or no checkpoint. Put a whole "

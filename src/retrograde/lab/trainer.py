@@ -180,8 +180,9 @@ class Trainer:
                 self._run_epoch(epoch)
                 self._finish_epoch(epoch)
                 yield epoch
-        except KeyboardInterrupt:
-            self._write_result("interrupted")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self._write_result("interrupted")
             self.close()
             raise
 
