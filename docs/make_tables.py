@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+_OPTIONS = re.compile(r"\([^)]*\)")
 DOCUMENTS = (ROOT / "README.md",)
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -44,7 +45,7 @@ def render(result: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any], name: str) -> str:
     match name:
         case "model" | "method":
-            return str(row["model" if name == "model" else "label"])
+            return str(row["model"] if name == "model" else _OPTIONS.sub("", row["label"]))
         case "test accuracy":
             return f"{row['accuracy']:.2%} ± {row['accuracy_deviation']:.2%}".replace("%", " %")
         case "zeros (of their own)":

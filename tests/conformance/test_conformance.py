@@ -38,10 +38,32 @@ class Entry:
         return next((self.exceptions[key] for key in keys if key in self.exceptions), None)
 
 
+NO_TRANSPOSED = {("transposed2d", "*"): "dendrites copy plain linear layers and convolutions only"}
 METHODS = [
     Entry("dither", rg.Dither, lambda: rg.Dither(scale=0)),
     Entry(
         "dither-target", lambda: rg.Dither(1.0, target_sparsity=0.8), lambda: rg.Dither(scale=1e-7, bits=None)
+    ),
+    Entry("decorrelate", partial(rg.Decorrelate, rank=2, every=2), None),
+    Entry("decorrelate-full", partial(rg.Decorrelate, mode="full", every=1), None),
+    Entry("decorrelate-precondition", partial(rg.Decorrelate, mode="precondition", rank=2, every=2), None),
+    Entry("deepfocus", partial(rg.DeepFocus, warmup=1), partial(rg.DeepFocus, warmup=100)),
+    Entry(
+        "perforate",
+        partial(rg.Perforate, max_dendrites=1),
+        partial(rg.Perforate, max_dendrites=1),
+        NO_TRANSPOSED,
+    ),
+    Entry(
+        "perforate-perforated",
+        partial(rg.Perforate, rule="perforated", max_dendrites=1),
+        partial(rg.Perforate, rule="perforated", max_dendrites=1),
+        NO_TRANSPOSED,
+    ),
+    Entry(
+        "spectral",
+        partial(rg.Spectral, rank=2, warmup=1, full_every=3, every=2),
+        partial(rg.Spectral, rank=2, warmup=100),
     ),
 ]
 

@@ -1,5 +1,6 @@
 """``retrograde demo``: every method against plain backpropagation on the bundled digits."""
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ COMBINATION = ("decorrelate", "dither")
 
 MODELS = ("mlp", "resnet-small")
 
+_OPTIONS = re.compile(r"\([^)]*\)")
 _MARK = ".retrograde-demo"
 
 
@@ -47,7 +49,7 @@ class Demo:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     runs: Path = Path("runs/demo")
     seeds: int = 3
-    epochs: int = 15
+    epochs: int = 10
     json: bool = False
 
     def run(self, given: Given) -> int:
@@ -98,7 +100,8 @@ def _table(rows: list[Row], seeds: int) -> Table:
         caption_justify="left",
         caption=(
             f"digits, {seeds} seed(s); FLOPs as a share of the dense-equivalent; needed: with zeros skipped; executed: "
-            "by the kernel in use, overhead included; time: ratio to plain, runs interleaved"
+            "by the kernel in use, overhead included; saved: activations kept by the first step, rows for statistics "
+            "included; time: ratio to plain, runs interleaved"
         ),
     )
     for name in ("model", "method"):
@@ -118,7 +121,7 @@ def _table(rows: list[Row], seeds: int) -> Table:
         zeros = "–" if row.zeros is None else f"{row.zeros:.1%} ({row.own_zeros:.1%})"
         table.add_row(
             row.model,
-            row.label,
+            _OPTIONS.sub("", row.label),
             f"{row.accuracy:.2%} ± {row.accuracy_deviation:.2%}",
             zeros,
             f"{row.needed:.1%}",

@@ -44,6 +44,7 @@ _PLAIN = (
         "warned",
     ),
 )
+_PHASES = {"dendrite phase": "dendrite", "finished": "finished"}
 
 
 class PerforateConductor(Conductor):
@@ -217,7 +218,8 @@ class PerforateConductor(Conductor):
         found = {
             "phase": self.phase,
             "marks": [
-                {"step": step, "phase": event, "dendrites": count} for step, _, event, count in self.marks
+                {"step": step, "phase": _PHASES.get(event, "neuron"), "event": event, "dendrites": count}
+                for step, _, event, count in self.marks
             ],
             "dendrites": float(self.dendrites),
             "cycles": float(self.growths),
