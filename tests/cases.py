@@ -1,11 +1,17 @@
 """Layers, models and helpers that several test files share."""
 
+import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import retrograde as rg
@@ -207,3 +213,30 @@ NEUTRAL: dict[str, rg.Dither] = {
     "zero_scale": rg.Dither(scale=0),
     "tiny_scale": rg.Dither(scale=1e-7, bits=None),
 }
+
+
+def in_two_ranks(worker: Callable[[int, str], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``worker(rank, folder)`` in two processes of one gloo group.
+
+    Args:
+        worker: a function of a test module's top level; it leaves its findings in `folder`.
+        folder: shared by both ranks.
+        monkeypatch: gives the processes this one's import path.
+    """
+    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
+    mp.spawn(_rank, args=(worker, str(folder)), nprocs=2, join=True)
+
+
+def _rank(rank: int, worker: Callable[[int, str], None], folder: str) -> None:
+    torch.set_num_threads(1)
+    # A rank that waits in vain fails within the minute, instead of holding the suite.
+    torch.distributed.init_process_group(
+        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    try:
+        worker(rank, folder)
+        # A rank that is gone while the other takes its wrappers down would be waited for.
+        gc.collect()
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,52 +1,41 @@
 """Two ranks over gloo: parameters stay equal, noise does not."""
 
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 import retrograde as rg
-from cases import batch, mlp, program, seeded
+from cases import batch, in_two_ranks, mlp, program, seeded
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    try:
-        model = seeded(mlp)
-        session = rg.attach(model, rg.Dither(scale=2), seed=3)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        # Equal data on both ranks: without_sync shows the ranks' own noise.
-        with parallel.no_sync():
-            torch.sin(parallel(batch((16, 8)))).sum().backward()
-        own = model[4].weight.grad.clone()
-        model.zero_grad()
-        for step in range(4):
-            optimizer.zero_grad()
-            torch.sin(parallel(batch((16, 8), seed=10 * step + rank))).square().mean().backward()
-            optimizer.step()
-        result = {
-            "own": own,
-            "parameters": {n: p.detach() for n, p in model.named_parameters()},
-            "step": session.step,
-            "calls": program(model[0]).total.calls,
-        }
-        torch.save(result, f"{folder}/rank{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    model = seeded(mlp)
+    session = rg.attach(model, rg.Dither(scale=2), seed=3)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # Equal data on both ranks: without_sync shows the ranks' own noise.
+    with parallel.no_sync():
+        torch.sin(parallel(batch((16, 8)))).sum().backward()
+    own = model[4].weight.grad.clone()
+    model.zero_grad()
+    for step in range(4):
+        optimizer.zero_grad()
+        torch.sin(parallel(batch((16, 8), seed=10 * step + rank))).square().mean().backward()
+        optimizer.step()
+    result = {
+        "own": own,
+        "parameters": {n: p.detach() for n, p in model.named_parameters()},
+        "step": session.step,
+        "calls": program(model[0]).total.calls,
+    }
+    torch.save(result, f"{folder}/rank{rank}.pt")
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks' models stay identical to the last bit, while the same data meets different noise on each."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    in_two_ranks(worker, tmp_path, monkeypatch)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["step"] == two["step"] == 4
     assert one["calls"] == two["calls"] == 5

@@ -1,11 +1,8 @@
 """Decorrelate in every way of running, its period and its counts, and what it refuses."""
 
 import copy
-import gc
 import math
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
-from cases import MODELS, assert_bitwise, assert_same, batch, gradients, mlp, program, seeded, train
+from cases import (
+    MODELS,
+    assert_bitwise,
+    assert_same,
+    batch,
+    gradients,
+    in_two_ranks,
+    mlp,
+    program,
+    seeded,
+    train,
+)
 from retrograde.engine.slots import Site
 from retrograde.errors import NoEffectError, OptionError
 from retrograde.methods.decorrelate import Decorrelate
@@ -62,25 +69,12 @@ def train_parallel(make: Callable[[], Decorrelate], rank: int) -> dict[str, Tens
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    try:
-        torch.save(
-            {name: train_parallel(make, rank) for name, make in ALL.items()}, f"{folder}/rank{rank}.pt"
-        )
-        # A rank that is gone while the other takes its wrappers down would be waited for.
-        gc.collect()
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.save({name: train_parallel(make, rank) for name, make in ALL.items()}, f"{folder}/rank{rank}.pt")
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different rows on each rank, one R: weights and buffers stay identical to the last bit."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    in_two_ranks(worker, tmp_path, monkeypatch)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in ALL:
         assert_bitwise(one[name], two[name])

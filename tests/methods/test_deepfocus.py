@@ -1,20 +1,17 @@
 """DeepFocus: rates, thresholds, exact neutrality, unbiasedness, agreement across ranks, bitwise resumption."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
-from cases import assert_bitwise, assert_same, batch, gradients, program, seeded, train
+from cases import assert_bitwise, assert_same, batch, gradients, in_two_ranks, program, seeded, train
 from retrograde.engine.branches import Residual
 from retrograde.maths.deepfocus import skip_share
 from retrograde.methods.deepfocus import DeepFocus
@@ -383,40 +380,32 @@ def test_state_of_other_blocks_is_refused() -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
+    model = seeded(resnet)
+    # Seeds that differ: decisions must agree all the same.
+    session = rg.attach(model, BUSY, seed=rank)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    decisions, rested = [], True
+    for step in range(20):
+        optimizer.zero_grad()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        session.metrics(reset=True)
+        torch.sin(parallel(batch((4, 8), seed=10 * step + rank))).square().mean().backward()
+        optimizer.step()
+        blocks = session.metrics()["blocks"]
+        decisions.append([(b["skip"], b["low"], b["full"]) for b in blocks.values()])
+        for name in (n for n, b in blocks.items() if b["skip"] == 1):
+            inside = [n for n in before if n.startswith(name + ".")]
+            rested &= all(torch.equal(model.get_parameter(n), before[n]) for n in inside)
+    torch.save(
+        {"decisions": decisions, "rested": rested, "parameters": model.state_dict()},
+        f"{folder}/rank{rank}.pt",
     )
-    try:
-        model = seeded(resnet)
-        # Seeds that differ: decisions must agree all the same.
-        session = rg.attach(model, BUSY, seed=rank)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-        decisions, rested = [], True
-        for step in range(20):
-            optimizer.zero_grad()
-            before = {n: p.detach().clone() for n, p in model.named_parameters()}
-            session.metrics(reset=True)
-            torch.sin(parallel(batch((4, 8), seed=10 * step + rank))).square().mean().backward()
-            optimizer.step()
-            blocks = session.metrics()["blocks"]
-            decisions.append([(b["skip"], b["low"], b["full"]) for b in blocks.values()])
-            for name in (n for n, b in blocks.items() if b["skip"] == 1):
-                inside = [n for n in before if n.startswith(name + ".")]
-                rested &= all(torch.equal(model.get_parameter(n), before[n]) for n in inside)
-        torch.save(
-            {"decisions": decisions, "rested": rested, "parameters": model.state_dict()},
-            f"{folder}/rank{rank}.pt",
-        )
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different data and seeds on each rank: the same decisions, the same weights, and skipped blocks rest."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    in_two_ranks(worker, tmp_path, monkeypatch)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["decisions"] == two["decisions"]
     assert one["rested"]

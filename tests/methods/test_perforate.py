@@ -2,10 +2,8 @@
 
 import copy
 import io
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,24 @@ import pytest
 import torch
 import torch._dynamo
 import torch._dynamo.testing
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
-from cases import MODELS, Case, assert_bitwise, assert_same, batch, conv, gradients, mlp, program, seeded
+from cases import (
+    MODELS,
+    Case,
+    assert_bitwise,
+    assert_same,
+    batch,
+    conv,
+    gradients,
+    in_two_ranks,
+    mlp,
+    program,
+    seeded,
+)
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.methods.perforate import Perforate
 from retrograde.methods.perforate.conductor import PerforateConductor
@@ -653,42 +662,34 @@ def test_with_dither() -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    try:
-        model = seeded(mlp)
-        torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
-        options = {**SHORT, "max_dendrites": 3}
-        session = rg.attach(model, Perforate(rule="perforated", **options))
-        model[0].dendrite_weight_2.data.fill_(1.0)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-        phases: list[str] = []
-        for step in range(14):
-            optimizer.zero_grad()
-            torch.sin(parallel(batch((16, 8), seed=10 * step + rank))).square().mean().backward()
-            optimizer.step()
-            # The ranks disagree about the score: alone, one would see a new best where the other sees none.
-            mean = 1.0 if step == 6 else -float(step)
-            session.report(val=mean + (3.0 * step if rank else -3.0 * step))
-            phases.append(conductor(session).phase)
-        result = {
-            "state": model.state_dict(),
-            "phases": phases,
-            "used": model[0].dendrite_output_0.detach().clone(),
-            "idle": model[0].dendrite_weight_2.detach().clone(),
-        }
-        torch.save(result, f"{folder}/rank{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    model = seeded(mlp)
+    torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
+    options = {**SHORT, "max_dendrites": 3}
+    session = rg.attach(model, Perforate(rule="perforated", **options))
+    model[0].dendrite_weight_2.data.fill_(1.0)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    phases: list[str] = []
+    for step in range(14):
+        optimizer.zero_grad()
+        torch.sin(parallel(batch((16, 8), seed=10 * step + rank))).square().mean().backward()
+        optimizer.step()
+        # The ranks disagree about the score: alone, one would see a new best where the other sees none.
+        mean = 1.0 if step == 6 else -float(step)
+        session.report(val=mean + (3.0 * step if rank else -3.0 * step))
+        phases.append(conductor(session).phase)
+    result = {
+        "state": model.state_dict(),
+        "phases": phases,
+        "used": model[0].dendrite_output_0.detach().clone(),
+        "idle": model[0].dendrite_weight_2.detach().clone(),
+    }
+    torch.save(result, f"{folder}/rank{rank}.pt")
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unused capacity does not stop DDP; candidates, growth and phases are the same on both ranks."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    in_two_ranks(worker, tmp_path, monkeypatch)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["phases"] == two["phases"]
     assert "dendrite" in one["phases"]

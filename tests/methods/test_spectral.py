@@ -2,9 +2,7 @@
 
 import copy
 import itertools
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
-from cases import assert_bitwise, assert_same, batch, conv, gradients, program, seeded, train, transposed
+from cases import (
+    assert_bitwise,
+    assert_same,
+    batch,
+    conv,
+    gradients,
+    in_two_ranks,
+    program,
+    seeded,
+    train,
+    transposed,
+)
 from retrograde.accounting.memory import saved_bytes
 from retrograde.errors import AttachError, NoEffectError, OptionError
 from retrograde.maths import spectral
@@ -544,34 +552,26 @@ def test_together_with_dither() -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", timeout=timedelta(seconds=60), init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    try:
-        model = seeded(convolutions)
-        session = rg.attach(model, Spectral(3, warmup=2, full_every=3, every=2, random=1, decay=1e-2), seed=3)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = sgd(model)
-        for step in range(7):
-            optimizer.zero_grad()
-            torch.sin(parallel(batch((6, 3, 8, 8), seed=10 * step + rank))).square().mean().backward()
-            optimizer.step()
-        result = {
-            "parameters": dict(model.state_dict()),
-            "bases": {name: rule(model.get_submodule(name))._inputs.basis for name in ("0", "2")},
-            "rows": program(model[0]).statistics.rows,
-            "metrics": session.metrics()["layers"]["2"]["captured_energy"],
-        }
-        torch.save(result, f"{folder}/rank{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    model = seeded(convolutions)
+    session = rg.attach(model, Spectral(3, warmup=2, full_every=3, every=2, random=1, decay=1e-2), seed=3)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = sgd(model)
+    for step in range(7):
+        optimizer.zero_grad()
+        torch.sin(parallel(batch((6, 3, 8, 8), seed=10 * step + rank))).square().mean().backward()
+        optimizer.step()
+    result = {
+        "parameters": dict(model.state_dict()),
+        "bases": {name: rule(model.get_submodule(name))._inputs.basis for name in ("0", "2")},
+        "rows": program(model[0]).statistics.rows,
+        "metrics": session.metrics()["layers"]["2"]["captured_energy"],
+    }
+    torch.save(result, f"{folder}/rank{rank}.pt")
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different data on each rank: bases, decisions and weights agree to the last bit."""
-    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2, join=True)
+    in_two_ranks(worker, tmp_path, monkeypatch)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert not torch.equal(one["rows"], two["rows"])
     assert_bitwise(one["bases"], two["bases"])
