@@ -1,6 +1,7 @@
 """Entry point: finds the command, runs it, and turns errors into messages and exit codes."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -37,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in argv
     try:
-        given = read_given(argv)
-        return _run(given)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(read_given(argv))
     except RetrogradeError as error:
         if as_json:
             output.print_json({"error": {"type": type(error).__name__, "message": str(error)}})
@@ -48,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         output.log.print("interrupted", style="bold yellow")
         return EXIT_INTERRUPTED
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    # A user of the command line cannot act on the line of code that a warning points at.
+    output.log.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
 
 def _run(given: Given) -> int:
