@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +120,10 @@ def test_a_second_signal_interrupts_at_once(number: signal.Signals) -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_python_dash_m_is_the_same_tool() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "retrograde", "--version"], capture_output=True, text=True, check=True
+    )
+    assert "retrograde" in found.stdout

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
@@ -23,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """Better backward passes for PyTorch: what they do to your model, and what they save.
 
-Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted."""
+--version prints the version. Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in argv
+    if argv in (["--version"], ["-V"]):
+        output.print_line(f"retrograde {version('retrograde')}")
+        return 0
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -1,6 +1,5 @@
 """Contestants side by side: paired seeds, interleaved epochs, one table."""
 
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ def compare(
             "seeds": seeds,
             "recipes": [recipe.model_dump() for recipe in recipes],
             "machine": machine.describe(pick_device(recipes[0].device)),
-            "commit": _commit(),
+            "commit": machine.commit(),
             "rows": [asdict(row) for row in rows],
         },
     )
@@ -131,25 +130,3 @@ def _row(model: str, label: str, found: list[dict[str, Any]], plain: list[dict[s
         seconds=mean(r["seconds"] for r in found),
         seconds_ratio=mean(r["seconds"] / p["seconds"] for r, p in zip(found, plain, strict=True)),
     )
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` when it holds changes; None outside a checkout."""
-    source = Path(__file__)
-    try:
-        git = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", source.name],
-            cwd=source.parent,
-            capture_output=True,
-            check=True,
-        )
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=source.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return git.stdout.strip()

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,28 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with ``-dirty`` when it holds changes; None outside a checkout."""
+    source = Path(__file__)
+    try:
+        git = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", source.name],
+            cwd=source.parent,
+            capture_output=True,
+            check=True,
+        )
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=source.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
 
 
 def _cpu() -> str:
