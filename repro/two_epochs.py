@@ -3,8 +3,8 @@
 RETROGRADE_DATA=… python repro/two_epochs.py [--data imdb] [--runs runs/two-epochs]
 
 Does every method learn, with no divergence and within 3 points of plain backpropagation, on images by a convolutional
-network with residual branches, on text by a transformer, and on small images by an MLP? Interrupted, it goes on where
-it was; at the end it writes ``results/two-epochs.json`` and one report over all runs.
+network with residual branches, on text by convolutions over words, and on small images by an MLP? Interrupted, it goes
+on where it was; at the end it writes ``results/two-epochs.json`` and one report over all runs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from retrograde.report import write
 
 RESULT = Path(__file__).parent.parent / "results" / "two-epochs.json"
 
-TASKS = {"fashion_mnist": "mlp", "cifar10": "resnet-small", "imdb": "text-transformer"}
+TASKS = {"fashion_mnist": "mlp", "cifar10": "resnet-small", "imdb": "text-cnn"}
 
 # Scores come once an epoch, so dendrites must be allowed to grow after one of them, or this would be plain
 # backpropagation under another name.

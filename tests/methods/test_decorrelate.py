@@ -294,8 +294,9 @@ def test_autograd_with_endless_damping() -> None:
 
 
 @modes
-def test_gradients_are_those_of_the_transformed_layer(make: Callable[[], Decorrelate]) -> None:
-    """Against autograd through z = R (x − μ), written out."""
+@pytest.mark.parametrize("rows", [pytest.param(3, id="on the rows"), pytest.param(16, id="on the weight")])
+def test_gradients_are_those_of_the_transformed_layer(make: Callable[[], Decorrelate], rows: int) -> None:
+    """Against autograd through z = R (x − μ), written out; R acts on the side with fewer vectors."""
     layer = seeded(partial(nn.Linear, 6, 5))
     _session = rg.attach(layer, make())
     run(layer, shifted((32, 6)), 3, lr=0.01)
@@ -315,7 +316,7 @@ def test_gradients_are_those_of_the_transformed_layer(make: Callable[[], Decorre
         def forward(self, x: Tensor) -> Tensor:
             return ((x - mean) @ R.T) @ self.weight.T + self.bias
 
-    x = shifted((16, 6), 9)
+    x = shifted((rows, 6), 9)
     assert_same(gradients(layer, x), gradients(Written(), x), 1e-5)
 
 

@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """Better backward passes for PyTorch: what they do to your model, and what they save.
 
---version prints the version. Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted."""
+Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted. --version: the version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

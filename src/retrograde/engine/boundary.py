@@ -31,8 +31,14 @@ _LIBRARY.define(
 )
 
 
-def apply(operands: Operands, program: LayerProgram) -> Tensor:
-    """``z = W x̂ + b`` whose backward pass `program` runs; casts to the autocast dtype first."""
+def apply(operands: Operands, program: LayerProgram, rows: Tensor | None) -> Tensor:
+    """``z = W x̂ + b`` whose backward pass `program` runs; casts to the autocast dtype first.
+
+    Args:
+        operands: of the product, slot 1 behind them.
+        program: of the layer.
+        rows: rows for the layer's statistics, handed on to the backward pass.
+    """
     x, weight, bias = operands.x, operands.weight, operands.bias
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -40,8 +46,8 @@ def apply(operands: Operands, program: LayerProgram) -> Tensor:
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     if operands.geometry is None:
-        return _LinearBoundary.apply(x, weight, bias, program)  # pyright: ignore[reportReturnType]
-    return _ConvolutionBoundary.apply(x, weight, bias, program, operands.geometry)  # pyright: ignore[reportReturnType]
+        return _LinearBoundary.apply(x, weight, bias, rows, program)  # pyright: ignore[reportReturnType]
+    return _ConvolutionBoundary.apply(x, weight, bias, rows, program, operands.geometry)  # pyright: ignore[reportReturnType]
 
 
 def multiply(operands: Operands) -> Tensor:
@@ -66,9 +72,11 @@ class _LinearBoundary(torch.autograd.Function):
     """``(…, i) → (…, o)``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, program: LayerProgram) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, program: LayerProgram
+    ) -> Tensor:
         kept = program.keep(x) if weight.requires_grad else ()
-        ctx.save_for_backward(weight, program.sample(x, weight, None), *kept)
+        ctx.save_for_backward(weight, rows, *kept)
         ctx.set_materialize_grads(False)
         ctx.program, ctx.input_shape = program, x.shape
         return F.linear(x, weight, bias)
@@ -77,7 +85,7 @@ class _LinearBoundary(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (delta,) = grad_outputs
         if delta is None:
-            return None, None, None, None
+            return None, None, None, None, None
         _refuse_double_backward(ctx.program)
         weight, rows, *saved = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
@@ -91,7 +99,7 @@ class _LinearBoundary(torch.autograd.Function):
             needs,
             torch.compiler.is_compiling(),
         )
-        return *_asked(found, needs), None
+        return *_asked(found, needs), None, None
 
 
 class _ConvolutionBoundary(torch.autograd.Function):
@@ -99,10 +107,16 @@ class _ConvolutionBoundary(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, program: LayerProgram, geometry: Geometry
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        program: LayerProgram,
+        geometry: Geometry,
     ) -> Tensor:
         kept = program.keep(x) if weight.requires_grad else ()
-        ctx.save_for_backward(weight, program.sample(x, weight, geometry), *kept)
+        ctx.save_for_backward(weight, rows, *kept)
         ctx.set_materialize_grads(False)
         ctx.program, ctx.input_shape, ctx.geometry = program, x.shape, geometry
         return _convolution(x, weight, bias, geometry)
@@ -111,7 +125,7 @@ class _ConvolutionBoundary(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (delta,) = grad_outputs
         if delta is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         _refuse_double_backward(ctx.program)
         weight, rows, *saved = ctx.saved_tensors
         needs = [bool(need) for need in ctx.needs_input_grad[:3]]
@@ -132,7 +146,7 @@ class _ConvolutionBoundary(torch.autograd.Function):
             g.output_padding,
             g.groups,
         )
-        return *_asked(found, needs), None, None
+        return *_asked(found, needs), None, None, None
 
 
 def _refuse_double_backward(program: LayerProgram) -> None:

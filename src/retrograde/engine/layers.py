@@ -103,8 +103,11 @@ class AttachedLayer(nn.Module):
         unbatched = operands.geometry is not None and operands.x.dim() == len(operands.geometry.stride) + 1
         if unbatched:
             operands = replace(operands, x=operands.x.unsqueeze(0))
-        operands = program.transform(operands)
-        z = boundary.apply(operands, program) if training else boundary.multiply(operands)
+        transformed = program.transform(operands)
+        if training:
+            z = boundary.apply(transformed, program, program.sample(operands))
+        else:
+            z = boundary.multiply(transformed)
         z = program.extend(operands.x, z)
         if training and program.exit is not None:
             z = cross(z, program.exit)

@@ -130,14 +130,19 @@ class LayerProgram:
         """Slot 3."""
         return (x,) if self._save is None else self._save.save(x)
 
-    def sample(self, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor | None:
-        """Rows of x̂ for the input statistics, kept for the backward pass in the steps that bring them."""
+    def sample(self, operands: Operands) -> Tensor | None:
+        """Rows of x for the input statistics, kept for the backward pass in the steps that bring them.
+
+        Args:
+            operands: as they came, before slot 1: what statistics follow must not depend on what is made of them.
+        """
         if self.statistics is None or not self.sampling:
             return None
-        return sample_rows(x, weight, geometry, self.statistics.spec.rows)
+        with torch.no_grad():
+            return sample_rows(operands.x, operands.weight, operands.geometry, self.statistics.spec.rows)
 
     def extend(self, x: Tensor, z: Tensor) -> Tensor:
-        """Slot 2."""
+        """Slot 2, on the layer's own input."""
         for rule in self._output:
             z = rule.output(x, z)
         return z
@@ -258,7 +263,7 @@ class LayerProgram:
             dense = linear_flops(call.delta.shape[:-1].numel(), *call.weight.shape)
         else:
             dense = convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
-        own_zeros = entries - int(torch.count_nonzero(call.delta))
+        own_zeros = int(Delta(call.delta).zeros())
         zeros = own_zeros if delta.values is call.delta else int(delta.zeros())
         needed = dense * (1 - zeros / entries)
         discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]

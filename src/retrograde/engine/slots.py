@@ -208,7 +208,7 @@ class Rule:
         raise NotImplementedError
 
     def output(self, x: Tensor, z: Tensor) -> Tensor:
-        """Slot 2, forward, under autograd: ``(x̂, z) → z'``."""
+        """Slot 2, forward, under autograd: ``(x, z) → z'``, x as it came, before slot 1."""
         raise NotImplementedError
 
     def save(self, x: Tensor) -> tuple[Tensor, ...]:

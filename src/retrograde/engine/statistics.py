@@ -102,18 +102,21 @@ class InputStatistics:
             return False
         rows = torch.cat(self._pending, 1) if self._pending else None
         self._pending = []
-        # Ranks decide together: one without rows, or with bad ones, would leave the others waiting.
-        good = rows is not None and bool(torch.isfinite(rows).all())
+        mean = None if rows is None else rows.mean(1)
+        # Ranks decide together: one without rows, or with bad ones, would leave the others waiting. A row that is not
+        # finite makes the mean so, which is shorter to read.
+        good = mean is not None and bool(torch.isfinite(mean).all())
         here = torch.tensor(float(good), device=self._device(rows))
-        if float(across_ranks(here)) < 1 or rows is None:
+        if float(across_ranks(here)) < 1 or rows is None or mean is None:
             return False
         if not self.refreshes:
             self._window = max(1, min(self.spec.every, math.ceil(self.spec.rows / rows.shape[1])))
         self.rows = rows
-        mean = across_ranks(rows.mean(1))
+        mean = across_ranks(mean)
         self.mean = mean if self.mean is None else self.mean.lerp(mean, 1 - _MEAN_MOMENTUM)
         centred = rows - mean.unsqueeze(1)
-        self.variance = across_ranks(centred.square().mean((1, 2)))
+        squares = torch.linalg.vector_norm(centred, dim=(1, 2)).square()
+        self.variance = across_ranks(squares / centred[0].numel())
         self.flops = 4.0 * rows.numel()
         if self.spec.rank:
             self._track(centred)

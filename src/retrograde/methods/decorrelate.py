@@ -32,7 +32,11 @@ them inputs far from zero diverge. In (4) R changes every T steps, not in each, 
 variance of each feature has c = 0.001·tr/d (seen through R) added, without which the row of a silent feature grows
 for ever. The optimizer's moments are left as they are when W changes coordinates.
 
-Cost for each call, W (o × d): 8·o·d·k operations for A and its gradient (full: 4·o·d²), whatever the number of rows;
+R multiplies the rows x or the weight W of a linear layer, whichever are fewer: the two differ in rounding alone. Patches
+are never formed: convolutions transform W.
+
+Cost for each call of n rows, W (o × d): 4·d·k operations (full: 2·d²) for each of 2·o rows of W and of its gradient, or
+of n rows of x and as many of its gradient if that is asked for, which then also keeps the n·d values of R x;
 every T steps about 16·n·d·k for the statistics of n rows and 8·o·d·k for W (full: 4·n·d² + 3·d³ + 2·o·d²).
 
 Suggested settings: rank 32 every 32 steps with Adam at 1e-3. It helps most where inputs are correlated and nothing

@@ -5,6 +5,7 @@ The low-rank and the full mode put A in place of W and differ in R; the precondi
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,13 @@ class DecorrelateRule(Rule):
     def _weight(self, matrix: Tensor) -> Tensor:
         return weight_from_matrix(matrix, self._layer.weight.shape, self._transposed)
 
-    def _call_flops(self, weight: Tensor) -> float:
-        raise NotImplementedError
+    def _call_flops(self, call: Call) -> float:
+        """What slot 1 cost in this call, both ways."""
+        return 0.0
 
     def observe(self, call: Call, delta: Delta) -> None:
         """Count: what slot 1 cost in this call, and what was learnt since the last one."""
-        flops = self._call_flops(call.weight) + self._owed
+        flops = self._call_flops(call) + self._owed
         self._owed = 0.0
         self._overhead += flops
         call.counters.overhead += flops
@@ -113,25 +115,32 @@ class DecorrelateRule(Rule):
 
 
 class ReparameterRule(DecorrelateRule):
-    """Equation (1): A in place of W, and the corrections that keep the layer's function."""
+    """Equation (1), on the rows or on the weight, and the corrections that keep the layer's function."""
 
     def prepare(self, layer: nn.Module) -> None:
         """Add μ and R as buffers, with the values that change nothing."""
         super().prepare(layer)
         weight = self._matrix(self._layer.weight.detach())
-        wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        self._wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        self._dimension = weight.shape[-1]
         bias = self._layer.bias
         # A bias that is not trained cannot take up the mean; nor can one that is not there.
         self._centred = bias is not None and bias.requires_grad
         if self._centred:
-            layer.register_buffer("decorrelation_mean", weight.new_zeros(weight[:, 0].shape, dtype=wide))
-        self._register(layer, weight.to(wide))
+            layer.register_buffer(
+                "decorrelation_mean", weight.new_zeros(weight[:, 0].shape, dtype=self._wide)
+            )
+        self._register(layer, weight.to(self._wide))
 
     def _register(self, layer: nn.Module, weight: Tensor) -> None:
         raise NotImplementedError
 
-    def _transform(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        """``W R``, (groups, o, d), with the buffers of `layer`."""
+    def _transform(self, layer: nn.Module, matrix: Tensor, *, transposed: bool = False) -> Tensor:
+        """``M R``, or ``M Rᵀ``, for M (groups, any, d), with the buffers of `layer`."""
+        raise NotImplementedError
+
+    def _vector_flops(self) -> float:
+        """Multiplying one vector by R."""
         raise NotImplementedError
 
     def _fused(self, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -152,13 +161,34 @@ class ReparameterRule(DecorrelateRule):
         places = math.prod(stride) if isinstance(stride, tuple) else stride ** (layer.weight.dim() - 2)
         return shift.reshape(layer.out_channels, -1).sum(-1) / places
 
+    def _vectors(self, weight: Tensor, shape: Sequence[int], needs_input: bool) -> tuple[float, float]:
+        """Vectors that R multiplies forward and backward, on the side of the rows and on that of the weight."""
+        if not isinstance(self._layer, nn.Linear):
+            # Patches are never formed.
+            return math.inf, 2 * weight.numel() / self._dimension
+        return math.prod(shape[:-1]) * (1 + needs_input), 2 * weight.shape[0]
+
     def input(self, operands: Operands) -> Operands:
-        """Equation (1), on the weight: patches are never formed, and the input's statistics stay those of x."""
+        """Equation (1), on the side that is cheaper: ``W (R x)`` or ``(W R) x``."""
+        rows, outputs = self._vectors(operands.weight, operands.x.shape, operands.x.requires_grad)
+        if rows < outputs:
+            return dataclasses.replace(operands, x=self._decorrelated(operands.x))
         weight, shift = self._fused(self._layer, operands.weight)
         bias = operands.bias
         if shift is not None and bias is not None:
             bias = bias - shift.to(bias.dtype)
         return dataclasses.replace(operands, weight=weight, bias=bias)
+
+    def _decorrelated(self, x: Tensor) -> Tensor:
+        """``R (x − μ)``."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]).to(self._wide)
+            if self._centred:
+                rows = rows - self._layer.get_buffer("decorrelation_mean")
+            return self._transform(self._layer, rows, transposed=True).to(x.dtype).view(x.shape)
+
+    def _call_flops(self, call: Call) -> float:
+        return min(self._vectors(call.weight, call.input_shape, call.needs.input)) * self._vector_flops()
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -224,9 +254,10 @@ class LowRankRule(ReparameterRule):
         layer.register_buffer("decorrelation_basis", weight.new_zeros(groups, d, k))
         layer.register_buffer("decorrelation_gain", weight.new_ones(groups, k))
 
-    def _transform(self, layer: nn.Module, weight: Tensor) -> Tensor:
+    def _transform(self, layer: nn.Module, matrix: Tensor, *, transposed: bool = False) -> Tensor:
         basis, gain = layer.get_buffer("decorrelation_basis"), layer.get_buffer("decorrelation_gain")
-        return decorrelate.transform(weight.to(basis.dtype), basis, gain)
+        # This R is symmetric.
+        return decorrelate.transform(matrix.to(basis.dtype), basis, gain)
 
     def _learn(self, fused: Tensor) -> Tensor:
         layer = self._layer
@@ -236,8 +267,8 @@ class LowRankRule(ReparameterRule):
         self._owed += 8.0 * fused.numel() * gain.shape[-1]
         return decorrelate.untransform(fused, basis, gain)
 
-    def _call_flops(self, weight: Tensor) -> float:
-        return 8.0 * weight.numel() * self._layer.get_buffer("decorrelation_gain").shape[-1]
+    def _vector_flops(self) -> float:
+        return 4.0 * self._dimension * self._layer.get_buffer("decorrelation_gain").shape[-1]
 
     def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
         layer = self._layer
@@ -256,9 +287,9 @@ class FullRule(ReparameterRule):
         eye = torch.eye(d, dtype=weight.dtype, device=weight.device)
         layer.register_buffer("decorrelation_matrix", eye.repeat(groups, 1, 1))
 
-    def _transform(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        matrix = layer.get_buffer("decorrelation_matrix")
-        return weight.to(matrix.dtype) @ matrix
+    def _transform(self, layer: nn.Module, matrix: Tensor, *, transposed: bool = False) -> Tensor:
+        r = layer.get_buffer("decorrelation_matrix")
+        return matrix.to(r.dtype) @ (r.mT if transposed else r)
 
     def _learn(self, fused: Tensor) -> Tensor:
         layer, settings, found = self._layer, self._settings, self.statistics
@@ -282,8 +313,8 @@ class FullRule(ReparameterRule):
         # R R'⁻¹ = (I − εG)⁻¹, so W' needs no inverse of R itself.
         return torch.linalg.solve(change, before, left=False)
 
-    def _call_flops(self, weight: Tensor) -> float:
-        return 4.0 * weight.numel() * self._layer.get_buffer("decorrelation_matrix").shape[-1]
+    def _vector_flops(self) -> float:
+        return 2.0 * self._dimension**2
 
     def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
         return rows @ self._layer.get_buffer("decorrelation_matrix")[:, chosen].mT
@@ -310,9 +341,6 @@ class PreconditionRule(DecorrelateRule):
     def _update(self) -> None:
         assert self.statistics.mean is not None
         self._basis, self._gain = self._leading(self.statistics.mean)
-
-    def _call_flops(self, weight: Tensor) -> float:
-        return 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """U and g too: they change gradients alone, and are in no buffer."""

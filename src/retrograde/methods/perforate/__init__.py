@@ -35,8 +35,7 @@ What it cannot do yet: recurrent cells, whole transformer blocks, transposed con
 weights, a compression helper. Dendrites of a convolution sit before the BatchNorm behind it, not inside a
 wrapped block: their own z is then not normalised, so f can saturate, and BatchNorm rescales their share with
 the sum; that is weaker than a dendrite with a norm of its own. Dendrites' own products run in plain autograd:
-other methods do not act on them. Where a method transforms the layer's input (slot 1), dendrites read the
-transformed one, and folding both is not supported. Leave out (`where`, or `skip` of attach) the layer that
+other methods do not act on them. Leave out (`where`, or `skip` of attach) the layer that
 feeds a softmax. Learning rate schedules go on through all phases; one that decays to zero makes a false
 plateau, and is warned of.
 
