@@ -32,8 +32,8 @@ them inputs far from zero diverge. In (4) R changes every T steps, not in each, 
 variance of each feature has c = 0.001·tr/d (seen through R) added, without which the row of a silent feature grows
 for ever. The optimizer's moments are left as they are when W changes coordinates.
 
-R multiplies the rows x or the weight W of a linear layer, whichever are fewer: the two differ in rounding alone. Patches
-are never formed: convolutions transform W.
+R multiplies the rows x or the weight W of a linear layer, whichever are fewer: the two differ in rounding alone.
+Convolutions transform W: patches are never formed.
 
 Cost for each call of n rows, W (o × d): 4·d·k operations (full: 2·d²) for each of 2·o rows of W and of its gradient, or
 of n rows of x and as many of its gradient if that is asked for, which then also keeps the n·d values of R x;
