@@ -1,10 +1,11 @@
 """Does training in the leading subspace stall, and does the residual path mend it? Top, random, bulk and full.
 
-    RETROGRADE_DATA=… python repro/spectral_ablation.py --seeds 5 --epochs 10
+    RETROGRADE_DATA=… python repro/spectral_ablation.py [--optimizer adamw] [--seeds 5] [--epochs 5]
 
 The model trains with each choice of basis, with the residual path off and on, and with plain backpropagation. Ablations
 run without warm-up and on all layers, head included, so that nothing but the subspace is at work; the row "default" is
-`Spectral()` as it comes. Prints one JSON object: for each row and seed the accuracy after each epoch.
+`Spectral()` as it comes. ``results/spectral-ablation-<optimizer>.json`` gets the accuracy after each epoch for each row
+and seed; a run that was interrupted goes on after the last finished row.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import retrograde as rg
-from retrograde.lab import data, models
+from retrograde.lab import data, files, machine, models
 from retrograde.methods.spectral import Spectral
+
+
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def arms(rank: int, full_every: int) -> dict[str, Spectral | None]:
@@ -89,10 +94,10 @@ def main() -> None:
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--model", default="mlp-small")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=None, help="0.05 for sgd, 0.001 for adamw")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
         "--split", choices=("test", "validation"), default="test", help="validation for choosing"
@@ -101,13 +106,20 @@ def main() -> None:
     parser.add_argument("--full-every", type=int, default=2)
     parser.add_argument("--limit", type=int, default=None, help="rows of each split")
     parser.add_argument("--arms", nargs="*", help="these rows alone")
+    parser.add_argument("--out", type=Path, help="default: results/spectral-ablation-<optimizer>.json")
     options = parser.parse_args()
+    options.lr = options.lr or {"sgd": 0.05, "adamw": 1e-3}[options.optimizer]
+    out: Path = options.out or RESULTS / f"spectral-ablation-{options.optimizer}.json"
+    asked = {name: value for name, value in vars(options).items() if name not in ("out", "arms")}
+    commit = machine.commit()
     torch.set_num_threads(1)
     images = data.load(options.data, limit=options.limit)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    table = {}
+    table: dict[str, Any] = {}
+    if out.exists() and (before := json.loads(out.read_text()))["options"] == asked:
+        table = before["results"]
     for name, method in arms(options.rank, options.full_every).items():
-        if options.arms and name not in options.arms:
+        if name in table or (options.arms and name not in options.arms):
             continue
         runs: list[dict[str, Any]] = []
         for seed in seeds:
@@ -116,7 +128,18 @@ def main() -> None:
         last = [r["accuracy"][-1] for r in runs]
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
         table[name] = {"mean": round(statistics.mean(last), 4), "std": round(spread, 4), "runs": runs}
-    print(json.dumps({"options": vars(options), "results": table}, indent=1))
+        report = {
+            "schema": 1,
+            "what": f"Spectral's subspaces, {options.data}, {options.model}, {options.optimizer}",
+            "command": f"python repro/spectral_ablation.py --optimizer {options.optimizer}",
+            "machine": machine.describe(torch.device("cpu")),
+            "commit": commit,
+            "options": asked,
+            "results": table,
+        }
+        files.write_json(out, report)
+    for name, row in table.items():
+        print(f"{name:18} {row['mean']:.4f} ± {row['std']:.4f}")
 
 
 if __name__ == "__main__":
