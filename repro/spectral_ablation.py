@@ -24,7 +24,6 @@ import retrograde as rg
 from retrograde.lab import data, files, machine, models
 from retrograde.methods.spectral import Spectral
 
-
 RESULTS = Path(__file__).parent.parent / "results"
 
 
