@@ -183,8 +183,9 @@ class Session:
             reset: begin a new stretch after this reading.
 
         Returns:
-            ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", …the methods' own}}}``, and
-            under a method's name its figures for the whole model; shares are None before the first backward pass.
+            ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", "kernel_<name>", …the
+            methods' own}}}``, and under a method's name its figures for the whole model. Shares are None before the
+            first backward pass; those of kernels are of all products since attaching.
             Where a method grants work to blocks, ``"blocks": {name: {"skip", "low", "full", …the method's own}}``:
             shares of the block's calls.
         """
@@ -193,7 +194,7 @@ class Session:
         for name, program in self._programs.items():
             counts = program.total - self._window.get(name, Counters())
             total += counts
-            layers[name] = {**_shares(counts), "fallbacks": counts.fallbacks}
+            layers[name] = {**_shares(counts), "fallbacks": counts.fallbacks, **program.kernel_shares()}
             for rule in program.rules:
                 layers[name].update(rule.metrics())
         blocks = {name: b.metrics(self._block_window.get(name, {})) for name, b in self._blocks.items()}

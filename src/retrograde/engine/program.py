@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,8 +20,8 @@ from retrograde.engine.rows import sample_rows
 from retrograde.engine.slots import Call, Grant, Needs, Operands, Rule, Step, Tier
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.errors import AttachError, OptionError, RetrogradeWarning, StateError
-from retrograde.kernels import reference
 from retrograde.kernels.delta import Delta
+from retrograde.kernels.dispatch import Done, Products
 from retrograde.kernels.geometry import Geometry
 from retrograde.maths.philox import mix_key
 
@@ -37,6 +38,15 @@ class Gradients:
     input: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """FLOPs of one product of a call: all, those with a non-zero, and the discount of the layer's own precision."""
+
+    dense: float
+    needed: float
+    discount: float
 
 
 class LayerProgram:
@@ -69,6 +79,8 @@ class LayerProgram:
         self.idle_steps = 0
         self._passes, self._last_pass = 0, -1
         self.total = Counters()
+        self.kernels: Counter[str] = Counter()
+        """Products by the kernel that computed them."""
         self._at_step = Counters()
         self._layer_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
         self._fill_slots()
@@ -184,12 +196,15 @@ class LayerProgram:
         for rule in self._observe:
             rule.observe(call, quantised)
         keep_weight = needs.weight and call.tier is not Tier.SKIP
-        self._count(call, quantised, keep_weight)
-        weight_grad = self._weight_grad(call, quantised, keep_weight) if needs.weight else None
+        work = self._count(call, quantised, keep_weight)
+        products = Products(quantised, call.allowed, needs.input + keep_weight)
+        weight_grad = (
+            self._weight_grad(call, quantised, products, work, keep_weight) if needs.weight else None
+        )
         if weight_grad is not None and grant.scale != 1:
             weight_grad = weight_grad * grant.scale
         return Gradients(
-            self._input_grad(call, quantised) if needs.input else None,
+            self._input_grad(call, products, work) if needs.input else None,
             weight_grad,
             # The bias gradient is a sum over what arrived: exact, and free.
             _bias_grad(call) if needs.bias else None,
@@ -238,57 +253,74 @@ class LayerProgram:
                 stacklevel=2,
             )
 
-    def _input_grad(self, call: Call, delta: Delta) -> Tensor:
+    def _input_grad(self, call: Call, products: Products, work: "_Work") -> Tensor:
         if call.geometry is None:
-            return reference.linear_input_grad(delta, call.weight, call.input_shape)
-        return reference.convolution_input_grad(delta, call.weight, call.input_shape, call.geometry)
+            found, done = products.linear_input_grad(call.weight, call.input_shape)
+        else:
+            found, done = products.convolution_input_grad(call.weight, call.input_shape, call.geometry)
+        executed, discounted = self._executed(call, work, done)
+        self.total.input_grad_executed += executed
+        self.total.input_grad_discounted += discounted
+        return found
 
-    def _weight_grad(self, call: Call, delta: Delta, wanted: bool) -> Tensor:
+    def _weight_grad(
+        self, call: Call, delta: Delta, products: Products, work: "_Work", wanted: bool
+    ) -> Tensor:
         if not wanted:
             return torch.zeros_like(call.weight)
         if self._save is not None:
-            return self._save.product(call, delta)
-        (x,) = call.saved
-        if call.geometry is None:
-            return reference.linear_weight_grad(delta, x)
-        return reference.convolution_weight_grad(delta, x, call.weight, call.geometry)
+            found, done = self._save.product(call, delta), Done()
+        elif call.geometry is None:
+            found, done = products.linear_weight_grad(call.saved[0])
+        else:
+            found, done = products.convolution_weight_grad(call.saved[0], call.weight, call.geometry)
+        executed, discounted = self._executed(call, work, done)
+        self.total.weight_grad_executed += executed
+        self.total.weight_grad_discounted += discounted
+        return found
 
-    def _count(self, call: Call, delta: Delta, weight_wanted: bool) -> None:
+    def _executed(self, call: Call, work: "_Work", done: Done) -> tuple[float, float]:
+        """FLOPs that a product did, and discounted for its precision."""
+        self.kernels[done.kernel] += 1
+        executed = work.needed if done.skips_zeros else work.dense
+        rounded = [p for p in (call.precision, done.precision) if p is not None]
+        return executed, executed * min([work.discount, *(DISCOUNTS[p] for p in rounded)])
+
+    def _count(self, call: Call, delta: Delta, weight_wanted: bool) -> "_Work":
+        """Count what a call must do; what it does is counted with each product."""
         total, entries = self.total, call.delta.numel()
         total.calls += 1
         total.skipped += call.needs.weight and not weight_wanted
         if not entries:
-            return
+            return _Work(0.0, 0.0, 1.0)
         if call.geometry is None:
             dense = linear_flops(call.delta.shape[:-1].numel(), *call.weight.shape)
         else:
             dense = convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
-        own_zeros = int(Delta(call.delta).zeros())
-        zeros = own_zeros if delta.values is call.delta else int(delta.zeros())
-        needed = dense * (1 - zeros / entries)
+        own = delta if delta.values is call.delta else Delta(call.delta)
+        needed = dense * (1 - delta.zeros / entries)
         discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
-        reduced = discount if call.precision is None else min(discount, DISCOUNTS[call.precision])
         total.entries += entries
-        total.own_zeros += own_zeros
-        total.zeros += zeros
+        total.own_zeros += own.zeros
+        total.zeros += delta.zeros
         total.forward_dense += dense
         total.forward_needed += dense
         total.forward_executed += dense
         total.forward_discounted += dense * discount
-        # The reference kernels multiply zeros like any other value.
         if call.needs.input:
             total.input_grad_dense += dense
             total.input_grad_needed += needed
-            total.input_grad_executed += dense
-            total.input_grad_discounted += dense * reduced
         if call.needs.weight:
             total.weight_grad_dense += dense
         if weight_wanted:
             total.weight_grad_needed += needed
-            total.weight_grad_executed += dense
-            total.weight_grad_discounted += dense * reduced
+        return _Work(dense, needed, discount)
 
     # The clock: slots 7 and 8.
+
+    def kernel_shares(self) -> dict[str, float]:
+        """Share of the products since attaching by the kernel that computed them."""
+        return {f"kernel_{name}": count / self.kernels.total() for name, count in self.kernels.items()}
 
     def before_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Slot 7."""

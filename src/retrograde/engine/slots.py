@@ -68,6 +68,7 @@ class Call:
         needs: gradients asked for.
         counters: the layer's sums; a rule adds its fallbacks and overhead.
         tier: what the layer's block and the gates have granted so far.
+        allowed: the least precision that kernels may round the other operands of δ̃'s products to.
         precision: what a rule has rounded the operands of the backward products to (a key of
             `retrograde.accounting.flops.DISCOUNTS`); None for the weight's own dtype.
     """
@@ -81,6 +82,7 @@ class Call:
     needs: Needs
     counters: Counters
     tier: Tier = Tier.FULL
+    allowed: str = "float32"
     precision: str | None = None
 
 

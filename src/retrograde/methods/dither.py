@@ -25,19 +25,18 @@ Reference:
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import Any, ClassVar, Literal
 
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
 from retrograde.errors import OptionError, RetrogradeWarning
-from retrograde.kernels import reference
+from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.maths import dither
 
 _FLOPS_PER_ENTRY = 28
 """Overhead: 5 for standard deviation and peak, 3 for scaling and rounding, 20 for Philox (a fourth of ten rounds)."""
 
+_PRECISION = {"auto": "int8", "bfloat16": "bfloat16", "float32": "float32"}
 _GAIN = 1.0
 _SCALE_RANGE = (1e-3, 1e3)
 
@@ -50,6 +49,9 @@ class Dither(Method):
         scale: s, the quantisation step in standard deviations of δ; 0 leaves δ exact.
         target_sparsity: hold this share of zeros, in (0, 1), by adapting `scale` layer by layer after every step;
             `scale` is then the start.
+        products: the least precision that the other operand of a product may be rounded to where that is faster: to
+            nearest, which the noise of dithering drowns. ``"auto"`` allows int8 with a scale for each column,
+            ``"float32"`` rounds nothing. Sums are kept in float32 or int32.
         bits: width of the integer levels, 2 to 8; None leaves them unbounded, without widening the step.
 
     Raises:
@@ -64,6 +66,7 @@ class Dither(Method):
     scale: float = 2.0
     target_sparsity: float | None = None
     bits: int | None = 8
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
@@ -77,6 +80,10 @@ class Dither(Method):
                 raise OptionError(
                     "Dither: target_sparsity needs a positive scale to start from, not scale=0."
                 )
+        if self.products not in _PRECISION:
+            raise OptionError(
+                f"Dither: products={self.products!r} must be one of {', '.join(map(repr, _PRECISION))}."
+            )
         if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(
                 f"Dither: bits={self.bits} must be a whole number from 2 to 8, or None for unbounded levels."
@@ -101,16 +108,17 @@ class _DitherRule(Rule):
         if delta.step is not None or self._scale == 0 or delta.values.numel() == 0:
             return delta
         method = self._method
-        std, peak = dither.statistics(delta.values)
+        std, peak = dispatch.statistics(delta.values)
         call.counters.overhead += _FLOPS_PER_ENTRY * delta.values.numel()
         if not math.isfinite(peak) or std == 0:
             self._fall_back(call, peak)
             return delta
         step = dither.step_size(std, peak, self._scale, method.bits)
-        levels = reference.nsd(delta.values, step, call.key, method.bits)
-        self._largest_level = max(self._largest_level, int(torch.max(torch.abs(levels))))
+        quantised, largest = dispatch.nsd(delta.values, step, call.key, method.bits)
+        self._largest_level = max(self._largest_level, largest)
         self._step_size = step
-        return Delta(levels, step)
+        call.allowed = _PRECISION[method.products]
+        return quantised
 
     def _fall_back(self, call: Call, peak: float) -> None:
         call.counters.fallbacks += 1

@@ -100,7 +100,7 @@ class SpectralRule(Rule):
             dense = linear_flops(kept.numel() // rank, d, prod(call.weight.shape[1:]))
         else:
             dense = linear_flops(kept.numel() // (groups * rank), call.weight.shape[0], d)
-        used = 1 - int(delta.zeros()) / call.delta.numel()
+        used = 1 - delta.zeros / call.delta.numel()
         discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
         counters = call.counters
         counters.weight_grad_needed += rest + (factor - dense) * used

@@ -1,0 +1,147 @@
+"""The products of one backward call, each by the kernel that should be fastest, and the passes of dithering.
+
+The reference runs where nothing faster is known: on other devices, in other dtypes, for small products.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrograde.kernels import reference
+from retrograde.kernels.delta import Delta
+from retrograde.kernels.geometry import Geometry
+from retrograde.maths import dither
+
+_LADDER = {
+    "float32": ("dense", "skip"),
+    "bfloat16": ("dense", "skip", "bfloat16", "skip-bfloat16"),
+    "int8": ("dense", "skip", "bfloat16", "skip-bfloat16", "int8"),
+}
+"""Kernels by the least precision that the operands may be rounded to."""
+_GRAIN = 64
+"""Shares of non-zeros are told apart in steps of one part in so many: kernels for close ones are the same."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a product was computed.
+
+    Attributes:
+        kernel: its name.
+        precision: what it rounded its operands to; None for their own precision.
+        skips_zeros: whether only non-zeros were multiplied.
+    """
+
+    kernel: str = reference.NAME
+    precision: str | None = None
+    skips_zeros: bool = reference.SKIPS_ZEROS
+
+
+class Products:
+    """Both products of one call.
+
+    Args:
+        delta: δ̃.
+        precision: the least that operands may be rounded to: a key of `_LADDER`.
+        wanted: how many of the two products will be asked for: they share the work of listing the non-zeros.
+    """
+
+    def __init__(self, delta: Delta, precision: str = "float32", wanted: int = 2) -> None:
+        self._delta = delta
+        self._allowed = _LADDER[precision] if delta.step is not None else _LADDER["float32"]
+        self._wanted = max(wanted, 1)
+
+    def linear_input_grad(self, weight: Tensor, input_shape: Sequence[int]) -> tuple[Tensor, Done]:
+        """`reference.linear_input_grad`, and how."""
+        kernel = self._linear_kernel(weight, transposed=False)
+        if kernel is None:
+            return reference.linear_input_grad(self._delta, weight, input_shape), Done()
+        return self._linear(kernel, weight, transposed=False).view(tuple(input_shape)), _done(kernel)
+
+    def linear_weight_grad(self, x: Tensor) -> tuple[Tensor, Done]:
+        """`reference.linear_weight_grad`, and how."""
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        kernel = self._linear_kernel(rows, transposed=True)
+        if kernel is None:
+            return reference.linear_weight_grad(self._delta, x), Done()
+        return self._linear(kernel, rows, transposed=True), _done(kernel)
+
+    def convolution_input_grad(
+        self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
+    ) -> tuple[Tensor, Done]:
+        """`reference.convolution_input_grad`, and how."""
+        return reference.convolution_input_grad(self._delta, weight, input_shape, geometry), Done()
+
+    def convolution_weight_grad(self, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Done]:
+        """`reference.convolution_weight_grad`, and how."""
+        return reference.convolution_weight_grad(self._delta, x, weight, geometry), Done()
+
+    def _linear_kernel(self, dense: Tensor, *, transposed: bool) -> str | None:
+        """The kernel for a product with `dense`; None for the reference."""
+        values = self._delta.values
+        known = values.dtype in (torch.int8, torch.float32) and dense.dtype == torch.float32
+        if not known or values.device.type != "cpu" or dense.device.type != "cpu" or not dense.numel():
+            return None
+        m, i = dense.shape
+        a = values.numel() // m
+        # Imported where they are needed: a compiler comes with them.
+        from retrograde.kernels import choose
+
+        if not choose.worthwhile(a, m, i):
+            return None
+        size = values.numel()
+        nonzeros = -(-(size - self._delta.zeros) * _GRAIN // size) * size // _GRAIN
+        share = 1 / self._wanted
+        problem = choose.Problem(a, m, i, nonzeros, self._delta.step is not None, transposed, share)
+        kernel = choose.model().best(problem, self._allowed)
+        return None if kernel == "dense" else kernel
+
+    def _linear(self, kernel: str, dense: Tensor, *, transposed: bool) -> Tensor:
+        from retrograde.kernels import linear
+
+        delta = self._delta
+        listed = delta.lists if kernel in linear.SKIPPING else None
+        return linear.run(kernel, delta.matrix, delta.step, dense, transposed=transposed, lists=listed)
+
+
+def _done(kernel: str) -> Done:
+    from retrograde.kernels import linear
+
+    return Done(kernel, linear.PRECISION.get(kernel), kernel in linear.SKIPPING)
+
+
+# Dithering.
+
+
+def statistics(delta: Tensor) -> tuple[float, float]:
+    """Standard deviation and peak of a gradient: `retrograde.maths.dither.statistics`."""
+    if not _numba_takes(delta):
+        return dither.statistics(delta)
+    from retrograde.kernels import cpu
+
+    found = cpu.statistics(delta.float())
+    return found.std, found.peak
+
+
+def nsd(delta: Tensor, step: float, key: int, bits: int | None) -> tuple[Delta, int]:
+    """The dithered gradient with noise from `key`, and the largest magnitude of its levels."""
+    if bits is None or not _numba_takes(delta):
+        levels = reference.nsd(delta, step, key, bits)
+        return Delta(levels, step), int(levels.abs().max())
+    from retrograde.kernels import cpu
+
+    found = cpu.nsd(delta.float(), step, key, bits)
+    values = found.values
+    if (
+        delta.dim() == 4
+        and not delta.is_contiguous()
+        and delta.is_contiguous(memory_format=torch.channels_last)
+    ):
+        values = values.contiguous(memory_format=torch.channels_last)
+    return Delta(values, step, found.zeros), found.largest
+
+
+def _numba_takes(delta: Tensor) -> bool:
+    return delta.device.type == "cpu" and delta.dtype != torch.float64

@@ -1,0 +1,122 @@
+"""The choice among kernels: fitted, kept, and taken where it may be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import retrograde as rg
+from retrograde.kernels import choose, linear, reference
+from retrograde.kernels.choose import CostModel, Problem
+from retrograde.kernels.delta import Delta
+from retrograde.kernels.dispatch import Products
+
+ROWS, OUT, IN = 256, 256, 256
+
+
+class Favours(CostModel):
+    """A machine on which one kernel takes no time."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__(
+            {name: [float(not name.startswith(kernel))] * 6 for name in (*linear.KERNELS, "dense/levels")}
+        )
+
+    def seconds(self, kernel: str, problem: Problem) -> float:
+        name = f"{kernel}/levels" if problem.levels and kernel == "dense" else kernel
+        return self.weights[name][0]
+
+
+def favour(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Favours(kernel)
+    monkeypatch.setattr(choose, "model", lambda: model)
+
+
+def levels() -> Delta:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-9, 10, (ROWS, OUT), generator=generator)
+    return Delta((values * (torch.rand(ROWS, OUT, generator=generator) > 0.9)).to(torch.int8), 0.1)
+
+
+@pytest.mark.parametrize("kernel", linear.KERNELS)
+def test_every_kernel_stands_in_for_the_reference(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    favour(kernel, monkeypatch)
+    delta, weight, x = levels(), torch.randn(OUT, IN), torch.randn(ROWS, IN)
+    products = Products(delta, "int8")
+    dx, how = products.linear_input_grad(weight, (ROWS, IN))
+    dw, _ = products.linear_weight_grad(x)
+    rtol, atol = (1e-4, 1e-4) if kernel in ("dense", "skip") else (0.05, 0.15)
+    expected = reference.linear_input_grad(delta, weight, (ROWS, IN))
+    torch.testing.assert_close(dx, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(dw, reference.linear_weight_grad(delta, x), rtol=rtol, atol=atol)
+    assert how.kernel == (reference.NAME if kernel == "dense" else kernel)
+    assert how.skips_zeros == kernel.startswith("skip")
+    assert how.precision == linear.PRECISION.get(kernel)
+
+
+@pytest.mark.parametrize("kernel", ["bfloat16", "skip-bfloat16", "int8"])
+def test_nothing_is_rounded_that_may_not_be(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    favour(kernel, monkeypatch)
+    weight = torch.randn(OUT, IN)
+    exact = Delta(torch.randn(ROWS, OUT))
+    for products in (Products(levels(), "float32"), Products(exact, "int8")):
+        assert products.linear_input_grad(weight, (ROWS, IN))[1].precision is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_take_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    favour("skip", monkeypatch)
+    found, how = Products(levels()).linear_input_grad(torch.randn(OUT, IN).to(dtype), (ROWS, IN))
+    assert found.dtype == dtype
+    assert how.kernel == reference.NAME
+
+
+def test_small_products_are_not_worth_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwanted() -> CostModel:
+        raise AssertionError("calibrated for a product of a few microseconds")
+
+    monkeypatch.setattr(choose, "model", unwanted)
+    small = Delta(torch.ones(8, 8, dtype=torch.int8), 1.0)
+    assert Products(small).linear_weight_grad(torch.randn(8, 8))[1].kernel == reference.NAME
+
+
+def test_executed_work_is_that_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    favour("skip", monkeypatch)
+    layer = nn.Linear(IN, OUT)
+    session = rg.attach(layer, rg.Dither(scale=4.0))
+    layer(torch.randn(ROWS, IN)).square().sum().backward()
+    flops = session.flops()
+    assert flops.weight_grad.executed == flops.weight_grad.needed < flops.weight_grad.dense / 2
+    (figures,) = session.metrics()["layers"].values()
+    assert figures["kernel_skip"] == 1.0
+
+
+def test_the_fit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "_SHAPES", ((8, 16, 32), (32, 64, 16)))
+    monkeypatch.setattr(choose, "_models", {})
+    first = choose.model()
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert json.loads(file.read_text()) == first.weights
+    assert all(weight >= 0 for row in first.weights.values() for weight in row)
+
+    def unwanted() -> CostModel:
+        raise AssertionError("calibrated twice")
+
+    monkeypatch.setattr(choose, "calibrate", unwanted)
+    monkeypatch.setattr(choose, "_models", {})
+    assert choose.model().weights == first.weights
+
+
+def test_a_damaged_fit_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "_models", {})
+    monkeypatch.setattr(choose, "calibrate", lambda: Favours("skip"))
+    choose.model()
+    (file,) = (tmp_path / "kernels").iterdir()
+    for content in ("", "[1, 2]", '{"dense": [1.0]}', '{"dense": "x"}'):
+        file.write_text(content)
+        monkeypatch.setattr(choose, "_models", {})
+        assert set(choose.model().weights) >= set(linear.KERNELS)

@@ -1,0 +1,137 @@
+"""The numba kernels against plain torch: the same levels bit for bit, the same products but for rounding."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from retrograde.kernels import cpu, linear
+from retrograde.maths import dither
+from retrograde.maths.philox import mix_key, uniform
+
+KEY = mix_key(1, 2, 3)
+SIZES = [(1,), (3,), (7, 13), (4096,), (4097,), (64, 65), (331, 307)]
+SHAPES = [(1, 1, 1), (5, 3, 2), (8, 64, 128), (33, 65, 129), (31, 257, 300), (64, 8, 16)]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sparse(shape: tuple[int, ...], share: float, seed: int = 0) -> Tensor:
+    """int8 levels with about `share` zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(-127, 128, shape, generator=generator)
+    return (levels * (torch.rand(shape, generator=generator) >= share)).to(torch.int8)
+
+
+@pytest.fixture
+def threads() -> object:
+    before = torch.get_num_threads()
+    yield None
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_levels_are_the_references(shape: tuple[int, ...], bits: int) -> None:
+    delta = normal(shape)
+    step = 0.7 * float(delta.abs().max()) / dither.largest_level(bits)
+    found = cpu.nsd(delta, step, KEY, bits)
+    expected = dither.levels(delta, step, uniform(KEY, delta.shape), bits)
+    assert torch.equal(found.values, expected)
+    assert found.zeros == int((expected == 0).sum())
+    assert found.largest == int(expected.abs().max())
+
+
+def test_levels_of_zeros_and_of_views() -> None:
+    assert not cpu.nsd(torch.zeros(70, 70), 1.0, KEY, 8).values.any()
+    turned = normal((65, 33)).T
+    expected = dither.levels(turned, 0.5, uniform(KEY, turned.shape), 8)
+    assert torch.equal(cpu.nsd(turned, 0.5, KEY, 8).values, expected)
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+@pytest.mark.parametrize("factor", [1e-36, 1e-6, 1.0, 1e30])
+def test_statistics(shape: tuple[int, ...], factor: float) -> None:
+    delta = normal(shape).relu() * factor
+    std = float(delta.double().std(correction=0))
+    found = cpu.statistics(delta)
+    assert found.std == pytest.approx(std, rel=1e-6, abs=0)
+    assert found.peak == float(delta.max())
+    assert found.zeros == int((delta == 0).sum()) == cpu.count_zeros(delta)
+
+
+def test_deviation_of_a_gradient_far_from_zero() -> None:
+    delta = normal((90, 97)) * 1e-3 + 10
+    assert cpu.statistics(delta).std == pytest.approx(float(delta.double().std(correction=0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 4500, -1])
+def test_what_is_not_finite_shows(bad: float, place: int) -> None:
+    delta = normal((9001,))
+    delta[place] = bad
+    found = cpu.statistics(delta)
+    assert not math.isfinite(found.peak)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", linear.KERNELS)
+def test_products(shape: tuple[int, int, int], share: float, transposed: bool, kernel: str) -> None:
+    a, m, i = shape
+    values = sparse((m, a) if transposed else (a, m), share)
+    dense = normal((m, i), 1)
+    found = linear.run(kernel, values, 0.01, dense, transposed=transposed)
+    factor = (values.T if transposed else values).double() * 0.01
+    expected = factor @ dense.double()
+    # Of what is rounded in each term: twice 2⁻⁹ of a bfloat16 and some in sums, 1/254 of a column's peak in 8 bits.
+    terms = factor.abs() @ dense.double().abs()
+    peaks = factor.abs().sum(1, keepdim=True) * dense.double().abs().amax(0)
+    allowed = {None: 1e-5 * terms, "bfloat16": 2**-7 * terms, "int8": peaks / 250}[
+        linear.PRECISION.get(kernel)
+    ]
+    assert found.shape == (a, i)
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - expected).abs() <= allowed + 1e-12).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_a_gradient_that_is_no_levels(shape: tuple[int, int, int]) -> None:
+    a, m, i = shape
+    values = normal((a, m)).relu()
+    dense = normal((m, i), 1)
+    torch.testing.assert_close(linear.run("skip", values, None, dense), values @ dense)
+    other = normal((a, i), 2)
+    torch.testing.assert_close(linear.run("skip", values, None, other, transposed=True), values.T @ other)
+
+
+def test_operands_are_rounded_as_torch_rounds() -> None:
+    """A gradient of one level in each row picks rows of the operand, exactly as they were stored."""
+    dense = torch.cat([normal((40, 130)), normal((2, 130)) * 1e-40, torch.full((1, 130), math.inf)])
+    dense[3, 5] = math.nan
+    dense[4, 6] = 1 + 2**-8  # a tie
+    picks = torch.eye(len(dense)).to(torch.int8)
+    found = linear.run("skip-bfloat16", picks, 1.0, dense)
+    torch.testing.assert_close(found, dense.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(linear.run("skip", picks, 1.0, dense), dense, rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_change_nothing(threads: object) -> None:
+    delta, dense = normal((300, 400)), normal((400, 500), 1)
+    found: list[tuple[Tensor, ...]] = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        levels = cpu.nsd(delta, 1.5, KEY, 8)
+        lists = cpu.lists(levels.values)
+        statistics = torch.tensor([cpu.statistics(delta).std], dtype=torch.float64)
+        both = [
+            linear.run("skip", levels.values, 1.5, dense, lists=lists),
+            linear.run("skip", levels.values, 1.5, normal((300, 77), 2), transposed=True, lists=lists),
+        ]
+        found.append((levels.values, statistics, *both))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
