@@ -9,6 +9,7 @@ needs it, or in ``retrograde doctor``.
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,10 +26,15 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from retrograde.kernels import linear
+from retrograde.kernels import convolution, linear
+from retrograde.kernels.delta import Delta
+from retrograde.kernels.geometry import Geometry
 
-_VERSION = 1
+_VERSION = 2
 """Raised with every change of a kernel or of a term, so that older fits are no longer found."""
+
+_LANES = 16
+"""Numbers in a vector register that convolutions fill."""
 
 _LOG = logging.getLogger("retrograde")
 
@@ -44,13 +50,24 @@ _SHAPES = (
     (256, 3072, 256),
 )
 """(a, m, i) of the calibration."""
+_CONVOLUTIONS = (
+    (32, 3, 32, 64, 3, 1, 1),
+    (16, 16, 32, 16, 3, 1, 1),
+    (16, 64, 32, 64, 3, 1, 1),
+    (16, 128, 16, 128, 3, 1, 1),
+    (32, 256, 8, 256, 3, 1, 1),
+    (16, 64, 32, 128, 3, 2, 1),
+    (32, 256, 16, 128, 1, 1, 1),
+    (16, 128, 16, 128, 3, 1, 4),
+)
+"""(images, inputs, height and width, outputs, kernel, stride, groups) of the calibration."""
 _SHARES = (0.5, 0.8, 0.92, 0.98)
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One product: shape, non-zeros of the gradient, and whether it holds levels and comes transposed.
+    """One product of a linear layer: shape, non-zeros of the gradient, and how it comes.
 
     Attributes:
         a: rows of the result.
@@ -70,69 +87,170 @@ class Problem:
     transposed: bool
     share: float = 1.0
 
+    def fit(self, kernel: str) -> str:
+        """The name of the fit that holds for `kernel`."""
+        return f"{kernel}/levels" if self.levels and kernel == "dense" else kernel
 
-def _terms(kernel: str, p: Problem) -> list[float]:
-    """What the kernel's time is proportional to."""
-    if kernel in linear.SKIPPING:
-        padded = -(-p.i // linear.TILE) * linear.TILE
-        listing = p.share * p.a * p.m
-        visits = p.nonzeros * (p.share + p.transposed)
-        return [1.0, p.nonzeros * padded, p.a * padded, p.m * p.i, listing, visits]
-    return [1.0, p.a * p.m * p.i, p.a * p.m, p.m * p.i, p.a * p.i]
+    def terms(self, kernel: str) -> list[float]:
+        """What the kernel's time is a sum of."""
+        if kernel in linear.SKIPPING:
+            padded = -(-self.i // linear.TILE) * linear.TILE
+            listing = self.share * self.a * self.m
+            visits = self.nonzeros * (self.share + self.transposed)
+            return [1.0, self.nonzeros * padded, self.a * padded, self.m * self.i, listing, visits]
+        return [1.0, self.a * self.m * self.i, self.a * self.m, self.m * self.i, self.a * self.i]
+
+
+@dataclass(frozen=True)
+class ConvolutionProblem:
+    """One product of a 2-D convolution.
+
+    Attributes:
+        product: ``"input"`` for dx or ``"weight"`` for dW.
+        entries: of δ.
+        inputs: entries of x.
+        weight: shape (C_out, C_in/groups, kh, kw).
+        groups: of the convolution.
+        nonzeros: of δ̃.
+        levels: whether δ̃ is integer levels.
+        channels_last: whether δ̃ lies so in memory.
+        share: part of the index lists that this product pays for.
+    """
+
+    product: str
+    entries: int
+    inputs: int
+    weight: tuple[int, int, int, int]
+    groups: int
+    nonzeros: int
+    levels: bool
+    channels_last: bool
+    share: float = 1.0
+
+    def fit(self, kernel: str) -> str:
+        """The name of the fit that holds for `kernel`."""
+        return f"convolution/{self.product}/{kernel}{'/last' if self.channels_last else ''}"
+
+    def terms(self, kernel: str) -> list[float]:
+        """What the kernel's time is a sum of."""
+        outputs, channels, height, width = self.weight
+        lanes = -(-channels // _LANES) * _LANES
+        if kernel == "skip":
+            visits = self.nonzeros * height * width
+            return [1.0, visits * lanes, self.nonzeros * height, self.inputs, self.share * self.entries]
+        # Vectors of outputs and of inputs are filled up.
+        filled = -(-outputs // self.groups // _LANES) * _LANES * self.groups / outputs
+        work = self.entries * filled * lanes * height * width
+        return [1.0, work, self.inputs, self.entries, self.entries * lanes]
 
 
 class CostModel:
     """Predicted seconds of each kernel on one machine.
 
     Args:
-        weights: seconds for each term of each kernel.
+        weights: seconds for each term of each fit.
     """
 
     def __init__(self, weights: dict[str, list[float]]) -> None:
         self.weights = weights
 
-    def seconds(self, kernel: str, problem: Problem) -> float:
+    def seconds(self, kernel: str, problem: Problem | ConvolutionProblem) -> float:
         """Predicted time of one product."""
-        name = f"{kernel}/levels" if problem.levels and kernel == "dense" else kernel
-        return float(np.dot(self.weights[name], _terms(kernel, problem)))
+        return float(np.dot(self.weights[problem.fit(kernel)], problem.terms(kernel)))
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  the model lives as long as the process
-    def best(self, problem: Problem, allowed: tuple[str, ...]) -> str:
+    def best(self, problem: Problem | ConvolutionProblem, allowed: tuple[str, ...]) -> str:
         """The kernel with the least predicted time."""
         return min(allowed, key=lambda kernel: self.seconds(kernel, problem))
 
 
+class _Measured:
+    """Terms and seconds by fit."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[tuple[list[float], float]]] = {}
+
+    def add(self, kernel: str, problem: Problem | ConvolutionProblem, work: Callable[[], Any]) -> None:
+        self._rows.setdefault(problem.fit(kernel), []).append((problem.terms(kernel), _time(work)))
+
+    def model(self) -> CostModel:
+        return CostModel({name: _fit(rows) for name, rows in self._rows.items()})
+
+
 def calibrate() -> CostModel:
     """Measure every kernel on a few shapes; seconds."""
-    found: dict[str, list[tuple[list[float], float]]] = {}
-    for a, m, i in _SHAPES:
-        dense = torch.randn(m, i)
-        for share in _SHARES:
-            levels = _levels(a, m, share)
-            nonzeros = int(levels.count_nonzero())
+    measured = _Measured()
+    for shape in _SHAPES:
+        _measure_linear(measured, *shape)
+    for shape in _CONVOLUTIONS:
+        for channels_last in (False, True):
+            _measure_convolution(measured, *shape, channels_last)
+    return measured.model()
+
+
+def _measure_linear(measured: _Measured, a: int, m: int, i: int) -> None:
+    dense = torch.randn(m, i)
+    plain = Problem(a, m, i, a * m, levels=False, transposed=False)
+    measured.add("dense", plain, functools.partial(linear.run, "dense", torch.randn(a, m), None, dense))
+    for share in _SHARES:
+        levels = _levels((a, m), share)
+        nonzeros = int(levels.count_nonzero())
+        for kernel in linear.KERNELS:
+            if kernel not in linear.SKIPPING and share != _SHARES[0]:
+                continue  # what multiplies zeros takes as long with any number of them
             problem = Problem(a, m, i, nonzeros, levels=True, transposed=False)
-            for kernel in linear.KERNELS:
-                if kernel not in linear.SKIPPING and share != _SHARES[0]:
-                    continue  # what multiplies zeros takes as long with any number of them
-                name = f"{kernel}/levels" if kernel == "dense" else kernel
-                seconds = _time(functools.partial(linear.run, kernel, levels, 0.5, dense))
-                found.setdefault(name, []).append((_terms(kernel, problem), seconds))
-                if kernel not in linear.SKIPPING:
-                    continue
-                other = levels.T.contiguous()
-                seconds = _time(functools.partial(linear.run, kernel, other, 0.5, dense, transposed=True))
-                turned = Problem(a, m, i, nonzeros, levels=True, transposed=True)
-                found[name].append((_terms(kernel, turned), seconds))
-        plain = Problem(a, m, i, a * m, levels=False, transposed=False)
-        seconds = _time(functools.partial(linear.run, "dense", torch.randn(a, m), None, dense))
-        found.setdefault("dense", []).append((_terms("dense", plain), seconds))
-    return CostModel({name: _fit(rows) for name, rows in found.items()})
+            measured.add(kernel, problem, functools.partial(linear.run, kernel, levels, 0.5, dense))
+            if kernel in linear.SKIPPING:
+                turned = functools.partial(
+                    linear.run, kernel, levels.T.contiguous(), 0.5, dense, transposed=True
+                )
+                measured.add(kernel, Problem(a, m, i, nonzeros, levels=True, transposed=True), turned)
 
 
-def _levels(a: int, m: int, share: float) -> Tensor:
-    generator = torch.Generator().manual_seed(a + m)
-    kept = torch.rand(a, m, generator=generator) >= share
-    return (kept * torch.randint(1, 20, (a, m), generator=generator)).to(torch.int8)
+def _measure_convolution(
+    measured: _Measured,
+    images: int,
+    inputs: int,
+    size: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    groups: int,
+    channels_last: bool,
+) -> None:
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    geometry = Geometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), False, (0, 0), groups)
+    places = (size + 2 * (kernel // 2) - kernel) // stride + 1
+    x = torch.randn(images, inputs, size, size).contiguous(memory_format=order)
+    weight = torch.randn(outputs, inputs // groups, kernel, kernel)
+    for share in _SHARES:
+        levels = _levels((images, outputs, places, places), share).contiguous(memory_format=order)
+        delta = Delta(levels, 0.5)
+        for name in convolution.KERNELS:
+            if name == "dense" and share != _SHARES[0]:
+                continue
+            for product in ("input", "weight"):
+                problem = ConvolutionProblem(
+                    product,
+                    levels.numel(),
+                    x.numel(),
+                    (outputs, inputs // groups, kernel, kernel),
+                    groups,
+                    int(levels.count_nonzero()),
+                    levels=True,
+                    channels_last=channels_last,
+                )
+                if product == "input":
+                    work = functools.partial(convolution.input_grad, name, delta, weight, x.shape, geometry)
+                else:
+                    work = functools.partial(convolution.weight_grad, name, delta, x, weight, geometry)
+                measured.add(name, problem, work)
+
+
+def _levels(shape: tuple[int, ...], share: float) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(shape, generator=generator) >= share
+    return (kept * torch.randint(1, 20, shape, generator=generator)).to(torch.int8)
 
 
 def _time(work: Callable[[], Any]) -> float:
@@ -189,10 +307,11 @@ def _stored(path: Path) -> CostModel | None:
     except (OSError, ValueError, AttributeError, TypeError):
         return None
     probe = Problem(1, 1, 1, 1, levels=True, transposed=False)
-    whole = all(
-        len(found.get(name, ())) == len(_terms(name.removesuffix("/levels"), probe))
-        for name in (*linear.KERNELS, "dense/levels")
-    )
+    fits = {probe.fit(kernel): len(probe.terms(kernel)) for kernel in linear.KERNELS} | {"dense": 5}
+    for product, last, kernel in itertools.product(("input", "weight"), (False, True), convolution.KERNELS):
+        other = ConvolutionProblem(product, 1, 1, (1, 1, 1, 1), 1, 1, levels=True, channels_last=last)
+        fits[other.fit(kernel)] = len(other.terms(kernel))
+    whole = all(len(found.get(name, ())) == length for name, length in fits.items())
     return CostModel(found) if whole else None
 
 
@@ -214,10 +333,10 @@ def _processor() -> str:
     )
 
 
-def worthwhile(a: int, m: int, i: int) -> bool:
-    """Whether a product is large enough for the choice to matter."""
-    return 2.0 * a * m * i >= _WORTH
+def worthwhile(products: int) -> bool:
+    """Whether a product of so many multiply-adds is large enough for the choice to matter."""
+    return products >= _WORTH
 
 
-_WORTH = 2e7
-"""FLOPs below which torch's own product runs: a tenth of a millisecond, which no choice repays."""
+_WORTH = 10_000_000
+"""Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import get_num_threads, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -642,7 +642,7 @@ def convolution_input_grad(
     dx = torch.empty((n, c_in, h, w), memory_format=order)
     lists = sparse.by_pixel()
     # How an image is cut is no matter for the bits.
-    block = min(h, -(-_PIXELS // w), -(-n * groups * h // (4 * numba.get_num_threads())))
+    block = min(h, -(-_PIXELS // w), -(-n * groups * h // (4 * get_num_threads())))
     _input_grad(
         lists.start,
         lists.keys,
@@ -793,7 +793,7 @@ def convolution_weight_grad(
     width = -(-taps * c // _LANES) * _LANES
     chunks = max(1, min(n, _CHUNKS, _PARTIAL // (outputs * segments * width * 4)))
     # How the outputs of a chunk are split is no matter for their bits.
-    split = min(outputs // groups, -(-2 * numba.get_num_threads() // (chunks * groups)))
+    split = min(outputs // groups, -(-2 * get_num_threads() // (chunks * groups)))
     inside = (h + 2 * geometry.padding[0]) * (w + 2 * geometry.padding[1]) * c
     together = max(1, min(-(-n // chunks), _CACHE // (4 * inside)))
     lists = sparse.by_channel()

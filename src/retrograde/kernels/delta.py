@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,15 +38,3 @@ class Delta:
 
             return cpu.count_zeros(values)
         return values.numel() - int(values.bool().sum())
-
-    @cached_property
-    def matrix(self) -> Tensor:
-        """The values as (n, o), of a linear layer."""
-        return self.values.reshape(self.values.shape[:-1].numel(), self.values.shape[-1])
-
-    @cached_property
-    def lists(self) -> Any:
-        """Index lists of `matrix`, made once for both products (`retrograde.kernels.cpu.Lists`)."""
-        from retrograde.kernels import cpu
-
-        return cpu.lists(self.matrix)

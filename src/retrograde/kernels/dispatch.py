@@ -5,6 +5,7 @@ The reference runs where nothing faster is known: on other devices, in other dty
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from retrograde.kernels import reference
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 from retrograde.maths import dither
+
+if TYPE_CHECKING:
+    from retrograde.kernels.cpu import Lists
+    from retrograde.kernels.cpu_convolution import Sparse
 
 _LADDER = {
     "float32": ("dense", "skip"),
@@ -52,6 +57,8 @@ class Products:
         self._delta = delta
         self._allowed = _LADDER[precision] if delta.step is not None else _LADDER["float32"]
         self._wanted = max(wanted, 1)
+        self._lists: Lists | None = None
+        self._compacted: Sparse | None = None
 
     def linear_input_grad(self, weight: Tensor, input_shape: Sequence[int]) -> tuple[Tensor, Done]:
         """`reference.linear_input_grad`, and how."""
@@ -72,38 +79,97 @@ class Products:
         self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
     ) -> tuple[Tensor, Done]:
         """`reference.convolution_input_grad`, and how."""
-        return reference.convolution_input_grad(self._delta, weight, input_shape, geometry), Done()
+        kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry)
+        if kernel is None:
+            return reference.convolution_input_grad(self._delta, weight, input_shape, geometry), Done()
+        from retrograde.kernels import convolution
+
+        sparse = self._sparse(geometry)
+        found = convolution.input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
+        return found, Done(kernel, None, skips_zeros=True)
 
     def convolution_weight_grad(self, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Done]:
         """`reference.convolution_weight_grad`, and how."""
-        return reference.convolution_weight_grad(self._delta, x, weight, geometry), Done()
+        kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
+        if kernel is None:
+            return reference.convolution_weight_grad(self._delta, x, weight, geometry), Done()
+        from retrograde.kernels import convolution
+
+        found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, self._sparse(geometry))
+        return found, Done(kernel, None, skips_zeros=True)
 
     def _linear_kernel(self, dense: Tensor, *, transposed: bool) -> str | None:
         """The kernel for a product with `dense`; None for the reference."""
         values = self._delta.values
-        known = values.dtype in (torch.int8, torch.float32) and dense.dtype == torch.float32
-        if not known or values.device.type != "cpu" or dense.device.type != "cpu" or not dense.numel():
+        if not _known(values, dense):
             return None
         m, i = dense.shape
         a = values.numel() // m
         # Imported where they are needed: a compiler comes with them.
         from retrograde.kernels import choose
 
-        if not choose.worthwhile(a, m, i):
+        if not choose.worthwhile(a * m * i):
             return None
-        size = values.numel()
-        nonzeros = -(-(size - self._delta.zeros) * _GRAIN // size) * size // _GRAIN
-        share = 1 / self._wanted
-        problem = choose.Problem(a, m, i, nonzeros, self._delta.step is not None, transposed, share)
+        levels, share = self._delta.step is not None, 1 / self._wanted
+        problem = choose.Problem(a, m, i, self._nonzeros(), levels, transposed, share)
         kernel = choose.model().best(problem, self._allowed)
         return None if kernel == "dense" else kernel
 
     def _linear(self, kernel: str, dense: Tensor, *, transposed: bool) -> Tensor:
-        from retrograde.kernels import linear
+        from retrograde.kernels import cpu, linear
 
         delta = self._delta
-        listed = delta.lists if kernel in linear.SKIPPING else None
-        return linear.run(kernel, delta.matrix, delta.step, dense, transposed=transposed, lists=listed)
+        matrix = delta.values.reshape(delta.values.shape[:-1].numel(), delta.values.shape[-1])
+        if kernel in linear.SKIPPING and self._lists is None:
+            self._lists = cpu.lists(matrix)
+        return linear.run(kernel, matrix, delta.step, dense, transposed=transposed, lists=self._lists)
+
+    def _convolution_kernel(
+        self, product: str, dense: Tensor, weight: Tensor, x_shape: Sequence[int], geometry: Geometry
+    ) -> str | None:
+        values = self._delta.values
+        if values.dim() != 4 or geometry.transposed or not _known(values, dense):
+            return None
+        from retrograde.kernels import choose, convolution
+
+        if not choose.worthwhile(values.numel() * weight[0].numel()) or not convolution.supports(
+            self._delta, dense, weight, x_shape, geometry
+        ):
+            return None
+        outputs, channels, height, width = weight.shape
+        problem = choose.ConvolutionProblem(
+            product,
+            values.numel(),
+            torch.Size(x_shape).numel(),
+            (outputs, channels, height, width),
+            geometry.groups,
+            self._nonzeros(),
+            levels=self._delta.step is not None,
+            channels_last=not values.is_contiguous(),
+            share=1 / self._wanted,
+        )
+        kernel = choose.model().best(problem, convolution.KERNELS)
+        return None if kernel == "dense" else kernel
+
+    def _sparse(self, geometry: Geometry) -> "Sparse":
+        from retrograde.kernels import convolution
+
+        if self._compacted is None:
+            self._compacted = convolution.compact(self._delta, geometry)
+        return self._compacted
+
+    def _nonzeros(self) -> int:
+        """Non-zeros of δ̃, rounded up to a part of its size: close shares make one decision."""
+        size = self._delta.values.numel()
+        return -(-(size - self._delta.zeros) * _GRAIN // size) * size // _GRAIN
+
+
+def _known(values: Tensor, dense: Tensor) -> bool:
+    """Whether there is more than the reference for these operands."""
+    known = values.dtype in (torch.int8, torch.float32) and dense.dtype == torch.float32
+    return (
+        known and values.device.type == dense.device.type == "cpu" and min(values.numel(), dense.numel()) > 0
+    )
 
 
 def _done(kernel: str) -> Done:
