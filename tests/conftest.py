@@ -31,7 +31,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
     params = item.callspec.params  # type: ignore[attr-defined]
     method, kind, mode = params["method"].name, params["kind"].name, params["mode"]
     if report.passed:
-        text = "ok"
+        reason = dict(item.user_properties).get("reason")
+        text = f"– {reason}" if reason else "ok"
     elif report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         text = "– " + reason.removeprefix("Skipped: ")

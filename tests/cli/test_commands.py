@@ -31,6 +31,7 @@ def test_methods_json_names_type_and_default_of_each_option(run: Run) -> None:
         "scale": 2.0,
         "target_sparsity": None,
         "bits": 8,
+        "products": "auto",
     }
     assert "arXiv 2004.04729" in dither["card"]
 

@@ -1,6 +1,8 @@
 """The numba kernels against plain torch: the same levels bit for bit, the same products but for rounding."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,6 +120,15 @@ def test_operands_are_rounded_as_torch_rounds() -> None:
     found = linear.run("skip-bfloat16", picks, 1.0, dense)
     torch.testing.assert_close(found, dense.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(linear.run("skip", picks, 1.0, dense), dense, rtol=0, atol=0, equal_nan=True)
+
+
+def test_torch_keeps_its_threads() -> None:
+    """In a process of its own, where numba has not started its threads yet."""
+    code = (
+        "import torch; torch.set_num_threads(1); from retrograde.kernels import cpu; "
+        "cpu.statistics(torch.randn(300, 300)); assert torch.get_num_threads() == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_threads_change_nothing(threads: object) -> None:

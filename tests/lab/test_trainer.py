@@ -346,7 +346,7 @@ def test_whole_flops_are_those_of_plain_training(tmp_path: Path, model: str) -> 
     attached = train(recipe, tmp_path / "attached")["flops"]
     assert attached["dense"] == counted
     assert attached["needed"] < counted
-    assert attached["executed"] == counted + attached["overhead"]
+    assert attached["needed"] <= attached["executed"] <= counted + attached["overhead"]
     partly = train(recipe.model_copy(update={"only": [_last(fresh)]}), tmp_path / "partly")["flops"]
     assert partly["dense"] == counted
     assert partly["not_attached"] > 0.1 * counted

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from retrograde.cli import output
+from retrograde.cli.bench import Bench
 from retrograde.cli.demo import Demo
 from retrograde.cli.doctor import Doctor
 from retrograde.cli.flags import from_recipe
@@ -65,7 +66,8 @@ def _run(given: Given) -> int:
     flags = from_recipe(given.recipe)
     try:
         command: Any = tyro.cli(
-            Annotated[Demo, tyro.conf.subcommand("demo")]
+            Annotated[Bench, tyro.conf.subcommand("bench")]
+            | Annotated[Demo, tyro.conf.subcommand("demo")]
             | Annotated[Methods, tyro.conf.subcommand("methods")]
             | Annotated[PlanCommand, tyro.conf.subcommand("plan", default=PlanCommand(flags))]
             | Annotated[Train, tyro.conf.subcommand("train", default=Train(flags))]

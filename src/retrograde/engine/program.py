@@ -370,6 +370,7 @@ class LayerProgram:
             "calls": self.calls,
             "total": self.total.to_dict(),
             "at_step": self._at_step.to_dict(),
+            "kernels": dict(self.kernels),
             "statistics": self.statistics.state_dict() if self.statistics else None,
             "rules": [rule.state_dict() for rule in self.rules],
         }
@@ -382,6 +383,7 @@ class LayerProgram:
                 "attached. Attach the methods that the state was saved with."
             )
         self.step, self.calls = int(state["step"]), int(state["calls"])
+        self.kernels = Counter(state["kernels"])
         self.total, self._at_step = Counters(**state["total"]), Counters(**state["at_step"])
         if self.statistics is not None:
             self.statistics.load_state_dict(state["statistics"])

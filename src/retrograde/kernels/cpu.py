@@ -8,6 +8,7 @@ while the non-zeros of a row pass by, so what bounds it is the cache that holds 
 half the bytes, with sums in float32 all the same.
 """
 
+import functools
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
+from numba.np.ufunc import parallel as numba_parallel
 from torch import Tensor
 
 NAME = "cpu"
@@ -47,8 +49,17 @@ _FAST = {"contract", "reassoc", "nsz"}
 _jit: Any = njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 
 
+@functools.cache
+def _launch() -> None:
+    # Starting its threads, numba sets the process's number of OpenMP threads, which is torch's too.
+    before = torch.get_num_threads()
+    numba_parallel._launch_threads()  # pyright: ignore[reportPrivateUsage]
+    torch.set_num_threads(before)
+
+
 def use_threads(size: int) -> None:
     """Use as many threads as torch would for `size` entries: waking them costs more than a short loop."""
+    _launch()
     most: int = config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
     wanted = min(torch.get_num_threads(), most) if size >= _GRAIN else 1
     if numba.get_num_threads() != wanted:
