@@ -1,0 +1,215 @@
+"""Benchmarks: turns, ratios, and contestants that compute what they claim. No time is asserted."""
+
+import itertools
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+
+from retrograde.errors import OptionError
+from retrograde.lab import bench, contestants
+from retrograde.lab.bench import Row, Times, interleave
+from retrograde.lab.contestants import Convolution, Linear, Shape, Workload
+from retrograde.methods.dither import Dither
+
+SHAPES: tuple[Shape, ...] = (
+    Linear(48, 32, 24),
+    Convolution(3, 8, 6, 4, 3),
+    Convolution(2, 4, 8, 6, 3, stride=2),
+    Convolution(2, 4, 6, 8, 1),
+    Convolution(2, 8, 6, 4, 3, groups=2),
+)
+WORKLOADS = {
+    "mlp": Workload(lambda: nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)), (8, 20), (8,), 5),
+    "tokens": Workload(
+        lambda: nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 7)), (4, 6), (4, 6), 7, tokens=7
+    ),
+}
+
+
+# Timing.
+
+
+def test_contestants_take_turns_and_every_other_round_is_in_reverse() -> None:
+    order: list[str] = []
+    ticks: list[str] = []
+    interleave(
+        {name: lambda name=name: order.append(name) for name in "abc"},
+        3,
+        warmups=1,
+        tick=lambda: ticks.append(order[-1]),
+    )
+    assert "".join(order) == "cba" + "abc" + "cba" + "abc"
+    assert ticks == order
+
+
+def test_seconds_are_the_clocks_and_warming_up_does_not_count() -> None:
+    now = 0.0
+    lasting = iter([50.0, 50.0, 1.0, 2.0, 4.0, 3.0])
+
+    def work() -> None:
+        nonlocal now
+        now += next(lasting)
+
+    times = interleave({"a": work, "b": work}, 2, warmups=1, clock=lambda: now)
+    assert times.seconds == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
+    assert times.median("b") == 3.0
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """The machine is ten times slower in two of five rounds: the ratios do not see it."""
+    theirs, mine = [4.0, 40.0, 6.0, 60.0, 8.0], [2.0, 20.0, 2.0, 15.0, 2.0]
+    found = Times({"mine": mine, "fp32": theirs}).speedup("mine", "fp32")
+    # 2, 2, 3, 4, 4
+    assert found.ratio == 3.0
+    assert found.quartiles == (2.0, 4.0)
+    assert found.of_medians == median(theirs) / median(mine) == 4.0
+
+
+def test_one_round_has_no_spread() -> None:
+    found = Times({"mine": [2.0], "fp32": [3.0]}).speedup("mine", "fp32")
+    assert (found.ratio, found.quartiles) == (1.5, (1.5, 1.5))
+
+
+# Contestants.
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.92, 0.98])
+@pytest.mark.parametrize("shape", [Linear(256, 128, 8), Convolution(8, 2, 16, 16, 3)], ids=lambda s: s.op)
+def test_dithering_leaves_the_share_of_zeros_that_was_asked_for(shape: Shape, sparsity: float) -> None:
+    _, _, delta = contestants.operands(shape)
+    found = contestants.dithered(delta, contestants.scale_for(delta, sparsity))
+    assert found.zeros / delta.numel() == pytest.approx(sparsity, abs=0.01)
+
+
+def test_a_share_of_zeros_that_no_scale_gives_is_refused() -> None:
+    """One huge entry widens the step for all."""
+    delta = torch.ones(100)
+    delta[0] = 1e6
+    with pytest.raises(OptionError, match="no scale gives"):
+        contestants.scale_for(delta, 0.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_contestant_computes_both_products(shape: Shape) -> None:
+    layer, x, delta = contestants.operands(shape)
+    weight = layer.get_parameter("weight")
+    runs = contestants.products(shape, weight.detach(), x, delta, contestants.scale_for(delta, 0.8))
+    assert list(runs) == ["fp32", "bf16", *contestants.kernels_for(shape), "auto"]
+    leaf = x.clone().requires_grad_()
+    layer(leaf).backward(delta)
+    for wanted, found in zip((leaf.grad, weight.grad), runs["fp32"](), strict=True):
+        torch.testing.assert_close(found, wanted)
+    for wanted, found in zip((leaf.grad, weight.grad), runs["bf16"](), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert _distance(found.float(), wanted) < 0.02
+    exact = runs["dense"]()
+    for name in (*contestants.kernels_for(shape), "auto"):
+        found = runs[name]()
+        pair = [grad for grad, _ in found] if name == "auto" else found
+        for wanted, grad in zip(exact, pair, strict=True):
+            assert grad.shape == wanted.shape
+            assert _distance(grad, wanted) < 0.02, name
+
+
+def _distance(one: torch.Tensor, two: torch.Tensor) -> float:
+    return float((one - two).norm() / two.norm())
+
+
+def test_layers_contend_from_the_same_weights_and_the_attached_one_is_dithered() -> None:
+    runs, session = contestants.passes(SHAPES[0], Dither(scale=2.0))
+    assert list(runs) == ["fp32", "bf16", "auto"]
+    for run in runs.values():
+        run()
+        run()
+    (layer,) = session.metrics()["layers"].values()
+    assert layer["scale"] == 2.0
+    assert layer["zeros"] > 0.5 > layer["own_zeros"]
+
+
+def test_methods_contend_once_at_each_setting_and_warm_up_briefly() -> None:
+    found = bench.settings(["dither", "spectral"], warmup=2)
+    assert list(found) == ["dither(scale=2.0)", "dither(scale=4.0)", "spectral(warmup=2)"]
+    assert found["dither(scale=4.0)"] == Dither(scale=4.0)
+    # The defaults would be a third contestant if they were neither of the two.
+    assert Dither() == found["dither(scale=2.0)"]
+
+
+def test_a_step_trains_and_under_bfloat16_too() -> None:
+    model: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        model.append(nn.Sequential(nn.Linear(20, 5)))
+        return model[0]
+
+    runs, sessions = contestants.steps(Workload(build, (8, 20), (8,), 5), {"dither": Dither()})
+    assert list(runs) == ["fp32", "bf16", "dither"]
+    for run in runs.values():
+        run()
+    assert sessions["dither"].step == 1
+    before, after = model[0][0].weight, sessions["dither"].model[0].weight
+    assert not torch.equal(before, after)
+
+
+def test_the_workloads_take_their_batches() -> None:
+    for workload in bench.workloads(part=16).values():
+        x, y = workload.batch()
+        with torch.no_grad():
+            assert workload.build()(x).shape == (*y.shape, workload.classes)
+
+
+# Rows.
+
+
+def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
+    seen: list[tuple[int, int]] = []
+    rows = bench.kernels(SHAPES[:2], (0.8, 0.9), 2, lambda what, done, total: seen.append((done, total)))
+    wanted = [
+        (shape.op, str(shape), sparsity, kernel)
+        for shape in SHAPES[:2]
+        for sparsity in (0.8, 0.9)
+        for kernel in (*contestants.kernels_for(shape), "auto")
+    ]
+    assert [(row.op, row.shape, row.sparsity, row.kernel) for row in rows] == wanted
+    # Too small for a choice to matter.
+    assert {(row.kernel, row.chosen) for row in rows if row.chosen} == {("auto", "reference")}
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total in seen} == {len(seen)}
+
+
+def test_layers_have_a_row_for_each_shape() -> None:
+    rows = bench.layers(SHAPES[:2], 2)
+    assert [(row.op, row.shape, row.kernel) for row in rows] == [(s.op, str(s), "auto") for s in SHAPES[:2]]
+    assert all(row.sparsity is not None and 0.5 < row.sparsity < 1 for row in rows)
+    assert {(row.chosen, row.method) for row in rows} == {("reference", "dither(scale=2.0)")}
+
+
+def test_steps_have_a_row_for_each_model_and_method() -> None:
+    seen: list[tuple[int, int]] = []
+    methods = ["dither", "deepfocus"]
+    rows = bench.steps(WORKLOADS, methods, 2, lambda what, done, total: seen.append((done, total)))
+    labels = ["dither(scale=2.0)", "dither(scale=4.0)", "deepfocus(warmup=1)"]
+    assert [(row.model, row.method) for row in rows] == list(itertools.product(WORKLOADS, labels))
+    assert [row.shape for row in rows[::3]] == ["8x20", "4x6"]
+    assert (len(seen), seen[-1]) == (2 * 5 * 3, (30, 30))
+
+
+def test_rows_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = [1.0, 4.0, 3.0]
+    times = Times({"fp32": [2.0, 4.0, 12.0], "bf16": [1.0, 1.0, 3.0], "auto": mine, "dither": mine})
+    monkeypatch.setattr(bench, "interleave", lambda runs, rounds, tick: times)
+    monkeypatch.setattr(bench, "SETTINGS", {})
+    (layer,) = bench.layers(SHAPES[:1], 3)
+    # Ratios to fp32: 2, 1, 4; to bf16: 1, 0.25, 1.
+    assert (layer.seconds, layer.seconds_fp32, layer.seconds_bf16) == (3.0, 4.0, 1.0)
+    assert (layer.speedup_fp32, layer.spread_fp32) == (2.0, (1.5, 3.0))
+    assert (layer.speedup_bf16, layer.spread_bf16) == (1.0, (0.625, 1.0))
+    (step,) = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], 3)
+    assert (step.speedup_fp32, step.spread_fp32) == (4 / 3, (1.5, 3.0)), "of a step: ratio of medians"
+
+
+def test_rows_are_plain_values() -> None:
+    (row,) = bench.layers(SHAPES[:1], 1)
+    assert isinstance(row, Row)
+    assert all(isinstance(v, str | float | tuple | None) for v in vars(row).values())
