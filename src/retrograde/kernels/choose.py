@@ -30,7 +30,7 @@ from retrograde.kernels import convolution, linear
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 
-_VERSION = 2
+_VERSION = 3
 """Raised with every change of a kernel or of a term, so that older fits are no longer found."""
 
 _LANES = 16
@@ -89,7 +89,8 @@ class Problem:
 
     def fit(self, kernel: str) -> str:
         """The name of the fit that holds for `kernel`."""
-        return f"{kernel}/levels" if self.levels and kernel == "dense" else kernel
+        turned = "/turned" if self.transposed else ""
+        return f"{kernel}/levels{turned}" if self.levels and kernel == "dense" else f"{kernel}{turned}"
 
     def terms(self, kernel: str) -> list[float]:
         """What the kernel's time is a sum of."""
@@ -190,21 +191,18 @@ def calibrate() -> CostModel:
 
 def _measure_linear(measured: _Measured, a: int, m: int, i: int) -> None:
     dense = torch.randn(m, i)
-    plain = Problem(a, m, i, a * m, levels=False, transposed=False)
-    measured.add("dense", plain, functools.partial(linear.run, "dense", torch.randn(a, m), None, dense))
-    for share in _SHARES:
-        levels = _levels((a, m), share)
-        nonzeros = int(levels.count_nonzero())
-        for kernel in linear.KERNELS:
-            if kernel not in linear.SKIPPING and share != _SHARES[0]:
-                continue  # what multiplies zeros takes as long with any number of them
-            problem = Problem(a, m, i, nonzeros, levels=True, transposed=False)
-            measured.add(kernel, problem, functools.partial(linear.run, kernel, levels, 0.5, dense))
-            if kernel in linear.SKIPPING:
-                turned = functools.partial(
-                    linear.run, kernel, levels.T.contiguous(), 0.5, dense, transposed=True
-                )
-                measured.add(kernel, Problem(a, m, i, nonzeros, levels=True, transposed=True), turned)
+    for transposed in (False, True):
+        run = functools.partial(linear.run, transposed=transposed)
+        shape = (m, a) if transposed else (a, m)
+        plain = Problem(a, m, i, a * m, levels=False, transposed=transposed)
+        measured.add("dense", plain, functools.partial(run, "dense", torch.randn(shape), None, dense))
+        for share in _SHARES:
+            levels = _levels(shape, share)
+            problem = Problem(a, m, i, int(levels.count_nonzero()), levels=True, transposed=transposed)
+            for kernel in linear.KERNELS:
+                # What multiplies zeros takes as long with any number of them.
+                if kernel in linear.SKIPPING or share == _SHARES[0]:
+                    measured.add(kernel, problem, functools.partial(run, kernel, levels, 0.5, dense))
 
 
 def _measure_convolution(
@@ -306,8 +304,10 @@ def _stored(path: Path) -> CostModel | None:
         found = {str(name): [float(w) for w in row] for name, row in weights.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return None
-    probe = Problem(1, 1, 1, 1, levels=True, transposed=False)
-    fits = {probe.fit(kernel): len(probe.terms(kernel)) for kernel in linear.KERNELS} | {"dense": 5}
+    fits: dict[str, int] = {}
+    for transposed, levels, kernel in itertools.product((False, True), (False, True), linear.KERNELS):
+        probe = Problem(1, 1, 1, 1, levels=levels, transposed=transposed)
+        fits[probe.fit(kernel)] = len(probe.terms(kernel))
     for product, last, kernel in itertools.product(("input", "weight"), (False, True), convolution.KERNELS):
         other = ConvolutionProblem(product, 1, 1, (1, 1, 1, 1), 1, 1, levels=True, channels_last=last)
         fits[other.fit(kernel)] = len(other.terms(kernel))
