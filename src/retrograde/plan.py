@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from retrograde.engine.layers import AttachedLayer, LayerKind, find_kind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError, PatternError
-from retrograde.kernels import reference
 
 _NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -39,7 +38,8 @@ class PlanRow:
         shape: weight as inputs→outputs and kernel.
         parameters: number of the layer's own parameters.
         methods: names of the methods that act on it.
-        kernel: which kernel computes the backward products; empty when nothing is attached.
+        kernel: which kernel computes the backward products: ``auto``, chosen for each product from its shape and zeros;
+            empty when nothing is attached.
         status: ``attached``, ``left`` (plain, for the reason given) or ``bypassed`` (its forward is never called).
         why: the reason, or what is special about the layer.
     """
@@ -217,7 +217,7 @@ def make_plan(
                 _shape(layer),
                 sum(p.numel() for p in layer.parameters(recurse=False)),
                 tuple(rules),
-                reference.NAME if status == "attached" else "",
+                "auto" if status == "attached" else "",
                 status,
                 why,
             )
