@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from retrograde.maths.philox import mix_key, philox, uniform
+from retrograde.maths.philox import mix_key, numbers, philox, uniform
 
 
 def reference(key: int, counter: int) -> tuple[int, ...]:
@@ -81,6 +81,12 @@ def test_shape_and_blocks() -> None:
     assert uniform(9, ()).shape == ()
     for i in (0, 5, (1 << 18) - 1, 1 << 18, (1 << 18) + 7, n - 1):
         assert float(flat[i]) == (reference(9, i // 4)[i % 4] >> 8) / 2**24
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 9])
+def test_a_few_numbers(count: int) -> None:
+    key = mix_key(3, count)
+    assert numbers(key, count) == uniform(key, (count,)).tolist()
 
 
 def test_threads() -> None:

@@ -59,6 +59,7 @@ class Products:
         self._wanted = max(wanted, 1)
         self._lists: Lists | None = None
         self._compacted: Sparse | None = None
+        self._input_grad: Tensor | None = None
 
     def linear_input_grad(self, weight: Tensor, input_shape: Sequence[int]) -> tuple[Tensor, Done]:
         """`reference.linear_input_grad`, and how."""
@@ -79,6 +80,8 @@ class Products:
         self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
     ) -> tuple[Tensor, Done]:
         """`reference.convolution_input_grad`, and how."""
+        if self._input_grad is not None:
+            return self._input_grad, Done()
         kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry)
         if kernel is None:
             return reference.convolution_input_grad(self._delta, weight, input_shape, geometry), Done()
@@ -92,6 +95,12 @@ class Products:
         """`reference.convolution_weight_grad`, and how."""
         kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
         if kernel is None:
+            if (
+                self._wanted > 1
+                and self._convolution_kernel("input", weight, weight, x.shape, geometry) is None
+            ):
+                self._input_grad, found = reference.convolution_grads(self._delta, x, weight, geometry)
+                return found, Done()
             return reference.convolution_weight_grad(self._delta, x, weight, geometry), Done()
         from retrograde.kernels import convolution
 

@@ -63,6 +63,12 @@ def convolution_weight_grad(delta: Delta, x: Tensor, weight: Tensor, geometry: G
     return _scaled(dw, delta)
 
 
+def convolution_grads(delta: Delta, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Both gradients of a convolution in one call, which shares what it does to δ̃."""
+    dx, dw, _ = _convolution_backward(delta, x, weight, geometry, [True, True, False])
+    return _scaled(dx, delta), _scaled(dw, delta)
+
+
 def _convolution_backward(
     delta: Delta, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,12 +66,14 @@ def int8_levels(x: Tensor, key: int) -> tuple[Tensor, float] | None:
     Returns:
         ``(levels, step)``, step = max|x|/127; None where x is all zeros (exact already) or not finite.
     """
-    _, peak = dither.statistics(x)
-    if peak == 0 or not math.isfinite(peak):
-        return None
+    step = int8_step(dither.statistics(x)[1])
+    return None if step is None else (dither.levels(x, step, uniform(key, x.shape, x.device), 8), step)
+
+
+def int8_step(peak: float) -> float | None:
+    """max|x|/127; None where x is all zeros (exact already), not finite, or so small that the step underflows."""
     step = peak / INT8_LEVELS
-    # Where a half-precision step underflows there is nothing to be gained from levels.
-    return (dither.levels(x, step, uniform(key, x.shape, x.device), 8), step) if step > 0 else None
+    return step if 0 < step < math.inf else None
 
 
 def round_to_bfloat16(x: Tensor, key: int) -> Tensor:

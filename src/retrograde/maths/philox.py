@@ -58,6 +58,21 @@ def philox(key: int, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c0, c1, c2, c3
 
 
+def numbers(key: int, count: int) -> list[float]:
+    """The first `count` numbers of `uniform`, as Python's: for a few, forty tensor operations are slow."""
+    found: list[float] = []
+    for counter in range((count + 3) // 4):
+        c0, c1, c2, c3 = counter & _MASK32, counter >> 32, 0, 0
+        k0, k1 = key & _MASK32, key >> 32
+        for _ in range(_ROUNDS):
+            product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c2 = product1 >> 32 ^ c1 ^ k0, product0 >> 32 ^ c3 ^ k1
+            c1, c3 = product1 & _MASK32, product0 & _MASK32
+            k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+        found += [(word >> 8) * 2.0**-24 for word in (c0, c1, c2, c3)]
+    return found[:count]
+
+
 def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Uniform numbers on [0, 1), float32 with 24 random bits; element i is word i mod 4 of counter i // 4.
 

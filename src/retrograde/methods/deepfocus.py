@@ -52,9 +52,10 @@ from retrograde.engine.branches import find_branches
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Call, Grant, Method, Rule, Site, Tier
 from retrograde.engine.statistics import across_ranks
 from retrograde.errors import OptionError
+from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.maths import deepfocus as maths
-from retrograde.maths.philox import mix_key, uniform
+from retrograde.maths.philox import mix_key, numbers
 
 _FLOPS_PER_ENTRY = 2
 """Overhead of the error: one square, one sum."""
@@ -196,7 +197,7 @@ class _Router(BlockRule):
     def _measure(self, call: BlockCall) -> tuple[float, float, float]:
         """e, and two uniform numbers; the same on all ranks."""
         square = maths.mean_square(call.delta)
-        noise = uniform(call.key, (2,)).to(square)
+        noise = square.new_tensor(numbers(call.key, 2))
         # The mean over ranks of (e², n·u on rank 0 and 0 elsewhere): seeds may differ, decisions may not.
         noise = noise * _ranks() if _rank() == 0 else torch.zeros_like(noise)
         square, *drawn = across_ranks(torch.cat([square.reshape(1), noise])).tolist()
@@ -277,8 +278,8 @@ class _LowPrecision(Rule):
         call.counters.overhead += _ROUNDING_FLOPS * x.numel()
         if self._low == "bfloat16":
             return Delta(maths.round_to_bfloat16(x, key))
-        levels = maths.int8_levels(x, key)
-        return None if levels is None else Delta(*levels)
+        step = maths.int8_step(dispatch.statistics(x)[1])
+        return None if step is None else dispatch.nsd(x, step, key, 8)[0]
 
 
 def _ranks() -> int:
