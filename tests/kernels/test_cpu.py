@@ -65,6 +65,13 @@ def test_statistics(shape: tuple[int, ...], factor: float) -> None:
     assert found.zeros == int((delta == 0).sum()) == cpu.count_zeros(delta)
 
 
+def test_zeros_are_counted_in_any_layout() -> None:
+    delta = normal((3, 5, 7, 9)).relu()
+    last = delta.contiguous(memory_format=torch.channels_last)
+    expected = int((delta == 0).sum())
+    assert cpu.count_zeros(last) == cpu.count_zeros(delta.transpose(1, 3)) == expected
+
+
 def test_deviation_of_a_gradient_far_from_zero() -> None:
     delta = normal((90, 97)) * 1e-3 + 10
     assert cpu.statistics(delta).std == pytest.approx(float(delta.double().std(correction=0)), rel=1e-5)

@@ -130,6 +130,8 @@ def _count_zeros(x: Any, zeros: Any) -> None:
 
 def count_zeros(tensor: Tensor) -> int:
     """Number of zero entries."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)  # as it lies in memory: the order does not matter here
     flat = _flat(tensor)
     use_threads(flat.size)
     zeros = np.empty(-(-flat.size // _BLOCK), np.int64)
