@@ -49,7 +49,7 @@ class Demo:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     runs: Path = Path("runs/demo")
     seeds: int = 3
-    epochs: int = 10
+    epochs: int = 8
     json: bool = False
 
     def run(self, given: Given) -> int:
