@@ -21,7 +21,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_machine_is_fit() -> None:
     found = run_checks()
     assert [check.name for check in found] == [
-        *("machine", "versions", "methods", "gradients", "compile", "accelerator", "data sets", "TensorBoard")
+        *("machine", "versions", "methods", "gradients", "compile", "kernels"),
+        *("accelerator", "data sets", "TensorBoard"),
     ]
     assert not [check for check in found if check.status == "failed"]
     assert "dither" in find(found, "methods").detail
@@ -29,14 +30,16 @@ def test_this_machine_is_fit() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["_machine", "_versions", "_methods", "_gradients", "_accelerator"])
+@pytest.mark.parametrize(
+    "name", ["_machine", "_versions", "_methods", "_gradients", "_kernels", "_accelerator"]
+)
 def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def broken() -> tuple[str, str]:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(checks, name, broken)
     found = run_checks()
-    assert len(found) == 8
+    assert len(found) == 9
     (failed,) = [check for check in found if check.status == "failed"]
     assert failed.detail == "RuntimeError: broken"
 
