@@ -132,15 +132,9 @@ def _table(what: str, rows: Sequence[Row], rounds: int) -> Table:
         ),
     }[what]
     ratio = "ratio of the medians" if what == "steps" else "median ratio"
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        caption_justify="left",
-        caption=(
-            f"{caption}; ×: times as fast, {ratio} with quartiles of {rounds} interleaved rounds; torch's own time, "
-            f"fp32 / bf16 autocast: {_baselines(rows)}"
-        ),
+    table = output.new_table(
+        f"{caption}; ×: times as fast, {ratio} with quartiles of {rounds} interleaved rounds; torch's own time, "
+        f"fp32 / bf16 autocast: {_baselines(rows)}"
     )
     views: dict[str, dict[str, Callable[[Row], str]]] = {
         "kernels": {"op": _op, "zeros": _zeros, "kernel": _kernel},

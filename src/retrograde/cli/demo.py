@@ -93,16 +93,10 @@ def _clear(folder: Path) -> None:
 
 
 def _table(rows: list[Row], seeds: int) -> Table:
-    table = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        caption_justify="left",
-        caption=(
-            f"digits, {seeds} seed(s); FLOPs as a share of the dense-equivalent; needed: with zeros skipped; executed: "
-            "by the kernel in use, overhead included; saved: activations kept by the first step, rows for statistics "
-            "included; time: ratio to plain, runs interleaved"
-        ),
+    table = output.new_table(
+        f"digits, {seeds} seed(s); FLOPs as a share of the dense-equivalent; needed: with zeros skipped; executed: "
+        "by the kernel in use, overhead included; saved: activations kept by the first step, rows for statistics "
+        "included; time: ratio to plain, runs interleaved"
     )
     for name in ("model", "method"):
         table.add_column(name, overflow="fold")

@@ -21,6 +21,11 @@ def print_line(text: str) -> None:
     Console().file.write(text + "\n")
 
 
+def new_table(caption: str) -> Table:
+    """An empty table in the manner of all comparisons, its caption below."""
+    return Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption=caption)
+
+
 def print_table(table: Table | Any) -> None:
     """A table on stdout, as wide as the terminal; 120 columns where there is none."""
     console = Console()

@@ -36,6 +36,9 @@ _VERSION = 3
 _LANES = 16
 """Numbers in a vector register that convolutions fill."""
 
+_WORTH = 10_000_000
+"""Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""
+
 _LOG = logging.getLogger("retrograde")
 
 _SHAPES = (
@@ -336,7 +339,3 @@ def _processor() -> str:
 def worthwhile(products: int) -> bool:
     """Whether a product of so many multiply-adds is large enough for the choice to matter."""
     return products >= _WORTH
-
-
-_WORTH = 10_000_000
-"""Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""

@@ -46,7 +46,7 @@ _COLUMNS = 64
 
 # Sums may be contracted and reordered, which vectorises them; NaN and Inf keep their meaning.
 _FAST = {"contract", "reassoc", "nsz"}
-_jit: Any = njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+jit: Any = njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def use_threads(size: int) -> None:
 # Elementwise passes.
 
 
-@_jit
+@jit
 def _statistics(x: Any, bits: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> None:
     for b in prange(sums.size):
         block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
@@ -118,7 +118,7 @@ def statistics(delta: Tensor) -> Statistics:
     return Statistics(std, peak, int(zeros.sum()))
 
 
-@_jit
+@jit
 def _count_zeros(x: Any, zeros: Any) -> None:
     for b in prange(zeros.size):
         block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
@@ -130,16 +130,14 @@ def _count_zeros(x: Any, zeros: Any) -> None:
 
 def count_zeros(tensor: Tensor) -> int:
     """Number of zero entries."""
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        tensor = tensor.permute(0, 2, 3, 1)  # as it lies in memory: the order does not matter here
-    flat = _flat(tensor)
+    _, flat = in_memory_order(tensor)
     use_threads(flat.size)
     zeros = np.empty(-(-flat.size // _BLOCK), np.int64)
     _count_zeros(flat, zeros)
     return int(zeros.sum())
 
 
-@_jit
+@jit
 def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any, largest: Any) -> None:
     half, eighth = np.uint64(32), np.uint32(8)
     for b in prange(zeros.size):
@@ -207,7 +205,7 @@ def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:
 # Index lists.
 
 
-@_jit
+@jit
 def _count(values: Any, rows: Any, columns: Any) -> None:
     n, o = values.shape
     blocks = (o + _COLUMNS - 1) // _COLUMNS
@@ -225,7 +223,7 @@ def _count(values: Any, rows: Any, columns: Any) -> None:
                 used[j] += np.int32(row[j] != 0)
 
 
-@_jit
+@jit
 def _fill(values: Any, words: Any, start: Any, index: Any, value: Any) -> None:
     n, o = values.shape
     each = o // words.shape[1] if words.shape[1] else o
@@ -249,7 +247,7 @@ def _fill(values: Any, words: Any, start: Any, index: Any, value: Any) -> None:
         value[start[r] : start[r] + used] = with_[:used]
 
 
-@_jit
+@jit
 def _transpose(start: Any, index: Any, value: Any, t_start: Any, t_index: Any, t_value: Any) -> None:
     n, o = start.size - 1, t_start.size - 1
     blocks = (o + _COLUMNS - 1) // _COLUMNS
@@ -386,7 +384,7 @@ def _accumulator(*, half: bool) -> Any:
 
 
 def _product_kernel(accumulate: Any, width: int) -> Any:
-    @_jit
+    @jit
     def product(starts: Any, index: Any, value: Any, packed: Any, scale: Any, out: Any) -> None:
         rows, columns = out.shape
         tiles, length = packed.shape[:2]
@@ -417,7 +415,7 @@ _product_single = _product_kernel(_accumulator(half=False), 4)
 _product_half = _product_kernel(_accumulator(half=True), 2)
 
 
-@_jit
+@jit
 def _pack(dense: Any, packed: Any) -> None:
     tiles, rows, _ = packed.shape
     columns = dense.shape[1]
@@ -429,7 +427,7 @@ def _pack(dense: Any, packed: Any) -> None:
             target[source.size :] = 0
 
 
-@_jit
+@jit
 def _pack_half(bits: Any, shift: Any, packed: Any) -> None:
     tiles, rows, _ = packed.shape
     columns = bits.shape[1]
@@ -493,6 +491,21 @@ def product(sparse: Lists, packed: Any, columns: int, scale: float) -> Tensor:
     kernel = _product_half if packed.dtype == np.uint32 else _product_single
     kernel(sparse.start, sparse.index, sparse.value, packed, np.float32(scale), out.numpy())
     return out
+
+
+def lies_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor is channels-last in memory, and not contiguous as well."""
+    return (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def in_memory_order(tensor: Tensor) -> tuple[bool, Any]:
+    """Whether a tensor is channels-last, and its entries as they lie in memory; other layouts are copied."""
+    last = lies_channels_last(tensor)
+    return last, _flat(tensor.permute(0, 2, 3, 1) if last else tensor)
 
 
 def _flat(tensor: Tensor) -> Any:

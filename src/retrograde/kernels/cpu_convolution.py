@@ -29,7 +29,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from retrograde.kernels.cpu import use_threads
+from retrograde.kernels.cpu import in_memory_order, jit, use_threads
 from retrograde.kernels.geometry import Geometry
 
 _LANES = 16
@@ -44,8 +44,6 @@ _PIXELS = 256
 _CHUNKS, _PARTIAL = 8, 8 * 1024 * 1024
 """At most so many partial sums of dW, and at most so many bytes of them."""
 
-# Sums may be contracted and reordered, which vectorises them; NaN and Inf keep their meaning.
-_jit: Any = njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True, nogil=True)
 _serial: Any = njit(cache=True, nogil=True)
 _intrinsic: Any = intrinsic
 
@@ -312,7 +310,7 @@ def _accumulate(out: Any, dense: Any, keys: Any, numbers: Any, runs: Any, count:
 # Lists of non-zeros.
 
 
-@_jit
+@jit
 def _count(values: Any, rows: Any, columns: Any, stride: Any, first: Any, count: Any) -> None:
     for m in prange(count.size):
         total = 0
@@ -326,7 +324,7 @@ def _count(values: Any, rows: Any, columns: Any, stride: Any, first: Any, count:
         count[m] = total
 
 
-@_jit
+@jit
 def _compact(
     values: Any, columns: Any, stride: Any, first: Any, base: Any, start: Any, keys: Any, numbers: Any
 ) -> None:
@@ -354,7 +352,7 @@ def _compact(
             start[m, r + 1] = used
 
 
-@_jit
+@jit
 def _transpose(start: Any, keys: Any, numbers: Any, t_start: Any, t_keys: Any, t_numbers: Any) -> None:
     planes, rows = start.shape[0], start.shape[1] - 1
     columns = t_start.shape[1] - 1
@@ -452,7 +450,7 @@ def compact(values: Tensor, step: float | None, groups: int = 1) -> Sparse:
         groups: of the convolution.
     """
     use_threads(values.numel())
-    channels_last, flat = _flat(values)
+    channels_last, flat = in_memory_order(values)
     n, o, h, w = values.shape
     planes, outputs, pixels = n * groups, o // groups, h * w
     rows, columns, stride = (pixels, outputs, o) if channels_last else (outputs, pixels, pixels)
@@ -501,7 +499,7 @@ def _unpack(part: Any, c: Any, dx: Any, at: Any, stride: Any, scale: Any) -> Non
             )
 
 
-@_jit
+@jit
 def _pack_weight(weight: Any, packed: Any) -> None:
     """(C_out, c, kh · kw) → (g, tile of c, kh · kw · o, place in the tile), zeros behind the last c."""
     outputs, c, kernel = weight.shape
@@ -539,7 +537,7 @@ def _runs(size: Any, out_size: Any, kernel: Any, stride: Any, padding: Any, dila
     return lo, hi, shift
 
 
-@_jit
+@jit
 def _input_grad(
     start: Any,
     keys: Any,
@@ -648,7 +646,7 @@ def convolution_input_grad(
         lists.keys,
         lists.numbers,
         packed,
-        _flat(dx)[1],
+        in_memory_order(dx)[1],
         sparse.channels_last,
         (c, h, w, *sparse.shape[2:], kh, kw),
         (*geometry.stride, *geometry.padding, *geometry.dilation),
@@ -688,7 +686,7 @@ def _pack_image(x: Any, at: Any, last: Any, all_c: Any, c: Any, places: Any, out
                 )
 
 
-@_jit
+@jit
 def _weight_grad(
     start: Any,
     keys: Any,
@@ -755,7 +753,7 @@ def _weight_grad(
                     )
 
 
-@_jit
+@jit
 def _collect(partial: Any, scale: Any, c: Any, dw: Any) -> None:
     """Σ over chunks, in order: (chunk, C_out, segment, row) → (C_out, c, taps)."""
     chunks, outputs, segments, width = partial.shape
@@ -787,7 +785,7 @@ def convolution_weight_grad(
     outputs, c, kh, kw = weight_shape
     n, _, h, w = x.shape
     groups = geometry.groups
-    channels_last, flat = _flat(x.detach())
+    channels_last, flat = in_memory_order(x.detach())
     # A row of the kernel meets one stretch of the input; pixels apart from one another do not.
     segments, taps = (kh, kw) if geometry.dilation[1] == 1 else (kh * kw, 1)
     width = -(-taps * c // _LANES) * _LANES
@@ -813,10 +811,3 @@ def convolution_weight_grad(
     dw = torch.empty(tuple(weight_shape))
     _collect(partial, np.float32(sparse.step), c, dw.numpy().reshape(outputs, c, kh * kw))
     return dw
-
-
-def _flat(tensor: Tensor) -> tuple[bool, Any]:
-    """Whether a tensor is channels-last, and its entries in the order of memory."""
-    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return True, tensor.permute(0, 2, 3, 1).numpy().reshape(-1)
-    return False, tensor.contiguous().numpy().reshape(-1)

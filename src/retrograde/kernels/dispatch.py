@@ -209,11 +209,7 @@ def nsd(delta: Tensor, step: float, key: int, bits: int | None) -> tuple[Delta, 
 
     found = cpu.nsd(delta.float(), step, key, bits)
     values = found.values
-    if (
-        delta.dim() == 4
-        and not delta.is_contiguous()
-        and delta.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if cpu.lies_channels_last(delta):
         values = values.contiguous(memory_format=torch.channels_last)
     return Delta(values, step, found.zeros), found.largest
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from retrograde.errors import DataError, RetrogradeError
-from retrograde.kernels import choose, linear
 from retrograde.lab import data as lab_data
 from retrograde.lab import machine, tensorboard
 from retrograde.methods.dither import Dither
@@ -107,6 +106,8 @@ def _compile() -> tuple[str, str]:
 
 def _kernels() -> tuple[str, str]:
     """Compile and calibrate them, so that no training run has to."""
+    from retrograde.kernels import choose, linear  # a compiler comes with them: not for every command's start
+
     start = time.perf_counter()
     model = choose.model()
     seconds = time.perf_counter() - start
