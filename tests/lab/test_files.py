@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
+from retrograde import host
 from retrograde.errors import CheckpointError, RunError
 from retrograde.lab import files
 
@@ -27,20 +28,20 @@ def test_a_writer_that_fails_leaves_the_old_content(tmp_path: Path, error: BaseE
         raise error
 
     with pytest.raises(type(error)):
-        files.write_atomically(path, write)
+        host.write_atomically(path, write)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"file"}
 
 
 def test_a_writer_that_fails_leaves_no_new_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        files.write_atomically(tmp_path / "file", lambda file: file.write("no bytes"))  # type: ignore[arg-type]
+        host.write_atomically(tmp_path / "file", lambda file: file.write("no bytes"))  # type: ignore[arg-type]
     assert names(tmp_path) == set()
 
 
 def test_the_new_content_replaces_the_old(tmp_path: Path) -> None:
     for content in (b"one", b"two"):
-        files.write_atomically(tmp_path / "file", lambda file, content=content: file.write(content))
+        host.write_atomically(tmp_path / "file", lambda file, content=content: file.write(content))
     assert (tmp_path / "file").read_bytes() == b"two"
     assert names(tmp_path) == {"file"}
 
@@ -57,8 +58,8 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next(
         patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
         patch.setattr(os, "getpid", lambda: 1)
         with pytest.raises(SystemError):
-            files.write_atomically(tmp_path / "file", killed)
-    files.write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+            host.write_atomically(tmp_path / "file", killed)
+    host.write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
     assert names(tmp_path) == {"file"}
 
 

@@ -5,10 +5,7 @@ The folder is ``$RETROGRADE_CACHE/data``, or ``~/.cache/retrograde/data`` where 
 it may be deleted at any time: what is missing or damaged is decoded again.
 """
 
-import contextlib
 import hashlib
-import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -18,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrograde.errors import RetrogradeWarning
+from retrograde.host import cache_folder, write_atomically
 
 __all__ = ["fingerprint", "read", "write"]
 
@@ -47,17 +45,10 @@ def read(key: str) -> dict[str, NDArray[np.generic]] | None:
 def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
     """Store ``arrays`` under ``key``, whole or not at all; a folder that cannot be written is a warning."""
     path = _path(key)
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = file.name
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
+        write_atomically(path, lambda file: np.savez(file, **arrays), shared=True)  # pyright: ignore[reportArgumentType]
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         warnings.warn(
             f"The decoded data was not cached in {path.parent} ({error}): it will be decoded again the next "
             "time. "
@@ -68,6 +59,4 @@ def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
 
 
 def _path(key: str) -> Path:
-    root = os.environ.get("RETROGRADE_CACHE")
-    folder = Path(root).expanduser() if root else Path.home() / ".cache" / "retrograde"
-    return folder / "data" / f"{key}.npz"
+    return cache_folder("data") / f"{key}.npz"

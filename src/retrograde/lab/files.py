@@ -2,16 +2,15 @@
 
 import json
 import math
-import os
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from retrograde.errors import CheckpointError, RunError
+from retrograde.host import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -24,20 +23,6 @@ _UNREADABLE = (
     *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),
     *(ValueError, LookupError, TypeError, AttributeError),
 )
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and put it in place of `path`."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def to_json(content: dict[str, Any], indent: int | None = None) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 import torch
 
+from retrograde import host
+
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Processor, cores, memory, versions: plain values for JSON."""
     found: dict[str, Any] = {
-        "cpu": _cpu(),
+        "cpu": host.processor(),
         "cores": _cores(),
         "memory_gib": _memory_gib(),
         "os": platform.system(),
@@ -49,12 +50,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return git.stdout.strip()
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -1,0 +1,48 @@
+"""What every part may need of the machine: the processor's name, the cache folder, files written whole or not."""
+
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_INFO = Path("/proc/cpuinfo")
+
+
+def cache_folder(part: str) -> Path:
+    """``$RETROGRADE_CACHE/<part>``, or ``~/.cache/retrograde/<part>`` where that is not set; it may not exist yet."""
+    root = os.environ.get("RETROGRADE_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "retrograde") / part
+
+
+def processor() -> str:
+    """The processor's name."""
+    match = re.search(r"model name\s*:\s*(.+)", _INFO.read_text()) if _INFO.is_file() else None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """What the processor can do, where the system tells it: machines of one name may differ."""
+    match = re.search(r"flags\s*:\s*(.+)", _INFO.read_text()) if _INFO.is_file() else None
+    return match[1].strip() if match else ""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, shared: bool = False) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and put it in place of `path`.
+
+    Args:
+        path: where it ends.
+        write: called with the open file.
+        shared: several processes may do so at once: each has a temporary file of its own, which a killed one leaves.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
