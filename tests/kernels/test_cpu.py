@@ -1,6 +1,7 @@
 """The numba kernels against plain torch: the same levels bit for bit, the same products but for rounding."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrograde.kernels import cpu, linear
+from retrograde.kernels import cpu, cpu_threads, linear
 from retrograde.maths import dither
 from retrograde.maths.philox import mix_key, uniform
 
@@ -62,7 +63,7 @@ def test_statistics(shape: tuple[int, ...], factor: float) -> None:
     found = cpu.statistics(delta)
     assert found.std == pytest.approx(std, rel=1e-6, abs=0)
     assert found.peak == float(delta.max())
-    assert found.zeros == int((delta == 0).sum()) == cpu.count_zeros(delta)
+    assert cpu.count_zeros(delta) == int((delta == 0).sum())
 
 
 def test_zeros_are_counted_in_any_layout() -> None:
@@ -84,6 +85,74 @@ def test_what_is_not_finite_shows(bad: float, place: int) -> None:
     delta[place] = bad
     found = cpu.statistics(delta)
     assert not math.isfinite(found.peak)
+
+
+def check_lists(values: Tensor) -> None:
+    """By rows and by columns, against torch."""
+    by_rows = cpu.lists(values)
+    for found, matrix in ((by_rows, values), (by_rows.transposed(), values.T), (by_rows, values)):
+        rows, columns = matrix.nonzero(as_tuple=True)
+        size = len(rows)
+        ends = (matrix != 0).sum(1).cumsum(0).tolist()
+        assert found.start.tolist() == [[0, *ends]]
+        assert found.size == size
+        assert found.columns == matrix.shape[1]
+        assert found.index[:size].tolist() == columns.tolist()
+        assert found.value[:size].tobytes() == matrix[rows, columns].float().numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (3, 5), (2, 64), (5, 63), (4, 65), (1, 1000), (300, 1), (0, 7), (7, 0), (150, 700)],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.92, 1.0])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_lists(
+    shape: tuple[int, int], share: float, dtype: torch.dtype, threads: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_threads, "_GRAIN", 0)
+    values = sparse(shape, share).to(dtype)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        check_lists(values)
+
+
+def test_lists_keep_what_is_not_finite_and_no_zero_of_either_sign() -> None:
+    values = torch.tensor([[0.0, -0.0, math.nan, 1e-45], [-math.inf, 0.0, -1.0, -0.0]])
+    check_lists(values)
+    assert cpu.lists(values).size == 4
+
+
+def test_lists_of_slices() -> None:
+    values = sparse((90, 260), 0.8)
+    check_lists(values[1::2, 3:-4])
+    check_lists(values.T)
+
+
+def test_lists_where_the_processor_has_none_of_our_instructions() -> None:
+    """Other tests of this file, in a process that compiles for the least processor of its kind."""
+    tests = "test_lists_of_slices or test_lists_keep_what"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", tests]
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (256, 127), (30, 128), (9, 300)], ids=str)
+@pytest.mark.parametrize("half", [False, True])
+def test_dense_operands_of_8_bits(shape: tuple[int, int], half: bool) -> None:
+    """Packed as their values, exactly; scales of columns are for the result."""
+    m, i = shape
+    dense = ((torch.arange(m)[:, None] + torch.arange(i)) % 256 - 128).to(torch.int8)
+    picks = cpu.lists(torch.eye(m).to(torch.int8))
+    assert torch.equal(cpu.product(picks, cpu.pack(dense, half=half), i, 1.0), dense.float())
+    levels = sparse((17, m), 0.8)
+    # Sums of whole numbers below 2²⁴ are exact.
+    scale, step = normal((i,)).abs(), 0.25
+    found = cpu.product(cpu.lists(levels), cpu.pack(dense, half=half), i, step) * scale
+    assert torch.equal(found, (levels.float() @ dense.float()) * step * scale)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,0 +1,148 @@
+"""Passes over every entry of a gradient: its statistics, its zeros, its dithering.
+
+Work is cut into blocks of fixed size, and sums over blocks are taken in order: the same bits on any number of threads.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from retrograde.kernels.cpu_memory import flat, in_memory_order
+from retrograde.kernels.cpu_threads import jit, use_threads
+
+_BLOCK = 4096
+"""Entries in a block: its noise stays in the first-level cache."""
+
+
+@jit
+def _statistics(x: Any, bits: Any, sums: Any, squares: Any, peaks: Any) -> None:
+    for b in prange(sums.size):
+        block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+        pattern = bits[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+        # Sums in float64: squares of small gradients would vanish in float32.
+        total, peak = 0.0, np.int32(0)
+        for j in range(block.size):
+            total += block[j]
+            # Magnitudes compare as their bit patterns do, which vectorises; those of NaN are the largest.
+            peak = max(peak, pattern[j] & np.int32(0x7FFFFFFF))
+        mean = total / block.size
+        square = 0.0
+        for j in range(block.size):
+            away = np.float64(block[j]) - mean
+            square += away * away
+        sums[b], squares[b], peaks[b] = total, square, peak
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of all entries of a gradient; `std` and `peak` are not finite where an entry is not."""
+
+    std: float
+    peak: float
+
+
+def statistics(delta: Tensor) -> Statistics:
+    """Standard deviation (biased) and largest magnitude of a float32 gradient, in one pass."""
+    entries = flat(delta)
+    use_threads(entries.size)
+    blocks = -(-entries.size // _BLOCK)
+    sums, squares = np.empty(blocks), np.empty(blocks)
+    peaks = np.empty(blocks, np.int32)
+    _statistics(entries, entries.view(np.int32), sums, squares, peaks)
+    sizes = np.full(blocks, float(_BLOCK))
+    sizes[-1] = entries.size - (blocks - 1) * _BLOCK
+    # Each block's deviations are from its own mean (Chan et al.): nothing cancels.
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = sums.sum() / entries.size
+        spread = squares.sum() + (sizes * (sums / sizes - mean) ** 2).sum()
+        std = float(np.sqrt(spread / entries.size))
+    peak = float(peaks.max(keepdims=True).view(np.float32)[0])
+    return Statistics(std, peak)
+
+
+@jit
+def _count_zeros(x: Any, zeros: Any) -> None:
+    for b in prange(zeros.size):
+        block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+        none = 0
+        for j in range(block.size):
+            none += block[j] == 0
+        zeros[b] = none
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """Number of zero entries."""
+    _, entries = in_memory_order(tensor)
+    use_threads(entries.size)
+    zeros = np.empty(-(-entries.size // _BLOCK), np.int64)
+    _count_zeros(entries, zeros)
+    return int(zeros.sum())
+
+
+@jit
+def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any, largest: Any) -> None:
+    half, eighth = np.uint64(32), np.uint32(8)
+    for b in prange(zeros.size):
+        block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+        levels = q[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+        noise = np.empty(_BLOCK, np.float32)
+        # Philox4x32-10, one counter for four entries: see retrograde.maths.philox.
+        for i in range((block.size + 3) // 4):
+            counter = np.uint64(b * (_BLOCK // 4) + i)
+            c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
+            k0, k1 = np.uint32(key0), np.uint32(key1)
+            for _ in range(10):
+                # Products of 32-bit words: one instruction, where 64-bit ones take three.
+                p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
+                c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
+                c1, c3 = np.uint32(p1), np.uint32(p0)
+                k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
+            noise[4 * i] = np.float32(np.int32(c0 >> eighth))
+            noise[4 * i + 1] = np.float32(np.int32(c1 >> eighth))
+            noise[4 * i + 2] = np.float32(np.int32(c2 >> eighth))
+            noise[4 * i + 3] = np.float32(np.int32(c3 >> eighth))
+        for j in range(block.size):
+            ratio = block[j] / step
+            whole = np.floor(ratio)
+            if noise[j] * np.float32(2.0**-24) < ratio - whole:
+                whole += np.float32(1)
+            levels[j] = np.int8(min(max(np.int32(whole), -limit), limit))
+        none, most = np.int32(0), np.int32(0)
+        for j in range(block.size):
+            level = np.int32(levels[j])
+            none += np.int32(level == 0)
+            most = max(most, abs(level))
+        zeros[b], largest[b] = none, most
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Integer levels of a gradient, their number of zeros and their largest magnitude."""
+
+    values: Tensor
+    zeros: int
+    largest: int
+
+
+def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:
+    """Integer levels of the dithered float32 gradient; the noise is `retrograde.maths.philox.uniform`'s."""
+    use_threads(delta.numel())
+    values = torch.empty(delta.shape, dtype=torch.int8)
+    blocks = -(-delta.numel() // _BLOCK)
+    zeros, largest = np.empty(blocks, np.int64), np.empty(blocks, np.int32)
+    limit = np.int32(2 ** (bits - 1) - 1)
+    _nsd(
+        flat(delta),
+        values.numpy().reshape(-1),
+        np.float32(step),
+        np.int64(key & 0xFFFFFFFF),
+        np.int64(key >> 32),
+        limit,
+        zeros,
+        largest,
+    )
+    return Levels(values, int(zeros.sum()), int(largest.max(initial=0)))
