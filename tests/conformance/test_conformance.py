@@ -45,6 +45,7 @@ METHODS = [
     Entry(
         "dither-target", lambda: rg.Dither(1.0, target_sparsity=0.8), lambda: rg.Dither(scale=1e-7, bits=None)
     ),
+    Entry("dither-int8", partial(rg.Dither, forward="int8"), None),
     Entry("decorrelate", partial(rg.Decorrelate, rank=2, every=2), None),
     Entry("decorrelate-full", partial(rg.Decorrelate, mode="full", every=1), None),
     Entry("decorrelate-precondition", partial(rg.Decorrelate, mode="precondition", rank=2, every=2), None),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import retrograde as rg
-from retrograde.kernels import choose, linear, reference
+from retrograde.kernels import calibrate, choose, linear, reference
 from retrograde.kernels.choose import ConvolutionProblem, CostModel, Problem
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
@@ -93,8 +93,8 @@ def test_executed_work_is_that_of_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_fit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
-    monkeypatch.setattr(choose, "_SHAPES", ((8, 16, 32), (32, 64, 16)))
-    monkeypatch.setattr(choose, "_CONVOLUTIONS", ((2, 4, 6, 4, 3, 1, 1), (2, 4, 6, 4, 1, 1, 2)))
+    monkeypatch.setattr(calibrate, "_SHAPES", ((8, 16, 32), (32, 64, 16)))
+    monkeypatch.setattr(calibrate, "_CONVOLUTIONS", ((2, 4, 6, 4, 3, 1, 1), (2, 4, 6, 4, 1, 1, 2)))
     monkeypatch.setattr(choose, "_models", {})
     first = choose.model()
     (file,) = (tmp_path / "kernels").iterdir()
@@ -104,7 +104,7 @@ def test_the_fit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def unwanted() -> CostModel:
         raise AssertionError("calibrated twice")
 
-    monkeypatch.setattr(choose, "calibrate", unwanted)
+    monkeypatch.setattr(calibrate, "calibrate", unwanted)
     monkeypatch.setattr(choose, "_models", {})
     assert choose.model().weights == first.weights
 
@@ -113,11 +113,11 @@ def test_a_damaged_fit_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
     made: list[CostModel] = []
 
-    def calibrate() -> CostModel:
+    def make() -> CostModel:
         made.append(CostModel({"dense": [1.0]}))
         return made[-1]
 
-    monkeypatch.setattr(choose, "calibrate", calibrate)
+    monkeypatch.setattr(calibrate, "calibrate", make)
     monkeypatch.setattr(choose, "_models", {})
     choose.model()
     (file,) = (tmp_path / "kernels").iterdir()

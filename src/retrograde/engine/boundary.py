@@ -75,11 +75,11 @@ class _LinearBoundary(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, program: LayerProgram
     ) -> Tensor:
-        kept = program.keep(x) if weight.requires_grad else ()
+        z, kept = program.multiply(x, weight, bias)
         ctx.save_for_backward(weight, rows, *kept)
         ctx.set_materialize_grads(False)
         ctx.program, ctx.input_shape = program, x.shape
-        return F.linear(x, weight, bias)
+        return z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:

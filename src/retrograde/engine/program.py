@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import math
+import time
 import warnings
 import weakref
 from collections import Counter
@@ -11,6 +13,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
@@ -23,9 +26,12 @@ from retrograde.errors import AttachError, OptionError, RetrogradeWarning, State
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Done, Products
 from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.int8 import Quantised
 from retrograde.maths.philox import mix_key
 
 _PASSES_WITHOUT_STEP = 1000
+_ROUNDING_FLOPS = 6
+"""For each entry of an operand that a forward pass in 8 bits rounds: largest magnitude, scaling and rounding, twice."""
 _handles = itertools.count()
 # An op takes tensors and numbers only, so a layer's op finds its program by number; weakly, to keep nothing alive.
 _programs: "weakref.WeakValueDictionary[int, LayerProgram]" = weakref.WeakValueDictionary()
@@ -79,6 +85,10 @@ class LayerProgram:
         self.idle_steps = 0
         self._passes, self._last_pass = 0, -1
         self.total = Counters()
+        self.clocked = 0.0
+        """Seconds of the backward calls so far: on a GPU, of launching them. No part of the state."""
+        self.clocked_steps = 0
+        """Optimizer steps that these seconds belong to."""
         self.kernels: Counter[str] = Counter()
         """Products by the kernel that computed them."""
         self._at_step = Counters()
@@ -113,6 +123,14 @@ class LayerProgram:
                 "method can. Attach one of them to this layer; `only` and `skip` choose layers."
             )
         self._save = save[0] if save else None
+        self.int8 = self.kind == "linear" and any(rule.int8_forward for rule in self.rules)
+        """Whether the forward product runs in 8 bits."""
+        if self.int8 and self._save is not None:
+            raise OptionError(
+                f"layer {self.name!r}: {type(self._save).__name__} keeps something other than the layer's input, and a "
+                "forward pass in 8 bits keeps the rounded one; only one can be kept. Leave the forward pass exact, or "
+                "attach one of them to this layer; `only` and `skip` choose layers."
+            )
 
     @property
     def changes_forward(self) -> bool:
@@ -141,6 +159,14 @@ class LayerProgram:
     def keep(self, x: Tensor) -> tuple[Tensor, ...]:
         """Slot 3."""
         return (x,) if self._save is None else self._save.save(x)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Slots 6, forward, and 3 of a linear layer: z, and what is kept for the backward pass."""
+        learns = weight.requires_grad
+        if not self.int8:
+            return F.linear(x, weight, bias), self.keep(x) if learns else ()
+        z, x_values, x_scale, *rounded_weight = torch.ops.retrograde.int8_linear(x, weight, bias)
+        return z, (*rounded_weight, x_values, x_scale) if learns else tuple(rounded_weight)
 
     def sample(self, operands: Operands) -> Tensor | None:
         """Rows of x for the input statistics, kept for the backward pass in the steps that bring them.
@@ -172,6 +198,22 @@ class LayerProgram:
         needs: Needs,
     ) -> Gradients:
         """Gradients of one call; see `Call` for the arguments."""
+        start = time.perf_counter()
+        try:
+            return self._backward(delta, saved, rows, weight, input_shape, geometry, needs)
+        finally:
+            self.clocked += time.perf_counter() - start
+
+    def _backward(
+        self,
+        delta: Tensor,
+        saved: Sequence[Tensor],
+        rows: Tensor | None,
+        weight: Tensor,
+        input_shape: Sequence[int],
+        geometry: Geometry | None,
+        needs: Needs,
+    ) -> Gradients:
         self.token[1] += 1
         if needs.weight or needs.bias:
             self._expect_steps()
@@ -185,7 +227,13 @@ class LayerProgram:
             )
         key = mix_key(self.seed, self.step, self._layer_key, _rank(), self.calls)
         self.calls += 1
+        rounded: list[Quantised] = []
+        if self.int8:
+            pairs = zip(saved[::2], saved[1::2], strict=True)
+            rounded = [Quantised(values, scale, weight.dtype) for values, scale in pairs]
+            saved = [x.dense().view(tuple(input_shape)) for x in rounded[1:]] if self._observe else ()
         call = Call(delta, saved, weight, input_shape, geometry, key, needs, self.total, grant.tier)
+        call.int8_weight, call.int8_x = (*rounded, None, None)[:2]
         for rule in self._gate:
             call.tier = min(call.tier, rule.gate(call))
         quantised = Delta(call.delta)
@@ -197,14 +245,12 @@ class LayerProgram:
             rule.observe(call, quantised)
         keep_weight = needs.weight and call.tier is not Tier.SKIP
         work = self._count(call, quantised, keep_weight)
-        products = Products(quantised, call.allowed, needs.input + keep_weight)
-        weight_grad = (
-            self._weight_grad(call, quantised, products, work, keep_weight) if needs.weight else None
-        )
+        call.products = Products(quantised, call.allowed, needs.input + keep_weight)
+        weight_grad = self._weight_grad(call, quantised, work, keep_weight) if needs.weight else None
         if weight_grad is not None and grant.scale != 1:
             weight_grad = weight_grad * grant.scale
         return Gradients(
-            self._input_grad(call, products, work) if needs.input else None,
+            self._input_grad(call, work) if needs.input else None,
             weight_grad,
             # The bias gradient is a sum over what arrived: exact, and free.
             _bias_grad(call) if needs.bias else None,
@@ -253,9 +299,12 @@ class LayerProgram:
                 stacklevel=2,
             )
 
-    def _input_grad(self, call: Call, products: Products, work: "_Work") -> Tensor:
+    def _input_grad(self, call: Call, work: "_Work") -> Tensor:
+        products, weight = call.products, call.int8_weight
         if call.geometry is None:
-            found, done = products.linear_input_grad(call.weight, call.input_shape)
+            found, done = products.linear_input_grad(
+                call.weight if weight is None else weight, call.input_shape
+            )
         else:
             found, done = products.convolution_input_grad(call.weight, call.input_shape, call.geometry)
         executed, discounted = self._executed(call, work, done)
@@ -263,15 +312,14 @@ class LayerProgram:
         self.total.input_grad_discounted += discounted
         return found
 
-    def _weight_grad(
-        self, call: Call, delta: Delta, products: Products, work: "_Work", wanted: bool
-    ) -> Tensor:
+    def _weight_grad(self, call: Call, delta: Delta, work: "_Work", wanted: bool) -> Tensor:
         if not wanted:
             return torch.zeros_like(call.weight)
+        products, x = call.products, call.int8_x
         if self._save is not None:
             found, done = self._save.product(call, delta), Done()
         elif call.geometry is None:
-            found, done = products.linear_weight_grad(call.saved[0])
+            found, done = products.linear_weight_grad(call.saved[0] if x is None else x)
         else:
             found, done = products.convolution_weight_grad(call.saved[0], call.weight, call.geometry)
         executed, discounted = self._executed(call, work, done)
@@ -306,7 +354,9 @@ class LayerProgram:
         total.forward_dense += dense
         total.forward_needed += dense
         total.forward_executed += dense
-        total.forward_discounted += dense * discount
+        total.forward_discounted += dense * (DISCOUNTS["int8"] if self.int8 else discount)
+        if self.int8:
+            total.overhead += _ROUNDING_FLOPS * (math.prod(call.input_shape) + call.weight.numel())
         if call.needs.input:
             total.input_grad_dense += dense
             total.input_grad_needed += needed
@@ -348,6 +398,7 @@ class LayerProgram:
         self.idle_steps = self.idle_steps + 1 if idle and not self.excused else 0
         # A pause excuses the steps that it touches: plain autograd ran, as was asked.
         self.excused = not self.active
+        self.clocked_steps += self.calls > 0
         self.step += 1
         self.calls = self._passes = 0
         self._decide_sampling()

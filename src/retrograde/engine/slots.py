@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from retrograde.accounting.counters import Counters
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.kernels.delta import Delta
+from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.int8 import Quantised
 
 
 class Tier(IntEnum):
@@ -60,7 +62,11 @@ class Call:
 
     Attributes:
         delta: δ, gradient at the layer's output, as it arrived.
-        saved: what slot 3 kept; empty when no weight gradient is needed.
+        saved: what slot 3 kept; empty when no weight gradient is needed. After a forward pass in 8 bits, x̂ as it was
+            rounded, where a rule observes.
+        int8_weight: the weight in 8 bits, where the forward pass or a rule rounded it: dx comes from it.
+        int8_x: x̂ in 8 bits, as rows (n, i), where the forward pass or a rule rounded it: dW comes from it.
+        products: slot 6, both backward products with δ̃; set when slot 5 is done.
         weight: the weight that the forward pass multiplied.
         input_shape: shape of x̂.
         geometry: None for a linear layer.
@@ -84,6 +90,9 @@ class Call:
     tier: Tier = Tier.FULL
     allowed: str = "float32"
     precision: str | None = None
+    int8_weight: Quantised | None = None
+    int8_x: Quantised | None = None
+    products: Products = field(init=False)
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,13 @@ class Rule:
 
     seed: int = 0
     """The session's seed, given by the program."""
+
+    int8_forward: bool = False
+    """Slots 3 and 6: the product of a linear layer's forward pass runs in 8 bits and leaves x̂ and W quantised
+    (`retrograde.kernels.int8`)."""
+
+    remark: str = ""
+    """What the plan should say about this layer."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -319,6 +335,10 @@ class Method:
     """
 
     name: ClassVar[str]
+
+    saves_time: ClassVar[bool] = False
+    """Whether a faster step is what the method is for, and its work in every call is the same: what it saves can then
+    be forecast, and a layer where it would lose may be declined."""
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> "Conductor | None":
         """What decides for the whole model, if the method needs that.

@@ -13,24 +13,17 @@ import itertools
 import json
 import logging
 import os
-import platform
-import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
-from torch import Tensor
 
+from retrograde import host
 from retrograde.kernels import convolution, linear
-from retrograde.kernels.delta import Delta
-from retrograde.kernels.geometry import Geometry
 
-_VERSION = 3
+_VERSION = 4
 """Raised with every change of a kernel or of a term, so that older fits are no longer found."""
 
 _LANES = 16
@@ -41,31 +34,12 @@ _WORTH = 10_000_000
 
 _LOG = logging.getLogger("retrograde")
 
-_SHAPES = (
-    (16, 64, 64),
-    (64, 128, 512),
-    (64, 512, 512),
-    (256, 256, 1024),
-    (512, 512, 512),
-    (512, 1024, 1024),
-    (128, 2048, 784),
-    (2048, 256, 512),
-    (256, 3072, 256),
-)
-"""(a, m, i) of the calibration."""
-_CONVOLUTIONS = (
-    (32, 3, 32, 64, 3, 1, 1),
-    (16, 16, 32, 16, 3, 1, 1),
-    (16, 64, 32, 64, 3, 1, 1),
-    (16, 128, 16, 128, 3, 1, 1),
-    (32, 256, 8, 256, 3, 1, 1),
-    (16, 64, 32, 128, 3, 2, 1),
-    (32, 256, 16, 128, 1, 1, 1),
-    (16, 128, 16, 128, 3, 1, 4),
-)
-"""(images, inputs, height and width, outputs, kernel, stride, groups) of the calibration."""
-_SHARES = (0.5, 0.8, 0.92, 0.98)
-_REPEATS = 5
+OPERANDS = {
+    "float32": linear.KERNELS,
+    "bfloat16": ("dense", "skip-bfloat16", "int8"),
+    "int8": linear.KERNELS,
+}
+"""Kernels of a linear layer by how the dense operand comes: those that could be the fastest."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +54,7 @@ class Problem:
         levels: whether the gradient is integer levels.
         transposed: whether its matrix is read by columns (``dW``).
         share: part of the index lists that this product pays for; the call's other product pays the rest.
+        operand: how the dense operand comes: a key of `OPERANDS`.
     """
 
     a: int
@@ -89,11 +64,12 @@ class Problem:
     levels: bool
     transposed: bool
     share: float = 1.0
+    operand: str = "float32"
 
     def fit(self, kernel: str) -> str:
         """The name of the fit that holds for `kernel`."""
-        turned = "/turned" if self.transposed else ""
-        return f"{kernel}/levels{turned}" if self.levels and kernel == "dense" else f"{kernel}{turned}"
+        levels = "/levels" if self.levels and kernel == "dense" else ""
+        return f"{kernel}{levels}{'/turned' if self.transposed else ''}@{self.operand}"
 
     def terms(self, kernel: str) -> list[float]:
         """What the kernel's time is a sum of."""
@@ -168,113 +144,6 @@ class CostModel:
         return min(allowed, key=lambda kernel: self.seconds(kernel, problem))
 
 
-class _Measured:
-    """Terms and seconds by fit."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, list[tuple[list[float], float]]] = {}
-
-    def add(self, kernel: str, problem: Problem | ConvolutionProblem, work: Callable[[], Any]) -> None:
-        self._rows.setdefault(problem.fit(kernel), []).append((problem.terms(kernel), _time(work)))
-
-    def model(self) -> CostModel:
-        return CostModel({name: _fit(rows) for name, rows in self._rows.items()})
-
-
-def calibrate() -> CostModel:
-    """Measure every kernel on a few shapes; seconds."""
-    measured = _Measured()
-    for shape in _SHAPES:
-        _measure_linear(measured, *shape)
-    for shape in _CONVOLUTIONS:
-        for channels_last in (False, True):
-            _measure_convolution(measured, *shape, channels_last)
-    return measured.model()
-
-
-def _measure_linear(measured: _Measured, a: int, m: int, i: int) -> None:
-    dense = torch.randn(m, i)
-    for transposed in (False, True):
-        run = functools.partial(linear.run, transposed=transposed)
-        shape = (m, a) if transposed else (a, m)
-        plain = Problem(a, m, i, a * m, levels=False, transposed=transposed)
-        measured.add("dense", plain, functools.partial(run, "dense", torch.randn(shape), None, dense))
-        for share in _SHARES:
-            levels = _levels(shape, share)
-            problem = Problem(a, m, i, int(levels.count_nonzero()), levels=True, transposed=transposed)
-            for kernel in linear.KERNELS:
-                # What multiplies zeros takes as long with any number of them.
-                if kernel in linear.SKIPPING or share == _SHARES[0]:
-                    measured.add(kernel, problem, functools.partial(run, kernel, levels, 0.5, dense))
-
-
-def _measure_convolution(
-    measured: _Measured,
-    images: int,
-    inputs: int,
-    size: int,
-    outputs: int,
-    kernel: int,
-    stride: int,
-    groups: int,
-    channels_last: bool,
-) -> None:
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    geometry = Geometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), False, (0, 0), groups)
-    places = (size + 2 * (kernel // 2) - kernel) // stride + 1
-    x = torch.randn(images, inputs, size, size).contiguous(memory_format=order)
-    weight = torch.randn(outputs, inputs // groups, kernel, kernel)
-    for share in _SHARES:
-        levels = _levels((images, outputs, places, places), share).contiguous(memory_format=order)
-        delta = Delta(levels, 0.5)
-        for name in convolution.KERNELS:
-            if name == "dense" and share != _SHARES[0]:
-                continue
-            for product in ("input", "weight"):
-                problem = ConvolutionProblem(
-                    product,
-                    levels.numel(),
-                    x.numel(),
-                    (outputs, inputs // groups, kernel, kernel),
-                    groups,
-                    int(levels.count_nonzero()),
-                    levels=True,
-                    channels_last=channels_last,
-                )
-                if product == "input":
-                    work = functools.partial(convolution.input_grad, name, delta, weight, x.shape, geometry)
-                else:
-                    work = functools.partial(convolution.weight_grad, name, delta, x, weight, geometry)
-                measured.add(name, problem, work)
-
-
-def _levels(shape: tuple[int, ...], share: float) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(shape, generator=generator) >= share
-    return (kept * torch.randint(1, 20, shape, generator=generator)).to(torch.int8)
-
-
-def _time(work: Callable[[], Any]) -> float:
-    """The least of a few runs: whatever else the machine does only ever adds."""
-    work()
-    times: list[float] = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _fit(rows: Sequence[tuple[list[float], float]]) -> list[float]:
-    terms = np.array([term for term, _ in rows])
-    seconds = np.array([second for _, second in rows])
-    # Every row over its own time: relative errors count alike. Columns are scaled for the solver's sake.
-    relative = terms / seconds[:, None]
-    scale = relative.max(0)
-    solution, _ = nnls(relative / scale, np.ones(len(rows)))
-    return (solution / scale).tolist()
-
-
 _models: dict[int, CostModel] = {}
 
 
@@ -288,14 +157,15 @@ def model() -> CostModel:
 
 
 def _calibrated(path: Path) -> CostModel:
+    from retrograde.kernels.calibrate import calibrate
+
     start = time.perf_counter()
     found = calibrate()
     _LOG.info("kernels calibrated in %.1f s; the result is kept in %s", time.perf_counter() - start, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(found.weights, file)
-        os.replace(file.name, path)
+        text = json.dumps(found.weights)
+        host.write_atomically(path, lambda file: file.write(text.encode()), shared=True)
     except OSError as error:
         _LOG.warning("the calibration of kernels cannot be kept in %s: %s", path, error)
     return found
@@ -307,33 +177,31 @@ def _stored(path: Path) -> CostModel | None:
         found = {str(name): [float(w) for w in row] for name, row in weights.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return None
-    fits: dict[str, int] = {}
-    for transposed, levels, kernel in itertools.product((False, True), (False, True), linear.KERNELS):
-        probe = Problem(1, 1, 1, 1, levels=levels, transposed=transposed)
-        fits[probe.fit(kernel)] = len(probe.terms(kernel))
+    return CostModel(found) if all(len(found.get(n, ())) == size for n, size in _fits().items()) else None
+
+
+def _fits() -> dict[str, int]:
+    """Every fit's number of terms."""
+    found: dict[str, int] = {}
+    for operand, kernels in OPERANDS.items():
+        for transposed, levels, kernel in itertools.product((False, True), (False, True), kernels):
+            # An exact gradient meets operands in its own precision alone.
+            if levels or operand == "float32":
+                one = Problem(1, 1, 1, 1, levels=levels, transposed=transposed, operand=operand)
+                found[one.fit(kernel)] = len(one.terms(kernel))
     for product, last, kernel in itertools.product(("input", "weight"), (False, True), convolution.KERNELS):
         other = ConvolutionProblem(product, 1, 1, (1, 1, 1, 1), 1, 1, levels=True, channels_last=last)
-        fits[other.fit(kernel)] = len(other.terms(kernel))
-    whole = all(len(found.get(name, ())) == length for name, length in fits.items())
-    return CostModel(found) if whole else None
+        found[other.fit(kernel)] = len(other.terms(kernel))
+    return found
 
 
 def _path() -> Path:
-    cache = os.environ.get("RETROGRADE_CACHE") or Path.home() / ".cache" / "retrograde"
-    facts = (_VERSION, _processor(), torch.get_num_threads(), torch.__version__, np.__version__)
+    versions = (torch.__version__, np.__version__)
+    facts = (_VERSION, host.processor(), host.instructions(), torch.get_num_threads(), versions)
     # Environment settings of oneDNN and MKL change how fast torch's own products are.
     settings = [(k, v) for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_", "MKL_"))]
     digest = hashlib.sha256(repr((facts, settings)).encode()).hexdigest()[:16]
-    return Path(cache) / "kernels" / f"{digest}.json"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    return "".join(
-        sorted({line for line in info.read_text().splitlines() if line.startswith(("model name", "flags"))})
-    )
+    return host.cache_folder("kernels") / f"{digest}.json"
 
 
 def worthwhile(products: int) -> bool:

@@ -3,6 +3,7 @@
 The reference runs where nothing faster is known: on other devices, in other dtypes, for small products.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from retrograde.kernels import reference
+from retrograde.kernels.cpu_memory import lies_channels_last
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.int8 import Quantised
 from retrograde.maths import dither
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ _LADDER = {
     "int8": ("dense", "skip", "bfloat16", "skip-bfloat16", "int8"),
 }
 """Kernels by the least precision that the operands may be rounded to."""
+_OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+"""Dense operands that kernels take."""
 _GRAIN = 64
 """Shares of non-zeros are told apart in steps of one part in so many: kernels for close ones are the same."""
 
@@ -61,19 +66,21 @@ class Products:
         self._compacted: Sparse | None = None
         self._input_grad: Tensor | None = None
 
-    def linear_input_grad(self, weight: Tensor, input_shape: Sequence[int]) -> tuple[Tensor, Done]:
+    def linear_input_grad(
+        self, weight: Tensor | Quantised, input_shape: Sequence[int]
+    ) -> tuple[Tensor, Done]:
         """`reference.linear_input_grad`, and how."""
         kernel = self._linear_kernel(weight, transposed=False)
         if kernel is None:
-            return reference.linear_input_grad(self._delta, weight, input_shape), Done()
+            return reference.linear_input_grad(self._delta, _dense(weight), input_shape), Done()
         return self._linear(kernel, weight, transposed=False).view(tuple(input_shape)), _done(kernel)
 
-    def linear_weight_grad(self, x: Tensor) -> tuple[Tensor, Done]:
-        """`reference.linear_weight_grad`, and how."""
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    def linear_weight_grad(self, x: Tensor | Quantised) -> tuple[Tensor, Done]:
+        """`reference.linear_weight_grad`, and how; a quantised x comes as rows (n, i)."""
+        rows = x if isinstance(x, Quantised) else x.reshape(x.shape[:-1].numel(), x.shape[-1])
         kernel = self._linear_kernel(rows, transposed=True)
         if kernel is None:
-            return reference.linear_weight_grad(self._delta, x), Done()
+            return reference.linear_weight_grad(self._delta, _dense(x)), Done()
         return self._linear(kernel, rows, transposed=True), _done(kernel)
 
     def convolution_input_grad(
@@ -91,12 +98,22 @@ class Products:
         found = convolution.input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
         return found, Done(kernel, None, skips_zeros=True)
 
-    def convolution_weight_grad(self, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Done]:
-        """`reference.convolution_weight_grad`, and how."""
+    def convolution_weight_grad(
+        self, x: Tensor, weight: Tensor, geometry: Geometry, *, joint: bool = True
+    ) -> tuple[Tensor, Done]:
+        """`reference.convolution_weight_grad`, and how.
+
+        Args:
+            x: the layer's input, or something narrower in its place.
+            weight: whose gradient it is; only its shape is read, unless `joint`.
+            geometry: of the convolution.
+            joint: x and the weight are the layer's own, so that one call may compute dx too.
+        """
         kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
         if kernel is None:
             if (
-                self._wanted > 1
+                joint
+                and self._wanted > 1
                 and self._convolution_kernel("input", weight, weight, x.shape, geometry) is None
             ):
                 self._input_grad, found = reference.convolution_grads(self._delta, x, weight, geometry)
@@ -107,10 +124,12 @@ class Products:
         found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, self._sparse(geometry))
         return found, Done(kernel, None, skips_zeros=True)
 
-    def _linear_kernel(self, dense: Tensor, *, transposed: bool) -> str | None:
+    def _linear_kernel(self, dense: Tensor | Quantised, *, transposed: bool) -> str | None:
         """The kernel for a product with `dense`; None for the reference."""
-        values = self._delta.values
-        if not _known(values, dense):
+        values, levels = self._delta.values, self._delta.step is not None
+        bare = dense.values if isinstance(dense, Quantised) else dense
+        operand = _OPERANDS.get(bare.dtype)
+        if operand is None or not _known(values, bare) or not (levels or operand == "float32"):
             return None
         m, i = dense.shape
         a = values.numel() // m
@@ -119,12 +138,21 @@ class Products:
 
         if not choose.worthwhile(a * m * i):
             return None
-        levels, share = self._delta.step is not None, 1 / self._wanted
-        problem = choose.Problem(a, m, i, self._nonzeros(), levels, transposed, share)
-        kernel = choose.model().best(problem, self._allowed)
+        share = 1 / self._wanted
+        problem = choose.Problem(a, m, i, self._nonzeros(), levels, transposed, share, operand)
+        kernel = choose.model().best(problem, self._kernels(operand))
         return None if kernel == "dense" else kernel
 
-    def _linear(self, kernel: str, dense: Tensor, *, transposed: bool) -> Tensor:
+    def _kernels(self, operand: str) -> tuple[str, ...]:
+        """Those that the precision allows; what has been rounded to 8 bits already loses nothing by any."""
+        from retrograde.kernels import choose
+
+        if operand == "int8":
+            return choose.OPERANDS[operand]
+        allowed = (*self._allowed, "skip-bfloat16") if operand == "bfloat16" else self._allowed
+        return tuple(kernel for kernel in choose.OPERANDS[operand] if kernel in allowed)
+
+    def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> Tensor:
         from retrograde.kernels import cpu, linear
 
         delta = self._delta
@@ -137,7 +165,12 @@ class Products:
         self, product: str, dense: Tensor, weight: Tensor, x_shape: Sequence[int], geometry: Geometry
     ) -> str | None:
         values = self._delta.values
-        if values.dim() != 4 or geometry.transposed or not _known(values, dense):
+        if (
+            values.dim() != 4
+            or geometry.transposed
+            or dense.dtype != torch.float32
+            or not _known(values, dense)
+        ):
             return None
         from retrograde.kernels import choose, convolution
 
@@ -175,10 +208,15 @@ class Products:
 
 def _known(values: Tensor, dense: Tensor) -> bool:
     """Whether there is more than the reference for these operands."""
-    known = values.dtype in (torch.int8, torch.float32) and dense.dtype == torch.float32
     return (
-        known and values.device.type == dense.device.type == "cpu" and min(values.numel(), dense.numel()) > 0
+        values.dtype in (torch.int8, torch.float32)
+        and values.device.type == dense.device.type == "cpu"
+        and min(values.numel(), dense.numel()) > 0
     )
+
+
+def _dense(operand: Tensor | Quantised) -> Tensor:
+    return operand.dense() if isinstance(operand, Quantised) else operand
 
 
 def _done(kernel: str) -> Done:
@@ -192,6 +230,10 @@ def _done(kernel: str) -> Done:
 
 def statistics(delta: Tensor) -> tuple[float, float]:
     """Standard deviation and peak of a gradient: `retrograde.maths.dither.statistics`."""
+    if _triton_takes(delta):
+        from retrograde.kernels import cuda
+
+        return cuda.statistics(delta)
     if not _numba_takes(delta):
         return dither.statistics(delta)
     from retrograde.kernels import cpu
@@ -202,17 +244,30 @@ def statistics(delta: Tensor) -> tuple[float, float]:
 
 def nsd(delta: Tensor, step: float, key: int, bits: int | None) -> tuple[Delta, int]:
     """The dithered gradient with noise from `key`, and the largest magnitude of its levels."""
-    if bits is None or not _numba_takes(delta):
+    if bits is not None and _triton_takes(delta):
+        from retrograde.kernels import cuda
+
+        found = cuda.nsd(delta, step, key, bits)
+    elif bits is not None and _numba_takes(delta):
+        from retrograde.kernels import cpu
+
+        found = cpu.nsd(delta.float(), step, key, bits)
+    else:
         levels = reference.nsd(delta, step, key, bits)
         return Delta(levels, step), int(levels.abs().max())
-    from retrograde.kernels import cpu
-
-    found = cpu.nsd(delta.float(), step, key, bits)
     values = found.values
-    if cpu.lies_channels_last(delta):
+    if lies_channels_last(delta):
         values = values.contiguous(memory_format=torch.channels_last)
     return Delta(values, step, found.zeros), found.largest
 
 
 def _numba_takes(delta: Tensor) -> bool:
     return delta.device.type == "cpu" and delta.dtype != torch.float64
+
+
+def _triton_takes(delta: Tensor) -> bool:
+    if delta.device.type != "cuda" or not delta.numel() or importlib.util.find_spec("triton") is None:
+        return False
+    from retrograde.kernels import cuda
+
+    return cuda.supports(delta, delta)

@@ -8,15 +8,15 @@ Kernels, by what they round and what they visit:
 - ``skip-bfloat16``: the non-zeros, D rounded to bfloat16, sums in float32;
 - ``int8``: everything, each column of D rounded to 8 bits, sums in int32.
 
-Levels are whole numbers of 8 bits, which bfloat16 holds exactly.
+Levels are whole numbers of 8 bits, which bfloat16 holds exactly; so are the numbers of a D that an 8-bit forward pass
+left quantised.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrograde.kernels import cpu
+from retrograde.kernels import cpu, int8
+from retrograde.kernels.int8 import Quantised
 
 KERNELS = ("dense", "skip", "bfloat16", "skip-bfloat16", "int8")
 SKIPPING = ("skip", "skip-bfloat16")
@@ -24,14 +24,13 @@ SKIPPING = ("skip", "skip-bfloat16")
 PRECISION = {"bfloat16": "bfloat16", "skip-bfloat16": "bfloat16", "int8": "int8"}
 """What a kernel rounds to; others leave the operand's own precision."""
 TILE = cpu.TILE
-_LARGEST = 127.0
 
 
 def run(
     kernel: str,
     values: Tensor,
     step: float | None,
-    dense: Tensor,
+    dense: Tensor | Quantised,
     *,
     transposed: bool = False,
     lists: cpu.Lists | None = None,
@@ -47,23 +46,27 @@ def run(
         lists: the index lists of `values`, where they are known.
     """
     scale = 1.0 if step is None else step
+    factor = values.T if transposed else values
+    if kernel == "int8":
+        return _int8(factor, scale, dense)
+    bare = dense.values if isinstance(dense, Quantised) else dense
     if kernel in SKIPPING:
         sparse = cpu.lists(values) if lists is None else lists
         if transposed:
             sparse = sparse.transposed()
-        packed = cpu.pack(dense, half=kernel == "skip-bfloat16" or dense.dtype == torch.bfloat16)
-        return cpu.product(sparse, packed, dense.shape[1], scale).to(dense.dtype)
-    factor = values.T if transposed else values
-    if kernel == "int8":
-        return _int8(factor, scale, dense)
-    dtype = torch.bfloat16 if kernel == "bfloat16" else dense.dtype
-    found = (factor.to(dtype) @ dense.to(dtype)).to(dense.dtype)
-    return found if step is None else found.mul_(step)
+        packed = cpu.pack(bare, half=kernel == "skip-bfloat16" or bare.dtype == torch.bfloat16)
+        found = cpu.product(sparse, packed, bare.shape[1], scale)
+    else:
+        own = torch.float32 if bare.dtype == torch.int8 else bare.dtype
+        dtype = torch.bfloat16 if kernel == "bfloat16" else own
+        found = (factor.to(dtype) @ bare.to(dtype)).to(own)
+        found = found if step is None else found.mul_(step)
+    if isinstance(dense, Quantised):
+        found = found.mul_(dense.scale)
+    return found.to(dense.dtype)
 
 
-def _int8(factor: Tensor, scale: float, dense: Tensor) -> Tensor:
-    peaks = dense.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny).float()
-    rounded = (dense * (_LARGEST / peaks)).round_().to(torch.int8)
-    product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    found = product(factor.contiguous(), rounded)
-    return found.to(dense.dtype).mul_(peaks * (scale / _LARGEST))
+def _int8(factor: Tensor, scale: float, dense: Tensor | Quantised) -> Tensor:
+    operand = dense if isinstance(dense, Quantised) else int8.quantise_columns(dense)
+    found = int8.int_product(factor.contiguous(), operand.values)
+    return found.to(torch.float32).mul_(operand.scale * scale).to(operand.dtype)

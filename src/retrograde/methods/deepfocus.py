@@ -12,7 +12,8 @@ the gradient δ at its output, seen before any of its backward work:
 
 SKIP at a branch drops its whole backward pass; in a chain dx and db are computed and dW is not. LOW rounds both
 operands of dx and of dW, stochastically, to int8 (step = peak/127) or to bfloat16, and accumulates in the layer's own
-precision; here this is emulated, so it is counted at the precision's discount but takes no less time. A probed block
+precision or in int32. Large int8 products of linear layers run on whichever kernel is fastest; those of convolutions
+and of bfloat16 are emulated: counted at the precision's discount, they take no less time. A probed block
 runs in LOW, as r < β. Parameters whose every call in a step was skipped get no gradient at all, so neither momentum nor
 weight decay moves them.
 
@@ -54,6 +55,7 @@ from retrograde.engine.statistics import across_ranks
 from retrograde.errors import OptionError
 from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
+from retrograde.kernels.int8 import Quantised
 from retrograde.maths import deepfocus as maths
 from retrograde.maths.philox import mix_key, numbers
 
@@ -262,16 +264,26 @@ class _LowPrecision(Rule):
         rounded = self._rounded(call, delta.values, _DELTA)
         if rounded is None:
             return delta
-        if call.needs.input:
-            call.weight = self._operand(call, call.weight, _WEIGHT)
-        if call.needs.weight:
-            call.saved = tuple(self._operand(call, x, _SAVED + i) for i, x in enumerate(call.saved))
+        if call.needs.input and call.int8_weight is None:
+            call.weight, call.int8_weight = self._operand(call, call.weight, _WEIGHT)
+        if call.needs.weight and call.int8_x is None:
+            kept = [self._operand(call, x, _SAVED + i) for i, x in enumerate(call.saved)]
+            call.saved = tuple(x for x, _ in kept)
+            call.int8_x = kept[0][1] if len(kept) == 1 else None
         call.precision = self._low
         return rounded
 
-    def _operand(self, call: Call, x: torch.Tensor, which: int) -> torch.Tensor:
+    def _operand(self, call: Call, x: torch.Tensor, which: int) -> tuple[torch.Tensor, Quantised | None]:
+        """An operand as it was rounded, and in 8 bits where kernels can take it so."""
         rounded = self._rounded(call, x, which)
-        return x if rounded is None else rounded.dense(x.dtype)
+        if rounded is None:
+            return x, None
+        if call.geometry is not None or rounded.step is None or not rounded.values.numel():
+            return rounded.dense(x.dtype), None
+        levels = rounded.values.reshape(-1, x.shape[-1])
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = torch.full((x.shape[-1],), rounded.step, dtype=wide, device=x.device)
+        return x, Quantised(levels, scale, x.dtype)
 
     def _rounded(self, call: Call, x: torch.Tensor, which: int) -> Delta | None:
         key = mix_key(call.key, which)

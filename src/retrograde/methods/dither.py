@@ -53,6 +53,8 @@ class Dither(Method):
             nearest, which the noise of dithering drowns. ``"auto"`` allows int8 with a scale for each column,
             ``"float32"`` rounds nothing. Sums are kept in float32 or int32.
         bits: width of the integer levels, 2 to 8; None leaves them unbounded, without widening the step.
+        forward: ``"int8"``: the forward products of linear layers run in 8 bits too, to nearest, and keep x in 8 bits
+            for the backward pass (`retrograde.kernels.int8`); weights and evaluation stay as they are.
 
     Raises:
         OptionError: a value out of its range.
@@ -62,11 +64,13 @@ class Dither(Method):
     """
 
     name: ClassVar[str] = "dither"
+    saves_time: ClassVar[bool] = True
 
     scale: float = 2.0
     target_sparsity: float | None = None
     bits: int | None = 8
     products: Literal["auto", "float32", "bfloat16"] = "auto"
+    forward: Literal["exact", "int8"] = "exact"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
@@ -84,6 +88,8 @@ class Dither(Method):
             raise OptionError(
                 f"Dither: products={self.products!r} must be one of {', '.join(map(repr, _PRECISION))}."
             )
+        if self.forward not in ("exact", "int8"):
+            raise OptionError(f"Dither: forward={self.forward!r} must be 'exact' or 'int8'.")
         if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(
                 f"Dither: bits={self.bits} must be a whole number from 2 to 8, or None for unbounded levels."
@@ -91,7 +97,11 @@ class Dither(Method):
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer is dithered."""
-        return _DitherRule(site.name, self)
+        rule = _DitherRule(site.name, self)
+        if self.forward == "int8":
+            rule.int8_forward = site.kind == "linear"
+            rule.remark = "" if rule.int8_forward else "forward pass exact: 8 bits are for linear layers"
+        return rule
 
 
 class _DitherRule(Rule):

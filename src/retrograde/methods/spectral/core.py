@@ -11,8 +11,8 @@ from retrograde.accounting.flops import DISCOUNTS, linear_flops
 from retrograde.engine.slots import Call, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
 from retrograde.errors import AttachError
-from retrograde.kernels import reference
 from retrograde.kernels.delta import Delta
+from retrograde.kernels.dispatch import Done
 from retrograde.kernels.geometry import Geometry
 from retrograde.maths import spectral
 from retrograde.methods.spectral import projection
@@ -84,15 +84,17 @@ class SpectralRule(Rule):
         """Equation (1); on full steps the layer's own product."""
         if len(call.saved) == 1:
             if call.geometry is None:
-                return reference.linear_weight_grad(delta, call.saved[0])
-            return reference.convolution_weight_grad(delta, call.saved[0], call.weight, call.geometry)
+                x = call.saved[0] if call.int8_x is None else call.int8_x
+                return call.products.linear_weight_grad(x)[0]
+            return call.products.convolution_weight_grad(call.saved[0], call.weight, call.geometry)[0]
         kept, basis = call.saved
+        found, done = projection.product(call.products, kept, basis, call.weight, call.geometry)
         if kept.numel():
             self._diagnostics.saved_fraction = kept.numel() / prod(call.input_shape)
-            self._count(call, delta, kept, basis)
-        return projection.product(delta, kept, basis, call.weight, call.geometry)
+            self._count(call, delta, kept, basis, done)
+        return found
 
-    def _count(self, call: Call, delta: Delta, kept: Tensor, basis: Tensor) -> None:
+    def _count(self, call: Call, delta: Delta, kept: Tensor, basis: Tensor, done: Done) -> None:
         """Replace the dense product that was counted for this call by the projected one."""
         factor, rest = projection.flops(call.delta.shape, kept, basis, call.weight, call.geometry)
         groups, d, rank = basis.shape
@@ -104,8 +106,9 @@ class SpectralRule(Rule):
         discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
         counters = call.counters
         counters.weight_grad_needed += rest + (factor - dense) * used
-        counters.weight_grad_executed += rest + factor - dense
-        counters.weight_grad_discounted += (rest + factor - dense) * discount
+        executed = rest + (factor * used if done.skips_zeros else factor) - dense
+        counters.weight_grad_executed += executed
+        counters.weight_grad_discounted += executed * discount
 
     # Slot 7: between the backward pass and the optimizer.
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from retrograde.accounting.flops import convolution_flops, linear_flops
-from retrograde.kernels import reference
-from retrograde.kernels.delta import Delta
+from retrograde.kernels.dispatch import Done, Products
 from retrograde.kernels.geometry import Geometry
 
 
@@ -48,30 +47,33 @@ def keep(x: Tensor, basis: Tensor, kernel: tuple[int, ...], geometry: Geometry |
     )
 
 
-def product(delta: Delta, kept: Tensor, basis: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
-    """``(δ̃ᵀ(x̂U)) Uᵀ``, shaped as `weight`.
+def product(
+    products: Products, kept: Tensor, basis: Tensor, weight: Tensor, geometry: Geometry | None
+) -> tuple[Tensor, Done]:
+    """``(δ̃ᵀ(x̂U)) Uᵀ``, shaped as `weight`, and how the product with δ̃ was computed.
 
     Args:
-        delta: δ̃.
+        products: of δ̃.
         kept: what `keep` returned.
         basis: the U that it was kept with, of the same dtype.
         weight: the layer's weight; only its shape is read.
         geometry: None for a linear layer.
     """
     if geometry is None:
-        return reference.linear_weight_grad(delta, kept) @ basis[0].mT
+        factor, done = products.linear_weight_grad(kept)
+        return factor @ basis[0].mT, done
     groups, _, rank = basis.shape
     if geometry.transposed:
         narrow = kept.new_empty(groups * rank, *weight.shape[1:])
-        factor = reference.convolution_weight_grad(delta, kept, narrow, geometry)
-        return (basis @ factor.view(groups, rank, -1)).reshape(weight.shape)
+        factor, done = products.convolution_weight_grad(kept, narrow, geometry, joint=False)
+        return (basis @ factor.reshape(groups, rank, -1)).reshape(weight.shape), done
     # The patches are gone into x̂U: what is left is a convolution of single pixels.
     ones = (1,) * (weight.dim() - 2)
     none = (0,) * len(ones)
     pixelwise = Geometry(ones, none, ones, False, none, groups)
     narrow = kept.new_empty(weight.shape[0], rank, *ones)
-    factor = reference.convolution_weight_grad(delta, kept, narrow, pixelwise)
-    return (factor.view(groups, -1, rank) @ basis.mT).reshape(weight.shape)
+    factor, done = products.convolution_weight_grad(kept, narrow, pixelwise, joint=False)
+    return (factor.reshape(groups, -1, rank) @ basis.mT).reshape(weight.shape), done
 
 
 def flops(

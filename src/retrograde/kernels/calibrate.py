@@ -1,0 +1,154 @@
+"""The calibration of the cost model: every kernel on a few shapes, and the fits to what they took."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from retrograde.kernels import convolution, int8, linear
+from retrograde.kernels.choose import OPERANDS, ConvolutionProblem, CostModel, Problem
+from retrograde.kernels.delta import Delta
+from retrograde.kernels.geometry import Geometry
+
+_SHAPES = (
+    (16, 64, 64),
+    (64, 128, 512),
+    (64, 512, 512),
+    (256, 256, 1024),
+    (512, 512, 512),
+    (512, 1024, 1024),
+    (128, 2048, 784),
+    (2048, 256, 512),
+    (256, 3072, 256),
+)
+"""(a, m, i) of the calibration."""
+_CONVOLUTIONS = (
+    (32, 3, 32, 64, 3, 1, 1),
+    (16, 16, 32, 16, 3, 1, 1),
+    (16, 64, 32, 64, 3, 1, 1),
+    (16, 128, 16, 128, 3, 1, 1),
+    (32, 256, 8, 256, 3, 1, 1),
+    (16, 64, 32, 128, 3, 2, 1),
+    (32, 256, 16, 128, 1, 1, 1),
+    (16, 128, 16, 128, 3, 1, 8),
+)
+"""(images, inputs, height and width, outputs, kernel, stride, groups) of the calibration."""
+_SHARES = (0.5, 0.8, 0.92, 0.98)
+_REPEATS = 3
+
+
+class _Measured:
+    """Terms and seconds by fit."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[tuple[list[float], float]]] = {}
+
+    def add(self, kernel: str, problem: Problem | ConvolutionProblem, work: Callable[[], Any]) -> None:
+        self._rows.setdefault(problem.fit(kernel), []).append((problem.terms(kernel), _time(work)))
+
+    def model(self) -> CostModel:
+        return CostModel({name: _fit(rows) for name, rows in self._rows.items()})
+
+
+def calibrate() -> CostModel:
+    """Measure every kernel on a few shapes; seconds."""
+    measured = _Measured()
+    for number, shape in enumerate(_SHAPES):
+        # Every other shape tells enough of operands that come in another precision.
+        _measure_linear(measured, *shape, operands=tuple(OPERANDS) if number % 2 else ("float32",))
+    for shape in _CONVOLUTIONS:
+        for channels_last in (False, True):
+            _measure_convolution(measured, *shape, channels_last)
+    return measured.model()
+
+
+def _measure_linear(measured: _Measured, a: int, m: int, i: int, operands: Sequence[str]) -> None:
+    dense = torch.randn(m, i)
+    comes = {"float32": dense, "bfloat16": dense.bfloat16(), "int8": int8.quantise_columns(dense)}
+    for transposed in (False, True):
+        run = functools.partial(linear.run, transposed=transposed)
+        shape = (m, a) if transposed else (a, m)
+        plain = Problem(a, m, i, a * m, levels=False, transposed=transposed)
+        measured.add("dense", plain, functools.partial(run, "dense", torch.randn(shape), None, dense))
+        for share in _SHARES:
+            levels = _levels(shape, share)
+            nonzeros = int(levels.count_nonzero())
+            for operand in operands:
+                problem = Problem(a, m, i, nonzeros, levels=True, transposed=transposed, operand=operand)
+                for kernel in OPERANDS[operand]:
+                    # What multiplies zeros takes as long with any number of them.
+                    if kernel in linear.SKIPPING or share == _SHARES[0]:
+                        work = functools.partial(run, kernel, levels, 0.5, comes[operand])
+                        measured.add(kernel, problem, work)
+
+
+def _measure_convolution(
+    measured: _Measured,
+    images: int,
+    inputs: int,
+    size: int,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    groups: int,
+    channels_last: bool,
+) -> None:
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    geometry = Geometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), False, (0, 0), groups)
+    places = (size + 2 * (kernel // 2) - kernel) // stride + 1
+    x = torch.randn(images, inputs, size, size).contiguous(memory_format=order)
+    weight = torch.randn(outputs, inputs // groups, kernel, kernel)
+    for share in _SHARES:
+        levels = _levels((images, outputs, places, places), share).contiguous(memory_format=order)
+        delta = Delta(levels, 0.5)
+        for name in convolution.KERNELS:
+            if name == "dense" and share != _SHARES[0]:
+                continue
+            for product in ("input", "weight"):
+                problem = ConvolutionProblem(
+                    product,
+                    levels.numel(),
+                    x.numel(),
+                    (outputs, inputs // groups, kernel, kernel),
+                    groups,
+                    int(levels.count_nonzero()),
+                    levels=True,
+                    channels_last=channels_last,
+                )
+                if product == "input":
+                    work = functools.partial(convolution.input_grad, name, delta, weight, x.shape, geometry)
+                else:
+                    work = functools.partial(convolution.weight_grad, name, delta, x, weight, geometry)
+                measured.add(name, problem, work)
+
+
+def _levels(shape: tuple[int, ...], share: float) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(shape, generator=generator) >= share
+    return (kept * torch.randint(1, 20, shape, generator=generator)).to(torch.int8)
+
+
+def _time(work: Callable[[], Any]) -> float:
+    """The least of a few runs: whatever else the machine does only ever adds."""
+    work()
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _fit(rows: Sequence[tuple[list[float], float]]) -> list[float]:
+    terms = np.array([term for term, _ in rows])
+    seconds = np.array([second for _, second in rows])
+    # Every row over its own time: relative errors count alike. Columns are scaled for the solver's sake.
+    relative = terms / seconds[:, None]
+    scale = relative.max(0)
+    solution, _ = nnls(relative / scale, np.ones(len(rows)))
+    return (solution / scale).tolist()
