@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from retrograde.engine.layers import AttachedLayer, LayerKind, find_kind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError, PatternError
+from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe
 
 _NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -25,7 +26,7 @@ _CONVOLUTIONS = (
 ROOT = "(root)"
 """What a layer that is the whole model is called."""
 
-Status = Literal["attached", "left", "bypassed"]
+Status = Literal["attached", "declined", "left", "bypassed"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class PlanRow:
         methods: names of the methods that act on it.
         kernel: which kernel computes the backward products: ``auto``, chosen for each product from its shape and zeros;
             empty when nothing is attached.
-        status: ``attached``, ``left`` (plain, for the reason given) or ``bypassed`` (its forward is never called).
+        status: ``attached``, ``declined`` (plain, because attaching would make it slower), ``left`` (plain, for the
+            reason given) or ``bypassed`` (its forward is never called).
         why: the reason, or what is special about the layer.
+        forecast: what the layer takes in one step, plain and attached, where an example was given to try it with.
     """
 
     name: str
@@ -52,6 +55,7 @@ class PlanRow:
     kernel: str
     status: Status
     why: str
+    forecast: LayerForecast | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class Plan:
     placements: tuple[Placement, ...] = field(repr=False, default=())
     blocks: tuple[BlockRow, ...] = ()
     block_placements: tuple[BlockPlacement, ...] = field(repr=False, default=())
+    step: StepForecast | None = None
+    """Forward and backward pass of the whole model, where an example was given."""
 
     @property
     def attached(self) -> tuple[PlanRow, ...]:
@@ -112,8 +118,18 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
+        rows = [asdict(replace(row, forecast=None)) for row in self.rows]
+        for row in rows:
+            del row["forecast"]
         blocks = {"blocks": [asdict(row) for row in self.blocks]} if self.blocks else {}
-        return {"layers": [asdict(row) for row in self.rows], **blocks}
+        return {"layers": rows, **blocks, **({"forecast": found} if (found := self.forecast()) else {})}
+
+    def forecast(self) -> dict[str, Any] | None:
+        """Seconds of a step, plain and as forecast, of the model and of each layer that was tried; None if none was."""
+        if self.step is None:
+            return None
+        layers = {row.name: asdict(row.forecast) for row in self.rows if row.forecast}
+        return {**asdict(self.step), "ratio": self.step.ratio, "layers": layers}
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -123,10 +139,13 @@ class Plan:
         for name in ("layer", "type", "shape"):
             table.add_column(name, overflow="fold")
         table.add_column("parameters", justify="right")
-        for name in ("status", "methods", "kernel", "why"):
+        for name in ("status", "methods", "kernel"):
             table.add_column(name, overflow="fold")
+        tried = any(row.forecast for row in self.rows)
+        if tried:
+            table.add_column("ms a step, plain → attached", justify="right")
+        table.add_column("why", overflow="fold")
         for row in self.rows:
-            style = None if row.status == "attached" else "dim"
             table.add_row(
                 row.name,
                 row.type,
@@ -135,10 +154,16 @@ class Plan:
                 row.status,
                 ", ".join(row.methods) or "–",
                 row.kernel or "–",
+                *([_milliseconds(row.forecast)] if tried else []),
                 row.why,
-                style=style,
+                style=None if row.status == "attached" else "dim",
             )
-        return Group(table, "", _block_table(self.blocks)) if self.blocks else table
+        parts: list[Any] = [table]
+        if self.step:
+            parts += ["", _step_line(self.step)]
+        if self.blocks:
+            parts += ["", _block_table(self.blocks)]
+        return Group(*parts) if len(parts) > 1 else table
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -149,6 +174,11 @@ class Plan:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
+def escape(name: str) -> str:
+    """The pattern that matches a layer of this name alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def make_plan(
     model: nn.Module,
     methods: Sequence[Method],
@@ -156,6 +186,8 @@ def make_plan(
     only: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
     strict: bool = True,
+    example: Example | None = None,
+    decline: bool = True,
 ) -> Plan:
     """Decide what happens to each layer; changes nothing.
 
@@ -165,10 +197,15 @@ def make_plan(
         only: glob patterns over full layer names (``"features.*"``); nothing else is attached.
         skip: glob patterns of layers to leave alone.
         strict: raise on a pattern or a method without effect.
+        example: one batch, to try with what each layer would save (`retrograde.forecast.Example`): its inputs, or a
+            function that returns its loss, whose gradients are the true ones. Only layers whose methods are there to
+            save time are tried.
+        decline: leave plain the tried layers that attaching would not make faster.
 
     Raises:
         PatternError: a pattern is empty or, when strict, matches no layer.
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
+        OptionError: the example is no batch, or the model is attached already.
     """
     layers = _layers(model)
     bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
@@ -206,7 +243,8 @@ def make_plan(
                     rules[method.name] = answer
                 else:
                     reasons.append(f"{method.name}: {answer}")
-            why = "; ".join([*reasons, *_remarks(name, layer, aliases, sharers)])
+            remarks = [rule.remark for rule in rules.values() if rule.remark]
+            why = "; ".join([*reasons, *remarks, *_remarks(name, layer, aliases, sharers)])
             if rules:
                 status = "attached"
                 placements.append(Placement(name or ROOT, layer, kind, rules))
@@ -222,9 +260,77 @@ def make_plan(
                 why,
             )
         )
-    plan = Plan(tuple(rows), tuple(placements), *_plan_blocks(model, methods, placements, bypassed))
+    step = None
+    if example is not None:
+        sites = {
+            p.name: Site(p.name, p.layer, p.kind.kind, p.name in sharers, p.name == last) for p in placements
+        }
+        step = _forecast(model, methods, rows, placements, sites, example, decline)
+    plan = Plan(tuple(rows), tuple(placements), *_plan_blocks(model, methods, placements, bypassed), step)
     _refuse_no_effect(plan, methods, strict)
     return plan
+
+
+def _forecast(
+    model: nn.Module,
+    methods: Sequence[Method],
+    rows: list[PlanRow],
+    placements: list[Placement],
+    sites: Mapping[str, Site],
+    example: Example,
+    decline: bool,
+) -> StepForecast | None:
+    """Try the layers whose methods all save time; rows and placements are changed in place."""
+    if any(isinstance(module, AttachedLayer) for module in model.modules()):
+        raise OptionError(
+            "the model is attached already: what attaching would save shows on a plain one only."
+        )
+    acting = {method.name: method for method in methods}
+    tried = [p for p in placements if all(acting[name].saves_time for name in p.rules)]
+    if not tried:
+        return None
+    seen = observe(model, {place.name: place.layer for place in tried}, example)
+    trials, saved = Trials(), 0.0
+    for place in tried:
+        calls = seen.layers.get(place.name)
+        if not calls:
+            continue
+
+        def make_rules(layer: nn.Module, place: Placement = place) -> tuple[Rule, ...]:
+            made = [acting[name].make_rule(replace(sites[place.name], layer=layer)) for name in place.rules]
+            return tuple(rule for rule in made if isinstance(rule, Rule))
+
+        found = trials.run(Candidate(place.name, place.layer, place.kind, make_rules), calls)
+        index = next(i for i, row in enumerate(rows) if row.name == place.name)
+        rows[index] = replace(rows[index], forecast=found)
+        if decline and found.loses:
+            rows[index] = replace(
+                rows[index],
+                methods=(),
+                kernel="",
+                status="declined",
+                why=_why_declined(found, rows[index].why),
+            )
+            placements.remove(place)
+        else:
+            saved += found.plain - found.attached
+    return StepForecast(seen.seconds, seen.seconds - saved)
+
+
+def _why_declined(found: LayerForecast, why: str) -> str:
+    reason = f"would take ×{found.attached / found.plain:.2f} the time, at {found.zeros:.0%} zeros"
+    return f"{reason}; {why}" if why else reason
+
+
+def _milliseconds(found: LayerForecast | None) -> str:
+    return f"{found.plain * 1e3:.2f} → {found.attached * 1e3:.2f}" if found else "–"
+
+
+def _step_line(step: StepForecast) -> str:
+    return (
+        f"Forward and backward pass: {step.plain * 1e3:.1f} ms plain, measured; {step.attached * 1e3:.1f} ms forecast "
+        f"(×{step.ratio:.2f}), from each layer tried by itself."
+    )
 
 
 def _plan_blocks(
@@ -440,6 +546,14 @@ def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> No
             reasons = "; ".join(f"{row.name} ({row.type}): {row.why}" for row in plan.rows[:8])
             raise NoEffectError(
                 f"{method.name} would touch no layer of the model, so it would have no effect. Layers: "
-                f"{reasons or 'none with parameters'}. Check `only` and `skip`, or teach a layer type with "
-                "retrograde.register_layer."
+                f"{reasons or 'none with parameters'}. {_remedy(plan)}"
             )
+
+
+def _remedy(plan: Plan) -> str:
+    if any(row.status == "declined" for row in plan.rows):
+        return (
+            "The layers were declined because attaching would make them slower on this machine: train the plain model, "
+            "or attach all the same with decline=False."
+        )
+    return "Check `only` and `skip`, or teach a layer type with retrograde.register_layer."

@@ -20,6 +20,7 @@ from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Block, Conductor, Method
 from retrograde.errors import AttachError, DetachError, OptionError, StateError
+from retrograde.forecast import Example
 from retrograde.plan import BlockPlacement, Plan, make_plan
 
 _STATE_FORMAT = 1
@@ -38,6 +39,8 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     strict: bool = True,
     seed: int | None = None,
+    example: Example | None = None,
+    decline: bool = True,
 ) -> "Session":
     """Give `model` a better backward pass, in place; the training loop stays as it is.
 
@@ -50,6 +53,11 @@ def attach(
             of an attached layer, including those made later.
         strict: raise on whatever would have no effect; False warns where it can.
         seed: seed of the methods' random numbers; None takes torch's (`torch.manual_seed`).
+        example: one batch, from which the plan forecasts what each layer will save: the model's inputs (a tensor, a
+            tuple, a dict), or a function without arguments that returns the loss. It is run a few times, forward and
+            backward, which leaves parameters, gradients, buffers and random state as they were.
+        decline: with an example, leave plain the layers that attaching would not make faster, where saving time is all
+            that their methods are for.
 
     Returns:
         The `Session`: plan, figures, state, and the way back.
@@ -62,7 +70,7 @@ def attach(
     """
     chosen = _check_methods(methods)
     _check_model(model)
-    plan = make_plan(model, chosen, only=only, skip=skip, strict=strict)
+    plan = make_plan(model, chosen, only=only, skip=skip, strict=strict, example=example, decline=decline)
     return Session(model, chosen, plan, optimizer, strict, torch.initial_seed() if seed is None else seed)
 
 
@@ -203,6 +211,13 @@ class Session:
             self._window = {name: program.total.copy() for name, program in self._programs.items()}
         whole = {name: figures for name, c in self._conductors.items() if (figures := c.metrics())}
         return {**_shares(total), **whole, "layers": layers, **({"blocks": blocks} if blocks else {})}
+
+    def backward_seconds(self) -> dict[str, tuple[float, int]]:
+        """Seconds of each attached layer's backward passes in this process, and the optimizer steps that they were for.
+
+        On a GPU these are the seconds of launching the work.
+        """
+        return {name: (program.clocked, program.clocked_steps) for name, program in self._programs.items()}
 
     def flops(self) -> Flops:
         """FLOPs of the attached layers since attaching, see `retrograde.accounting.flops`."""

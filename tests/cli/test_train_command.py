@@ -195,6 +195,7 @@ def test_resume_of_a_finished_run_gives_the_same_result(run: Run) -> None:
     again = run("train", "--resume", "--out=a", "--json").json
     assert untimed(again) == untimed(first)
     assert again["seconds"] == first["seconds"]
+    assert again["timing"] == first["timing"]
     assert Path("a/model.safetensors").read_bytes() == model
     assert Path("a/metrics.jsonl").read_bytes() == metrics
 

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from retrograde import forecast
 from retrograde.errors import CheckpointError, OptionError, PatternError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, measure, models
@@ -25,7 +26,7 @@ from retrograde.lab.trainer import Progress, Trainer, train
 STEPS = 12
 """Steps of an epoch of `SMALL`."""
 
-_TIMES = ("seconds", "step_seconds", "peak_memory_bytes", "metrics_bytes")
+_TIMES = ("seconds", "step_seconds", "peak_memory_bytes", "metrics_bytes", "timing", "clocked")
 
 
 class Noisy(nn.Sequential):
@@ -161,6 +162,29 @@ def test_every_sort_of_run_resumes(tmp_path: Path, change: dict[str, Any]) -> No
         train(recipe, tmp_path / "run", **stopped_at(7))
     train(recipe, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_declined_layers_goes_on_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: forecast.Trials, candidate: forecast.Candidate, calls: Any) -> forecast.LayerForecast:
+        attached = 0.5 if candidate.name == "1" else 2.0
+        return forecast.LayerForecast(1.0, attached, 0.1, 0.5, {"skip": 1.0})
+
+    monkeypatch.setattr(forecast.Trials, "run", run)
+    recipe = SMALL.model_copy(update={"epochs": 2, "decline": True})
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", **stopped_at(7))
+    monkeypatch.setattr(forecast.Trials, "run", None)
+    result = train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    (layer,) = result["timing"]["layers"].values()
+    assert list(result["timing"]["layers"]) == ["1"]
+    assert layer["forecast"] == result["timing"]["backward_forecast"] == 0.1
+    assert layer["seconds"] > 0
+    rows = {row["name"]: row for row in files.read_run(tmp_path / "run")["plan"]["layers"]}
+    assert rows["5"]["status"] == "declined"
 
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(tmp_path: Path, whole: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from retrograde.cli import output
@@ -11,7 +12,7 @@ from retrograde.cli.flags import RecipeFlags
 from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
-from retrograde.lab import models
+from retrograde.lab import measure, models
 from retrograde.plan import make_plan
 
 
@@ -47,7 +48,21 @@ class PlanCommand:
             limit=recipe.limit,
         )
         model = models.build(recipe.model, data, seed=recipe.seed)
-        plan = make_plan(model, recipe.make_methods(), only=recipe.only, skip=recipe.skip)
+        x, y = lab_data.first_batch(data.train, recipe.batch_size, augment=recipe.augment)
+        device = torch.device("cpu")
+
+        def loss() -> torch.Tensor:
+            with measure.autocast(device, recipe.precision):
+                return measure.loss_of(model(x).float(), y, recipe.label_smoothing)
+
+        plan = make_plan(
+            model,
+            recipe.make_methods(),
+            only=recipe.only,
+            skip=recipe.skip,
+            example=loss,
+            decline=recipe.decline,
+        )
         if self.json:
             output.print_json({"model": recipe.model, "methods": recipe.methods, **plan.to_dict()})
         else:

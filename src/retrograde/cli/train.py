@@ -112,6 +112,18 @@ def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
     for name in ("needed", "executed", "discounted"):
         table.add_row(f"FLOPs, {name}", f"{flops[name]:.3g} ({flops[name] / flops['dense']:.1%})")
     table.add_row("fallbacks", str(result["fallbacks"]))
+    timing = result["timing"]
+    if timing and timing["forecast_ratio"] is not None:
+        table.add_row(
+            "forward and backward pass",
+            f"forecast ×{timing['forecast_ratio']:.2f} of the plain model's time",
+        )
+    if timing and timing["backward_forecast"] is not None:
+        table.add_row(
+            "attached backward passes",
+            f"{timing['backward_seconds'] * 1e3:.2f} ms a step, forecast "
+            f"{timing['backward_forecast'] * 1e3:.2f} ms",
+        )
     table.add_row(
         "training time", f"{result['seconds']:.1f} s ({result['step_seconds'] * 1e3:.1f} ms a step)"
     )

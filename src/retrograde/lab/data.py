@@ -136,6 +136,11 @@ def batches(
     return _batches(split, batch_size, seed=seed, epoch=epoch, augment=augment, start=start)
 
 
+def first_batch(split: Split, batch_size: int, *, augment: bool = False) -> tuple[Tensor, Tensor]:
+    """A batch such as training will bring: shapes and figures of a step come from it."""
+    return next(iter(batches(split, batch_size, seed=0, epoch=0, augment=augment)))
+
+
 def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all rows in order as (inputs, targets); the last batch may be smaller."""
     for first in range(0, len(split), batch_size):

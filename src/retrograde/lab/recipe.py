@@ -34,6 +34,7 @@ class Recipe(BaseModel):
         device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
         precision: ``bfloat16`` trains under autocast.
         compile: run the model through ``torch.compile``.
+        decline: leave plain the layers that methods would make slower, where they are there to make them faster.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +58,7 @@ class Recipe(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    decline: bool = False
 
     @property
     def label(self) -> str:

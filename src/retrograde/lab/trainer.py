@@ -19,7 +19,7 @@ from retrograde.lab import files, machine, measure, models
 from retrograde.lab.data import Data, Split
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.tensorboard import open_writer
-from retrograde.plan import make_plan
+from retrograde.plan import escape, make_plan
 from retrograde.session import Session, attach
 
 _LOG_EVERY = 10
@@ -139,7 +139,7 @@ class Trainer:
         self.model = models.build(recipe.model, data, seed=recipe.seed).to(self.device)
         x, y = self._first_batch()
         self._plain_flops = measure.step_flops(self.model, x, y)
-        self.session = self._attach()
+        self.session = self._attach(x, y, checkpoint)
         self._saved_bytes = measure.saved_activation_bytes(self.model, x, y)
         self._forward = torch.compile(self.model) if recipe.compile else self.model
         self.optimizer = _make_optimizer(recipe, self.model)
@@ -153,6 +153,8 @@ class Trainer:
         self._validation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
         self._step_seconds: list[float] = []
+        # Of the processes before this one.
+        self._clocked: dict[str, tuple[float, int]] = {}
         _make_folder(folder)
         self._cuda = [self.device] if self.device.type == "cuda" else []
         # The state of torch's generators between stretches of training; None during one.
@@ -316,18 +318,32 @@ class Trainer:
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         # Everything that the run will ask of its batches is asked here, before anything is written.
-        batches = lab_data.batches(
-            self.data.train, self.recipe.batch_size, seed=0, epoch=0, augment=self.recipe.augment
-        )
-        x, y = next(iter(batches))
+        x, y = lab_data.first_batch(self.data.train, self.recipe.batch_size, augment=self.recipe.augment)
         return x.to(self.device), y.to(self.device)
 
-    def _attach(self) -> Session | None:
-        methods = self.recipe.make_methods()
+    def _attach(self, x: Tensor, y: Tensor, checkpoint: dict[str, Any] | None) -> Session | None:
+        """Attach, with a forecast from the batch; a run that goes on has one, and the layers that it led to."""
+        recipe = self.recipe
+        methods = recipe.make_methods()
         if not methods:
             return None
+        if checkpoint is not None and recipe.decline:
+            only = [escape(name) for name in checkpoint["session"]["layers"]]
+            return attach(self.model, methods, only=only, seed=recipe.seed)
+
+        def loss() -> Tensor:
+            with measure.autocast(self.device, recipe.precision):
+                logits = self.model(x)
+                return measure.loss_of(logits.float(), y, recipe.label_smoothing)
+
         return attach(
-            self.model, methods, only=self.recipe.only, skip=self.recipe.skip, seed=self.recipe.seed
+            self.model,
+            methods,
+            only=recipe.only,
+            skip=recipe.skip,
+            seed=recipe.seed,
+            example=loss if checkpoint is None else None,
+            decline=recipe.decline,
         )
 
     # State.
@@ -351,6 +367,7 @@ class Trainer:
                 "rng": _get_rng(self._cuda) if self._rng is None else self._rng,
                 "epoch_sums": self._epoch_sums,
                 "step_seconds": self._step_seconds,
+                "clocked": self._backward_seconds(),
                 "validation": self._validation,
                 "best": self._best,
                 "metrics_bytes": self._metrics.tell(),
@@ -367,7 +384,7 @@ class Trainer:
         self.step, self._seconds = state["step"], state["seconds"]
         self._finished_epochs = state["finished_epochs"]
         self._rng, self._epoch_sums = state["rng"], state["epoch_sums"]
-        self._step_seconds = state["step_seconds"]
+        self._step_seconds, self._clocked = state["step_seconds"], state["clocked"]
         self._validation, self._best = state["validation"], state["best"]
         # Lines written after the checkpoint belong to steps that will run again.
         with (self.folder / files.METRICS).open("r+b") as file:
@@ -392,6 +409,37 @@ class Trainer:
             },
         )
 
+    def _backward_seconds(self) -> dict[str, tuple[float, int]]:
+        """Of each attached layer in the whole run, with the steps that they were for."""
+        now = self.session.backward_seconds() if self.session else {}
+        before = self._clocked
+        return {
+            name: (seconds + before.get(name, (0.0, 0))[0], steps + before.get(name, (0.0, 0))[1])
+            for name, (seconds, steps) in now.items()
+        }
+
+    def _timing(self) -> dict[str, Any] | None:
+        """Backward passes of the attached layers, measured beside what was forecast."""
+        if self.session is None:
+            return None
+        # A run that goes on was forecast when it began.
+        forecast: dict[str, Any] = files.read_run(self.folder).get("plan", {}).get("forecast") or {}
+        tried = forecast.get("layers", {})
+        layers: dict[str, dict[str, float | None]] = {}
+        for name, (seconds, steps) in self._backward_seconds().items():
+            if steps:
+                layers[name] = {
+                    "seconds": seconds / steps,
+                    "forecast": tried[name]["backward"] if name in tried else None,
+                }
+        both = [layer for layer in layers.values() if layer["forecast"] is not None]
+        return {
+            "forecast_ratio": forecast.get("ratio"),
+            "backward_seconds": sum(layer["seconds"] or 0.0 for layer in both) if both else None,
+            "backward_forecast": sum(layer["forecast"] or 0.0 for layer in both) if both else None,
+            "layers": layers,
+        }
+
     def _write_result(self, status: str, test: dict[str, float] | None = None) -> dict[str, Any]:
         summary = self.session.summary() if self.session else None
         plain = self._plain_flops * self.step
@@ -412,6 +460,7 @@ class Trainer:
             "flops": measure.whole_flops(self.session, plain),
             "saved_activation_bytes": self._saved_bytes,
             "peak_memory_bytes": measure.peak_memory(self.device),
+            "timing": self._timing(),
             "model_file": files.MODEL if status == "finished" else None,
         }
         files.write_json(self.folder / files.RESULT, result)

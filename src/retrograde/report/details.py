@@ -1,10 +1,13 @@
 """What is folded away under a contestant: each run's facts, plan, layers' numbers, recipe and machine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from retrograde.report import formats
 from retrograde.report.formats import NONE
 from retrograde.report.groups import Contestant
+from retrograde.report.records import number
 from retrograde.report.runs import Run
 
 LAYER_FIELDS = ("zeros", "own_zeros", "bits", "largest_level", "fallbacks", "step")
@@ -41,6 +44,23 @@ def fold(contestant: Contestant) -> Fold:
     )
 
 
+def _milliseconds(seconds: float | None) -> str:
+    return NONE if seconds is None else f"{seconds * 1e3:.2f}{formats.SPACE}ms"
+
+
+def _timing(timing: Mapping[str, Any]) -> Pairs:
+    """What was forecast when the run began, and what it came to; nothing where there was no forecast."""
+    ratio, forecast = number(timing.get("forecast_ratio")), number(timing.get("backward_forecast"))
+    if ratio is None or forecast is None:
+        return ()
+    measured = number(timing.get("backward_seconds"))
+    return (
+        ("Forward and backward pass, forecast", f"{formats.ratio(ratio)} of the plain model’s time"),
+        ("Attached backward passes in a step, forecast", _milliseconds(forecast)),
+        ("Attached backward passes in a step, measured", _milliseconds(measured)),
+    )
+
+
 def _details(run: Run, contestant: Contestant) -> Details:
     result, description = run.result, run.description
     best = result.best_validation.get(description.metric)
@@ -59,6 +79,7 @@ def _details(run: Run, contestant: Contestant) -> Details:
         ("Peak memory", formats.size(result.peak_memory_bytes)),
         ("Saved activations", formats.size(result.saved_activation_bytes)),
         ("Model", result.model_file or NONE),
+        *_timing(result.mapping("timing")),
     )
     plan = tuple(
         (
