@@ -10,7 +10,7 @@ from torch import nn
 from retrograde.errors import OptionError
 from retrograde.lab import bench, contestants
 from retrograde.lab.bench import Row, Times, interleave
-from retrograde.lab.contestants import Convolution, Linear, Shape, Workload
+from retrograde.lab.contestants import AFTER_INT8, Contestant, Convolution, Linear, Shape, Workload
 from retrograde.methods.dither import Dither
 
 SHAPES: tuple[Shape, ...] = (
@@ -130,10 +130,17 @@ def test_layers_contend_from_the_same_weights_and_the_attached_one_is_dithered()
 
 def test_methods_contend_once_at_each_setting_and_warm_up_briefly() -> None:
     found = bench.settings(["dither", "spectral"], warmup=2)
-    assert list(found) == ["dither(scale=2.0)", "dither(scale=4.0)", "spectral(warmup=2)"]
-    assert found["dither(scale=4.0)"] == Dither(scale=4.0)
-    # The defaults would be a third contestant if they were neither of the two.
-    assert Dither() == found["dither(scale=2.0)"]
+    assert list(found) == [
+        "dither(scale=2.0)",
+        "dither(scale=4.0)",
+        "dither(scale=2.0, forward=int8)",
+        "dither(scale=4.0) under bfloat16",
+        "spectral(warmup=2)",
+    ]
+    assert found["dither(scale=4.0)"] == Contestant(Dither(scale=4.0))
+    assert found["dither(scale=4.0) under bfloat16"] == Contestant(Dither(scale=4.0), "bfloat16")
+    # The defaults would be a contestant of their own if they were none of these.
+    assert Contestant(Dither()) == found["dither(scale=2.0)"]
 
 
 def test_a_step_trains_and_under_bfloat16_too() -> None:
@@ -143,7 +150,8 @@ def test_a_step_trains_and_under_bfloat16_too() -> None:
         model.append(nn.Sequential(nn.Linear(20, 5)))
         return model[0]
 
-    runs, sessions = contestants.steps(Workload(build, (8, 20), (8,), 5), {"dither": Dither()})
+    methods = {"dither": Contestant(Dither())}
+    runs, sessions = contestants.steps(Workload(build, (8, 20), (8,), 5), methods)
     assert list(runs) == ["fp32", "bf16", "dither"]
     for run in runs.values():
         run()
@@ -169,7 +177,11 @@ def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
         (shape.op, str(shape), sparsity, kernel)
         for shape in SHAPES[:2]
         for sparsity in (0.8, 0.9)
-        for kernel in (*contestants.kernels_for(shape), "auto")
+        for kernel in (
+            *contestants.kernels_for(shape),
+            "auto",
+            *([AFTER_INT8] if shape.op == "linear" else []),
+        )
     ]
     assert [(row.op, row.shape, row.sparsity, row.kernel) for row in rows] == wanted
     # Too small for a choice to matter.

@@ -172,7 +172,7 @@ def _zeros(row: Row) -> str:
 def _kernel(row: Row) -> str:
     if row.chosen is None:
         return row.kernel
-    return f"auto: {row.chosen}" if row.method is None else row.chosen
+    return f"{row.kernel}: {row.chosen}" if row.method is None else row.chosen
 
 
 def _ratio(ratio: float, spread: tuple[float, float]) -> tuple[str, str]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from retrograde.engine.slots import Method
 from retrograde.lab import contestants
-from retrograde.lab.contestants import Convolution, Linear, Shape, Work, Workload
+from retrograde.lab.contestants import Contestant, Convolution, Linear, Shape, Work, Workload
 from retrograde.lab.models import GPT, MLP, VGG
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.dither import Dither
@@ -30,8 +29,12 @@ SHAPES: tuple[Shape, ...] = (
 )
 QUICK_SHAPES = (SHAPES[0], SHAPES[2])
 SPARSITIES = (0.8, 0.92, 0.98)
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {"dither": ({"scale": 2.0}, {"scale": 4.0})}
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "dither": ({"scale": 2.0}, {"scale": 4.0}, {"scale": 2.0, "forward": "int8"})
+}
 """Options with which a method contends beside its defaults."""
+AUTOCAST: dict[str, tuple[dict[str, Any], ...]] = {"dither": ({"scale": 4.0},)}
+"""Options with which a method contends on top of bfloat16 autocast."""
 SCALE = 2.0
 """Of dithering in `layers`."""
 WARMUPS = 1
@@ -86,21 +89,26 @@ def workloads(part: int = 1) -> dict[str, Workload]:
     }
 
 
-def settings(names: Sequence[str], warmup: int) -> dict[str, Method]:
-    """Methods by label: at `SETTINGS` and at their defaults, each once.
+def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
+    """Contestants by label: at `SETTINGS`, at their defaults, and at `AUTOCAST`, each once.
 
     Args:
         names: of methods.
         warmup: steps of it for methods that warm up: they run plain ones until then.
     """
-    found: dict[str, Method] = {}
+    found: dict[str, Contestant] = {}
     for name in names:
         shortened = {"warmup": warmup} if hasattr(make(name), "warmup") else {}
-        for given in (*SETTINGS.get(name, ()), {}):
-            options = {**given, **shortened}
-            method = make(name, options)
-            if method not in found.values():
-                found[Recipe(methods={name: options}).label] = method
+        for precision, choices in (
+            ("float32", (*SETTINGS.get(name, ()), {})),
+            ("bfloat16", AUTOCAST.get(name, ())),
+        ):
+            for given in choices:
+                options = {**given, **shortened}
+                contestant = Contestant(make(name, options), precision)
+                if contestant not in found.values():
+                    over = "" if precision == "float32" else f" under {precision}"
+                    found[Recipe(methods={name: options}).label + over] = contestant
     return found
 
 
@@ -194,7 +202,7 @@ def kernels(
     progress: Progress = lambda what, done, total: None,
 ) -> list[Row]:
     """Both backward products of a layer from δ on: every fixed kernel, and what is chosen."""
-    each = sum(len(contestants.kernels_for(shape)) + 3 for shape in shapes) * len(sparsities)
+    each = sum(len(_contending(shape)) + 2 for shape in shapes) * len(sparsities)
     counter = _Counter(progress, each * (rounds + WARMUPS))
     rows: list[Row] = []
     for shape in shapes:
@@ -205,13 +213,20 @@ def kernels(
             scale = contestants.scale_for(delta, sparsity)
             runs = contestants.products(shape, weight, x, delta, scale)
             times = interleave(runs, rounds, tick=counter.tick)
-            done = shape.chosen(contestants.dithered(delta, scale), x, weight)
-            names = _names(Counter(how.kernel for _, how in done))
-            for name in (*contestants.kernels_for(shape), "auto"):
-                how = names if name == "auto" else None
+            chosen = {
+                name: _names(Counter(how.kernel for _, how in run()))
+                for name, run in contestants.chosen(shape, weight, x, delta, scale).items()
+            }
+            for name in _contending(shape):
                 facts = {"op": shape.op, "shape": str(shape), "sparsity": sparsity}
-                rows.append(_row(times, name, facts, kernel=name, chosen=how))
+                rows.append(_row(times, name, facts, kernel=name, chosen=chosen.get(name)))
     return rows
+
+
+def _contending(shape: Shape) -> tuple[str, ...]:
+    """Names of all but the baselines."""
+    after = (contestants.AFTER_INT8,) if isinstance(shape, Linear) else ()
+    return (*contestants.kernels_for(shape), "auto", *after)
 
 
 def layers(

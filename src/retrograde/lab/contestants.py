@@ -17,6 +17,7 @@ from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Done, Products
 from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.int8 import Quantised, quantise_columns
 from retrograde.lab.measure import autocast, loss_of
 from retrograde.maths import dither
 from retrograde.session import Session, attach
@@ -67,7 +68,9 @@ class Linear:
             linear.run(kernel, delta.values, delta.step, x, transposed=True, lists=lists),
         )
 
-    def chosen(self, delta: Delta, x: Tensor, weight: Tensor) -> tuple[tuple[Tensor, Done], ...]:
+    def chosen(
+        self, delta: Delta, x: Tensor | Quantised, weight: Tensor | Quantised
+    ) -> tuple[tuple[Tensor, Done], ...]:
         """Both by the kernels that are chosen for them, and which."""
         products = Products(delta, "int8")
         return products.linear_input_grad(weight, x.shape), products.linear_weight_grad(x)
@@ -185,8 +188,12 @@ def dithered(delta: Tensor, scale: float) -> Delta:
     return dispatch.nsd(delta, dither.step_size(std, peak, scale, _BITS), 0, _BITS)[0]
 
 
+AFTER_INT8 = "auto after int8"
+"""The chosen kernels on operands that a forward pass in 8 bits has left quantised."""
+
+
 def products(shape: Shape, weight: Tensor, x: Tensor, delta: Tensor, scale: float) -> dict[str, Work]:
-    """Both baselines, every fixed kernel, and ``"auto"``.
+    """Both baselines, every fixed kernel, ``"auto"``, and for linear layers `AFTER_INT8`.
 
     In bfloat16 all operands are so already, as under autocast, and dW stays so, where autocast would widen it.
     """
@@ -199,8 +206,19 @@ def products(shape: Shape, weight: Tensor, x: Tensor, delta: Tensor, scale: floa
         "fp32": lambda: shape.plain(delta, x, weight),
         "bf16": lambda: shape.plain(*half),
         **{kernel: fixed(kernel) for kernel in kernels_for(shape)},
-        "auto": lambda: shape.chosen(dithered(delta, scale), x, weight),
+        **chosen(shape, weight, x, delta, scale),
     }
+
+
+def chosen(
+    shape: Shape, weight: Tensor, x: Tensor, delta: Tensor, scale: float
+) -> dict[str, Callable[[], tuple[tuple[Tensor, Done], ...]]]:
+    """What is chosen, by name."""
+    found = {"auto": lambda: shape.chosen(dithered(delta, scale), x, weight)}
+    if isinstance(shape, Linear):
+        left = quantise_columns(x), quantise_columns(weight)
+        found[AFTER_INT8] = lambda: shape.chosen(dithered(delta, scale), *left)
+    return found
 
 
 # Layers.
@@ -266,8 +284,16 @@ class Workload:
         return x, torch.randint(self.classes, self.target_shape, generator=generator)
 
 
-def steps(workload: Workload, methods: dict[str, Method]) -> tuple[dict[str, Work], dict[str, Session]]:
-    """Training steps with Adam from the same weights: both baselines, and each method with its session."""
+@dataclass(frozen=True)
+class Contestant:
+    """A method in whole steps, and the precision that the model runs in: ``"bfloat16"`` is autocast."""
+
+    method: Method
+    precision: str = "float32"
+
+
+def steps(workload: Workload, methods: dict[str, Contestant]) -> tuple[dict[str, Work], dict[str, Session]]:
+    """Training steps with Adam from the same weights: both baselines, and each contestant with its session."""
     x, y = workload.batch()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -277,15 +303,16 @@ def steps(workload: Workload, methods: dict[str, Method]) -> tuple[dict[str, Wor
         "bf16": _step(copy.deepcopy(model), x, y, "bfloat16"),
     }
     sessions: dict[str, Session] = {}
-    for label, method in methods.items():
+    for label, contestant in methods.items():
         mine = copy.deepcopy(model)
-        sessions[label] = attach(mine, method, seed=0)
-        found[label] = _step(mine, x, y, "float32")
+        sessions[label] = attach(mine, contestant.method, seed=0)
+        found[label] = _step(mine, x, y, contestant.precision)
     return found, sessions
 
 
 def _step(model: nn.Module, x: Tensor, y: Tensor, precision: str) -> Work:
-    optimizer = torch.optim.Adam(model.parameters(), _RATE)
+    # The fastest there is: what an optimizer takes beside them would flatter slow passes.
+    optimizer = torch.optim.Adam(model.parameters(), _RATE, fused=True)
 
     def run() -> None:
         with autocast(_CPU, precision):
