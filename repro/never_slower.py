@@ -1,0 +1,183 @@
+"""Is an attached layer ever slower than the plain one, and does the forecast hold?
+
+    python repro/never_slower.py [--rounds 15] [--out results/never-slower.json]
+
+20 linear layers from 8×16×16 to 4096×2048×2048 and 6 convolutions, dithered so that 30, 60, 92 and 99 % of δ become
+zeros. Each is attached with an example and may be declined; then forward and backward pass run in turns with the plain
+layer. A second table holds what the cost model predicts for each kernel's product against what it takes.
+About 6 minutes on two cores.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrograde import attach, make_plan
+from retrograde.kernels import choose, cpu, linear
+from retrograde.lab import contestants, machine
+from retrograde.lab.bench import interleave
+from retrograde.lab.contestants import Convolution, Linear, Shape
+from retrograde.lab.files import write_json
+from retrograde.methods.dither import Dither
+
+SPARSITIES = (0.30, 0.60, 0.92, 0.99)
+LINEAR = (
+    *((8, 16, 16), (32, 64, 64), (64, 64, 256), (128, 128, 128), (64, 512, 512)),
+    *((256, 256, 256), (128, 784, 500), (512, 256, 512), (64, 1024, 1024), (512, 512, 512)),
+    *((2048, 256, 256), (256, 1024, 1024), (1024, 512, 1024), (512, 1024, 1024), (4096, 512, 512)),
+    *((512, 2048, 1024), (2048, 1024, 1024), (512, 2048, 2048), (1024, 3072, 768), (4096, 2048, 2048)),
+)
+"""(rows, outputs, inputs)."""
+CONVOLUTIONS = (
+    Convolution(16, 3, 32, 32, 3),
+    Convolution(32, 16, 16, 32, 3),
+    Convolution(64, 128, 16, 128, 3),
+    Convolution(64, 64, 32, 64, 3),
+    Convolution(64, 64, 32, 128, 3, stride=2),
+    Convolution(64, 256, 16, 128, 1),
+)
+SHAPES: tuple[Shape, ...] = (*(Linear(*shape) for shape in LINEAR), *CONVOLUTIONS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only so many, for a trial")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "results" / "never-slower.json"
+    )
+    options = parser.parse_args()
+    commit = machine.commit()
+    choose.model()
+    rows: list[dict[str, Any]] = []
+    products: list[dict[str, Any]] = []
+    for shape in SHAPES[: options.shapes]:
+        for sparsity in SPARSITIES:
+            rows.append(layer_row(shape, sparsity, options.rounds))
+            if isinstance(shape, Linear):
+                products += product_rows(shape, sparsity)
+            r = rows[-1]
+            print(
+                f"{r['op']} {r['shape']} at {sparsity:.0%}: {'declined' if r['declined'] else 'attached'}, "
+                f"×{r['ratio_to_plain']:.3f} of plain, forecast {r['predicted_seconds'] * 1e3:.3f} ms, "
+                f"measured {r['measured_seconds'] * 1e3:.3f} ms",
+                flush=True,
+            )
+    result = {
+        "schema": 1,
+        "what": "attached layers against plain ones, and forecasts against what was measured",
+        "command": "python repro/never_slower.py",
+        "rounds": options.rounds,
+        "machine": machine.describe(torch.device("cpu")),
+        "commit": commit,
+        "summary": summary(rows, products),
+        "rows": rows,
+        "products": products,
+    }
+    print(result["summary"])
+    write_json(options.out, result)
+
+
+def layer_row(shape: Shape, sparsity: float, rounds: int) -> dict[str, Any]:
+    layer, x, _ = contestants.operands(shape)
+    x.requires_grad_()
+    delta = normal_delta(layer, x)
+    method = Dither(scale=contestants.scale_for(delta, sparsity))
+    plain = nn.Sequential(layer)
+
+    def loss() -> Tensor:
+        return (plain(x) * delta).sum()
+
+    (row,) = make_plan(plain, [method], example=loss, decline=False).rows
+    forecast = row.forecast
+    assert forecast is not None
+    attached = copy.deepcopy(plain)
+    if not forecast.loses:
+        session = attach(attached, method, seed=0)
+    times = interleave(
+        {"plain": run(plain, x, delta), "attached": run(attached, x, delta)}, rounds, warmups=3
+    )
+    ratios = [a / p for p, a in zip(times.seconds["plain"], times.seconds["attached"], strict=True)]
+    zeros = None if forecast.loses else session.metrics()["zeros"]
+    return {
+        "op": shape.op,
+        "shape": str(shape),
+        "sparsity": sparsity,
+        "zeros": zeros,
+        "declined": forecast.loses,
+        "forecast_ratio": forecast.attached / forecast.plain,
+        "ratio_to_plain": median(ratios),
+        "ratio_quartiles": sorted(ratios)[len(ratios) // 4 :: len(ratios) // 2][:2],
+        "predicted_seconds": forecast.plain if forecast.loses else forecast.attached,
+        "measured_seconds": times.median("attached"),
+        "plain_seconds": times.median("plain"),
+        "kernels": forecast.kernels,
+    }
+
+
+def normal_delta(layer: nn.Module, x: Tensor) -> Tensor:
+    """Normal entries: heavier tails cannot have as few zeros as 30 % with levels of 8 bits."""
+    with torch.no_grad():
+        shape = layer(x).shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul_(1e-3)
+
+
+def run(model: nn.Module, x: Tensor, delta: Tensor) -> Callable[[], object]:
+    wanted = [*model.parameters(), x]
+    return lambda: torch.autograd.grad(model(x), wanted, delta)
+
+
+def product_rows(shape: Linear, sparsity: float) -> list[dict[str, Any]]:
+    """dx = δ̃ W by every kernel, with its own index lists."""
+    layer, x, _ = contestants.operands(shape)
+    delta = normal_delta(layer, x)
+    quantised = contestants.dithered(delta, contestants.scale_for(delta, sparsity))
+    weight = layer.get_parameter("weight").detach()
+    nonzeros = delta.numel() - cpu.count_zeros(quantised.values)
+    problem = choose.Problem(shape.rows, shape.outputs, shape.inputs, nonzeros, levels=True, transposed=False)
+    found: list[dict[str, Any]] = []
+    for kernel in linear.KERNELS:
+        times: list[float] = []
+        for _ in range(7):
+            start = time.perf_counter()
+            linear.run(kernel, quantised.values, quantised.step, weight)
+            times.append(time.perf_counter() - start)
+        found.append(
+            {
+                "shape": str(shape),
+                "sparsity": sparsity,
+                "kernel": kernel,
+                "predicted_seconds": choose.model().seconds(kernel, problem),
+                "measured_seconds": median(times[1:]),
+            }
+        )
+    return found
+
+
+def summary(rows: list[dict[str, Any]], products: list[dict[str, Any]]) -> dict[str, float]:
+    def within(found: list[dict[str, Any]], error: float) -> float:
+        near = [abs(r["predicted_seconds"] / r["measured_seconds"] - 1) <= error for r in found]
+        return sum(near) / len(near)
+
+    return {
+        "layers": len(rows),
+        "declined": sum(row["declined"] for row in rows),
+        "slower_than_3_percent": sum(row["ratio_to_plain"] > 1.03 for row in rows),
+        "largest_ratio": max(row["ratio_to_plain"] for row in rows),
+        "least_ratio": min(row["ratio_to_plain"] for row in rows),
+        "forecasts_within_25_percent": within(rows, 0.25),
+        "products_within_25_percent": within(products, 0.25),
+    }
+
+
+if __name__ == "__main__":
+    main()
