@@ -222,3 +222,8 @@ def test_threads_change_nothing(threads: object) -> None:
         found.append((levels.values, statistics, *both))
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+
+
+def test_levels_beyond_32_bits_keep_their_sign() -> None:
+    delta = torch.tensor([1e12, -1e12, 3.0])
+    assert torch.equal(cpu.nsd(delta, 0.1, 1, 8).values, reference.nsd(delta, 0.1, 1, 8))

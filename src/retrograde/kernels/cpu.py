@@ -6,8 +6,7 @@ Each gives the same bits on any number of threads.
 from retrograde.kernels.cpu_elementwise import Levels, Statistics, count_zeros, nsd, statistics
 from retrograde.kernels.cpu_linear import TILE, pack, product
 from retrograde.kernels.cpu_lists import Lists, lists
-from retrograde.kernels.cpu_memory import lies_channels_last
-from retrograde.kernels.cpu_threads import jit, use_threads
+from retrograde.kernels.cpu_threads import use_threads
 
 __all__ = [
     "TILE",
@@ -15,8 +14,6 @@ __all__ = [
     "Lists",
     "Statistics",
     "count_zeros",
-    "jit",
-    "lies_channels_last",
     "lists",
     "nsd",
     "pack",

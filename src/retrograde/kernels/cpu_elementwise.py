@@ -110,7 +110,8 @@ def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any
             whole = np.floor(ratio)
             if noise[j] * np.float32(2.0**-24) < ratio - whole:
                 whole += np.float32(1)
-            levels[j] = np.int8(min(max(np.int32(whole), -limit), limit))
+            # Held before it is converted: a level beyond 32 bits would come back with another sign.
+            levels[j] = np.int8(np.int32(min(max(whole, -limit), limit)))
         none, most = np.int32(0), np.int32(0)
         for j in range(block.size):
             level = np.int32(levels[j])
@@ -134,7 +135,7 @@ def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:
     values = torch.empty(delta.shape, dtype=torch.int8)
     blocks = -(-delta.numel() // _BLOCK)
     zeros, largest = np.empty(blocks, np.int64), np.empty(blocks, np.int32)
-    limit = np.int32(2 ** (bits - 1) - 1)
+    limit = np.float32(2 ** (bits - 1) - 1)
     _nsd(
         flat(delta),
         values.numpy().reshape(-1),

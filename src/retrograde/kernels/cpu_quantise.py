@@ -13,7 +13,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from retrograde.kernels.cpu import jit, use_threads
+from retrograde.kernels.cpu_threads import jit, use_threads
 
 _LARGEST = np.float32(127)
 _ROWS = 16
