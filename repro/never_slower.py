@@ -103,6 +103,8 @@ def layer_row(shape: Shape, sparsity: float, rounds: int) -> dict[str, Any]:
     attached = copy.deepcopy(plain)
     if not forecast.loses:
         session = attach(attached, method, seed=0)
+    # Short passes are timed more often: half a second or so for each shape.
+    rounds = max(rounds, min(200, int(0.25 / forecast.plain)))
     times = interleave(
         {"plain": run(plain, x, delta), "attached": run(attached, x, delta)}, rounds, warmups=3
     )

@@ -8,7 +8,6 @@ backward pass. A layer that would lose is declined: it stays as it is.
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -277,17 +276,17 @@ def _pass(layer: nn.Module, seen: _Seen) -> Callable[[], float]:
     leaves = [t for t in tree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     wanted = [t for t in (*layer.parameters(), *leaves) if t.requires_grad]
     device = seen.delta.device
-    enabled = seen.precision is not None
-    # As within a step: weights are cast once for it, and every pass here is a step of its own.
-    cast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast(  # noqa: E731
-        device.type, seen.precision, enabled=enabled
-    )
+
+    def forward() -> Tensor:
+        if seen.precision is None:
+            return layer(*args, **kwargs)
+        with torch.autocast(device.type, seen.precision):
+            return layer(*args, **kwargs)
 
     def run() -> float:
         _wait(device)
         start = time.perf_counter()
-        with cast():
-            z = layer(*args, **kwargs)
+        z = forward()
         torch.autograd.grad(z, wanted, seen.delta, allow_unused=True)
         _wait(device)
         return time.perf_counter() - start

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrograde.kernels import cpu, cpu_threads, linear
+from retrograde.kernels import cpu, cpu_threads, linear, reference
 from retrograde.maths import dither
 from retrograde.maths.philox import mix_key, uniform
 

@@ -236,7 +236,7 @@ class LayerProgram:
         call.int8_weight, call.int8_x = (*rounded, None, None)[:2]
         for rule in self._gate:
             call.tier = min(call.tier, rule.gate(call))
-        quantised = Delta(call.delta)
+        arrived = quantised = Delta(call.delta)
         for rule in self._delta:
             quantised = rule.delta(call, quantised)
         if self.statistics is not None and rows is not None:
@@ -244,7 +244,7 @@ class LayerProgram:
         for rule in self._observe:
             rule.observe(call, quantised)
         keep_weight = needs.weight and call.tier is not Tier.SKIP
-        work = self._count(call, quantised, keep_weight)
+        work = self._count(call, arrived, quantised, keep_weight)
         call.products = Products(quantised, call.allowed, needs.input + keep_weight)
         weight_grad = self._weight_grad(call, quantised, work, keep_weight) if needs.weight else None
         if weight_grad is not None and grant.scale != 1:
@@ -334,7 +334,7 @@ class LayerProgram:
         rounded = [p for p in (call.precision, done.precision) if p is not None]
         return executed, executed * min([work.discount, *(DISCOUNTS[p] for p in rounded)])
 
-    def _count(self, call: Call, delta: Delta, weight_wanted: bool) -> "_Work":
+    def _count(self, call: Call, own: Delta, delta: Delta, weight_wanted: bool) -> "_Work":
         """Count what a call must do; what it does is counted with each product."""
         total, entries = self.total, call.delta.numel()
         total.calls += 1
@@ -345,7 +345,6 @@ class LayerProgram:
             dense = linear_flops(call.delta.shape[:-1].numel(), *call.weight.shape)
         else:
             dense = convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
-        own = delta if delta.values is call.delta else Delta(call.delta)
         needed = dense * (1 - delta.zeros / entries)
         discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
         total.entries += entries

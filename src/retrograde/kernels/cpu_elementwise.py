@@ -19,22 +19,24 @@ _BLOCK = 4096
 
 
 @jit
-def _statistics(x: Any, bits: Any, sums: Any, squares: Any, peaks: Any) -> None:
+def _statistics(x: Any, bits: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> None:
     for b in prange(sums.size):
         block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
         pattern = bits[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
         # Sums in float64: squares of small gradients would vanish in float32.
-        total, peak = 0.0, np.int32(0)
+        total, peak, none = 0.0, np.int32(0), np.int32(0)
         for j in range(block.size):
             total += block[j]
             # Magnitudes compare as their bit patterns do, which vectorises; those of NaN are the largest.
-            peak = max(peak, pattern[j] & np.int32(0x7FFFFFFF))
+            magnitude = pattern[j] & np.int32(0x7FFFFFFF)
+            peak = max(peak, magnitude)
+            none += np.int32(magnitude == 0)
         mean = total / block.size
         square = 0.0
         for j in range(block.size):
             away = np.float64(block[j]) - mean
             square += away * away
-        sums[b], squares[b], peaks[b] = total, square, peak
+        sums[b], squares[b], peaks[b], zeros[b] = total, square, peak, none
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,17 @@ class Statistics:
 
     std: float
     peak: float
+    zeros: int
 
 
 def statistics(delta: Tensor) -> Statistics:
-    """Standard deviation (biased) and largest magnitude of a float32 gradient, in one pass."""
+    """Standard deviation (biased), largest magnitude and number of zeros of a float32 gradient, in one pass."""
     entries = flat(delta)
     use_threads(entries.size)
     blocks = -(-entries.size // _BLOCK)
     sums, squares = np.empty(blocks), np.empty(blocks)
-    peaks = np.empty(blocks, np.int32)
-    _statistics(entries, entries.view(np.int32), sums, squares, peaks)
+    peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
+    _statistics(entries, entries.view(np.int32), sums, squares, peaks, zeros)
     sizes = np.full(blocks, float(_BLOCK))
     sizes[-1] = entries.size - (blocks - 1) * _BLOCK
     # Each block's deviations are from its own mean (Chan et al.): nothing cancels.
@@ -61,7 +64,7 @@ def statistics(delta: Tensor) -> Statistics:
         spread = squares.sum() + (sizes * (sums / sizes - mean) ** 2).sum()
         std = float(np.sqrt(spread / entries.size))
     peak = float(peaks.max(keepdims=True).view(np.float32)[0])
-    return Statistics(std, peak)
+    return Statistics(std, peak, int(zeros.sum()))
 
 
 @jit

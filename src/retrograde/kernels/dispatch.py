@@ -228,8 +228,13 @@ def _done(kernel: str) -> Done:
 # Dithering.
 
 
-def statistics(delta: Tensor) -> tuple[float, float]:
-    """Standard deviation and peak of a gradient: `retrograde.maths.dither.statistics`."""
+def statistics(delta: Tensor, of: Delta | None = None) -> tuple[float, float]:
+    """Standard deviation and peak of a gradient: `retrograde.maths.dither.statistics`.
+
+    Args:
+        delta: the gradient, any shape with at least one entry.
+        of: what it belongs to, which is told the number of zeros where they are counted on the way.
+    """
     if _triton_takes(delta):
         from retrograde.kernels import cuda
 
@@ -239,6 +244,8 @@ def statistics(delta: Tensor) -> tuple[float, float]:
     from retrograde.kernels import cpu
 
     found = cpu.statistics(delta.float())
+    if of is not None:
+        of.tell(found.zeros)
     return found.std, found.peak
 
 

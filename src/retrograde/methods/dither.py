@@ -118,7 +118,7 @@ class _DitherRule(Rule):
         if delta.step is not None or self._scale == 0 or delta.values.numel() == 0:
             return delta
         method = self._method
-        std, peak = dispatch.statistics(delta.values)
+        std, peak = dispatch.statistics(delta.values, delta)
         call.counters.overhead += _FLOPS_PER_ENTRY * delta.values.numel()
         if not math.isfinite(peak) or std == 0:
             self._fall_back(call, peak)
