@@ -24,7 +24,7 @@ from retrograde.errors import OptionError
 Example = Tensor | Sequence[Any] | Mapping[str, Any] | Callable[[], Tensor]
 """Inputs of one batch (a tensor, positional or keyword arguments), or a function that returns the loss of one."""
 
-MARGIN = 0.97
+MARGIN = 0.95
 """A layer is attached where it takes at most this share of the plain one's time: closer ones are not told apart."""
 
 _BUDGET = 0.25

@@ -5,8 +5,6 @@ while the non-zeros of a row pass by, so what bounds it is the cache that holds 
 half the bytes, with sums in float32 all the same.
 """
 
-import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from retrograde.kernels.cpu_lanes import (
     vector,
 )
 from retrograde.kernels.cpu_lists import Lists
+from retrograde.kernels.cpu_memory import room
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 
 _VECTORS = 8
@@ -185,19 +184,6 @@ _pack_half = _pack_half_kernel(_bits)
 _pack_bfloat16 = _pack_half_kernel(_bits_of_bfloat16)
 
 
-_scratch = threading.local()
-
-
-def _room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Memory kept between calls: fresh pages cost more than the packing."""
-    size = math.prod(shape)
-    held = getattr(_scratch, name, None)
-    if held is None or held.size < size:
-        held = np.empty(size, dtype)
-        setattr(_scratch, name, held)
-    return held[:size].reshape(shape)
-
-
 def pack(dense: Tensor, *, half: bool) -> Any:
     """A dense operand (m, i), float32, bfloat16 or int8, tile by tile, in bfloat16 (`half`) or float32.
 
@@ -209,10 +195,10 @@ def pack(dense: Tensor, *, half: bool) -> Any:
     dense = dense.contiguous()
     tiles, rows = -(-dense.shape[1] // TILE), dense.shape[0]
     if not half:
-        packed = _room("single", (tiles, rows, TILE), np.float32)
+        packed = room("single", (tiles, rows, TILE), np.float32)
         _pack((dense.float() if dense.dtype == torch.bfloat16 else dense).numpy(), packed)
         return packed
-    packed = _room("half", (tiles, rows, TILE // 2), np.uint32)
+    packed = room("half", (tiles, rows, TILE // 2), np.uint32)
     if dense.dtype == torch.bfloat16:
         _pack_bfloat16(dense.view(torch.uint16).numpy(), packed)
     else:

@@ -95,6 +95,26 @@ def _rounded(kernel: Any, x: Any, peaks: Any) -> tuple[Tensor, Tensor]:
     return values, torch.from_numpy(scale)
 
 
+@jit
+def _widen(bits: Any, columns: Any, out: Any, out_bits: Any) -> None:
+    for r in prange(bits.shape[0]):
+        source, pattern, target = bits[r], out_bits[r], out[r]
+        # A bfloat16 is the upper half of a float32.
+        for j in range(source.size):
+            pattern[j] = np.uint32(source[j]) << np.uint32(16)
+        for j in range(source.size):
+            target[j] *= columns[j]
+
+
+def widen(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``matrix · columns`` in float32 for a bfloat16 matrix (n, i) and factors (i,)."""
+    use_threads(matrix.numel())
+    out = torch.empty(matrix.shape)
+    array = out.numpy()
+    _widen(matrix.view(torch.uint16).numpy(), columns.numpy(), array, array.view(np.uint32))
+    return out
+
+
 def _scales(peaks: Any) -> tuple[Any, Any]:
     """Scales, and the factors that divide by them; 0 for what is all zero or not finite."""
     largest = peaks.view(np.float32)

@@ -59,13 +59,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Quan
     return z, Quantised(parts[0], parts[1], x.dtype), Quantised(parts[2], parts[3], weight.dtype)
 
 
-def int_product(first: Tensor, second: Tensor) -> Tensor:
-    """``first · second`` in int32, of int8 (a, m) and (m, i)."""
+def int_product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+    """``first · second`` in int32, of int8 (a, m) and (m, i); into `out` where it is given, on the CPU."""
     if min(first.shape[0], *second.shape) == 0:
         return torch.zeros(first.shape[0], second.shape[1], dtype=torch.int32, device=first.device)
     if first.device.type == "cpu":
         product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        return product(first, second)
+        return product(first, second) if out is None else product(first, second, out=out)
     # Elsewhere it takes only some shapes. Sums in float64 are exact.
     return (first.double() @ second.double()).to(torch.int32)
 
