@@ -12,6 +12,7 @@ from retrograde.kernels import calibrate, choose, linear, reference
 from retrograde.kernels.choose import ConvolutionProblem, CostModel, Problem
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
+from retrograde.kernels.geometry import Geometry
 
 ROWS, OUT, IN = 256, 256, 256
 
@@ -61,6 +62,42 @@ def test_nothing_is_rounded_that_may_not_be(kernel: str, monkeypatch: pytest.Mon
     exact = Delta(torch.randn(ROWS, OUT))
     for products in (Products(levels(), "float32"), Products(exact, "int8")):
         assert products.linear_input_grad(weight, (ROWS, IN))[1].precision is None
+
+
+@pytest.mark.parametrize("inner", ["skip", "bfloat16"])
+@pytest.mark.parametrize("first", ["weight", "input"])
+def test_convolutions_in_bfloat16(inner: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels are exact, the other operand is rounded; both products may come from one call, in any order."""
+
+    class Picks:
+        def best(self, problem: ConvolutionProblem, allowed: tuple[str, ...]) -> str:
+            assert set(allowed) == {"dense", "skip", "bfloat16"}
+            return inner if problem.product == "input" else "bfloat16"
+
+    monkeypatch.setattr(choose, "model", Picks)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 32, 16, 16, generator=generator)
+    weight = torch.randn(32, 32, 3, 3, generator=generator)
+    delta = Delta(torch.randint(-3, 4, (8, 32, 16, 16), generator=generator).to(torch.int8), 0.25)
+    geometry = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    products = Products(delta, "int8")
+    found = {}
+    for name in (first, "weight", "input"):
+        if name == "input":
+            found[name] = products.convolution_input_grad(weight, x.shape, geometry)
+        else:
+            found[name] = products.convolution_weight_grad(x, weight, geometry)
+    assert (found["weight"][1].kernel, found["input"][1].kernel) == ("bfloat16", inner)
+    assert found["weight"][1].precision == "bfloat16"
+    for name, exact in (
+        ("input", reference.convolution_input_grad(delta, weight, x.shape, geometry)),
+        ("weight", reference.convolution_weight_grad(delta, x, weight, geometry)),
+    ):
+        assert found[name][0].dtype == torch.float32
+        distance = float((found[name][0] - exact).norm() / exact.norm())
+        assert distance < (1e-5 if (name, inner) == ("input", "skip") else 0.01)
+    with pytest.raises(AssertionError):
+        Products(delta, "float32").convolution_input_grad(weight, x.shape, geometry)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

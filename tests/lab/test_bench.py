@@ -96,7 +96,8 @@ def test_every_contestant_computes_both_products(shape: Shape) -> None:
     layer, x, delta = contestants.operands(shape)
     weight = layer.get_parameter("weight")
     runs = contestants.products(shape, weight.detach(), x, delta, contestants.scale_for(delta, 0.8))
-    assert list(runs) == ["fp32", "bf16", *contestants.kernels_for(shape), "auto"]
+    chosen = ["auto", AFTER_INT8] if isinstance(shape, Linear) else ["auto"]
+    assert list(runs) == ["fp32", "bf16", *contestants.kernels_for(shape), *chosen]
     leaf = x.clone().requires_grad_()
     layer(leaf).backward(delta)
     for wanted, found in zip((leaf.grad, weight.grad), runs["fp32"](), strict=True):
@@ -105,9 +106,9 @@ def test_every_contestant_computes_both_products(shape: Shape) -> None:
         assert found.dtype == torch.bfloat16
         assert _distance(found.float(), wanted) < 0.02
     exact = runs["dense"]()
-    for name in (*contestants.kernels_for(shape), "auto"):
+    for name in (*contestants.kernels_for(shape), *chosen):
         found = runs[name]()
-        pair = [grad for grad, _ in found] if name == "auto" else found
+        pair = [grad for grad, _ in found] if name in chosen else found
         for wanted, grad in zip(exact, pair, strict=True):
             assert grad.shape == wanted.shape
             assert _distance(grad, wanted) < 0.02, name
@@ -185,7 +186,8 @@ def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
     ]
     assert [(row.op, row.shape, row.sparsity, row.kernel) for row in rows] == wanted
     # Too small for a choice to matter.
-    assert {(row.kernel, row.chosen) for row in rows if row.chosen} == {("auto", "reference")}
+    names = {("auto", "reference"), (AFTER_INT8, "reference")}
+    assert {(row.kernel, row.chosen) for row in rows if row.chosen} == names
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     assert {total for _, total in seen} == {len(seen)}
 
@@ -201,10 +203,11 @@ def test_steps_have_a_row_for_each_model_and_method() -> None:
     seen: list[tuple[int, int]] = []
     methods = ["dither", "deepfocus"]
     rows = bench.steps(WORKLOADS, methods, 2, lambda what, done, total: seen.append((done, total)))
-    labels = ["dither(scale=2.0)", "dither(scale=4.0)", "deepfocus(warmup=1)"]
+    labels = list(bench.settings(methods, 1))
     assert [(row.model, row.method) for row in rows] == list(itertools.product(WORKLOADS, labels))
-    assert [row.shape for row in rows[::3]] == ["8x20", "4x6"]
-    assert (len(seen), seen[-1]) == (2 * 5 * 3, (30, 30))
+    assert [row.shape for row in rows[:: len(labels)]] == ["8x20", "4x6"]
+    runs = 2 * (len(labels) + 2) * 3
+    assert (len(seen), seen[-1]) == (runs, (runs, runs))
 
 
 def test_rows_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +215,7 @@ def test_rows_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times({"fp32": [2.0, 4.0, 12.0], "bf16": [1.0, 1.0, 3.0], "auto": mine, "dither": mine})
     monkeypatch.setattr(bench, "interleave", lambda runs, rounds, tick: times)
     monkeypatch.setattr(bench, "SETTINGS", {})
+    monkeypatch.setattr(bench, "AUTOCAST", {})
     (layer,) = bench.layers(SHAPES[:1], 3)
     # Ratios to fp32: 2, 1, 4; to bf16: 1, 0.25, 1.
     assert (layer.seconds, layer.seconds_fp32, layer.seconds_bf16) == (3.0, 4.0, 1.0)

@@ -109,7 +109,7 @@ def _measure_convolution(
         levels = _levels((images, outputs, places, places), share).contiguous(memory_format=order)
         delta = Delta(levels, 0.5)
         for name in convolution.KERNELS:
-            if name == "dense" and share != _SHARES[0]:
+            if name not in convolution.SKIPPING and share != _SHARES[0]:
                 continue
             for product in ("input", "weight"):
                 problem = ConvolutionProblem(

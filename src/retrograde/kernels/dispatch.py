@@ -64,7 +64,7 @@ class Products:
         self._wanted = max(wanted, 1)
         self._lists: Lists | None = None
         self._compacted: Sparse | None = None
-        self._input_grad: Tensor | None = None
+        self._input_grad: tuple[Tensor, Done] | None = None
 
     def linear_input_grad(
         self, weight: Tensor | Quantised, input_shape: Sequence[int]
@@ -88,15 +88,15 @@ class Products:
     ) -> tuple[Tensor, Done]:
         """`reference.convolution_input_grad`, and how."""
         if self._input_grad is not None:
-            return self._input_grad, Done()
+            return self._input_grad
         kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry)
         if kernel is None:
             return reference.convolution_input_grad(self._delta, weight, input_shape, geometry), Done()
         from retrograde.kernels import convolution
 
-        sparse = self._sparse(geometry)
+        sparse = self._sparse(kernel, geometry)
         found = convolution.input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
-        return found, Done(kernel, None, skips_zeros=True)
+        return found, _convolution_done(kernel)
 
     def convolution_weight_grad(
         self, x: Tensor, weight: Tensor, geometry: Geometry, *, joint: bool = True
@@ -110,19 +110,28 @@ class Products:
             joint: x and the weight are the layer's own, so that one call may compute dx too.
         """
         kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
+        shared = joint and self._wanted > 1 and kernel in (None, "bfloat16")
+        if shared and self._convolution_kernel("input", weight, weight, x.shape, geometry) == kernel:
+            return self._both(kernel, x, weight, geometry)
         if kernel is None:
-            if (
-                joint
-                and self._wanted > 1
-                and self._convolution_kernel("input", weight, weight, x.shape, geometry) is None
-            ):
-                self._input_grad, found = reference.convolution_grads(self._delta, x, weight, geometry)
-                return found, Done()
             return reference.convolution_weight_grad(self._delta, x, weight, geometry), Done()
         from retrograde.kernels import convolution
 
-        found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, self._sparse(geometry))
-        return found, Done(kernel, None, skips_zeros=True)
+        sparse = self._sparse(kernel, geometry)
+        found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, sparse)
+        return found, _convolution_done(kernel)
+
+    def _both(self, kernel: str | None, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Done]:
+        """dW, and dx kept for when it is asked for: one call of torch shares what it does to δ̃."""
+        if kernel is None:
+            (dx, dw), done = reference.convolution_grads(self._delta, x, weight, geometry), Done()
+        else:
+            from retrograde.kernels import convolution
+
+            dx, dw = convolution.both(self._delta, x, weight, geometry)
+            done = _convolution_done(kernel)
+        self._input_grad = dx, done
+        return dw, done
 
     def _linear_kernel(self, dense: Tensor | Quantised, *, transposed: bool) -> str | None:
         """The kernel for a product with `dense`; None for the reference."""
@@ -190,12 +199,16 @@ class Products:
             channels_last=not values.is_contiguous(),
             share=1 / self._wanted,
         )
-        kernel = choose.model().best(problem, convolution.KERNELS)
+        allowed = tuple(kernel for kernel in convolution.KERNELS if kernel in self._allowed)
+        kernel = choose.model().best(problem, allowed)
         return None if kernel == "dense" else kernel
 
-    def _sparse(self, geometry: Geometry) -> "Sparse":
+    def _sparse(self, kernel: str, geometry: Geometry) -> "Sparse | None":
+        """δ̃'s non-zeros, listed once, where the kernel visits them alone."""
         from retrograde.kernels import convolution
 
+        if kernel not in convolution.SKIPPING:
+            return None
         if self._compacted is None:
             self._compacted = convolution.compact(self._delta, geometry)
         return self._compacted
@@ -223,6 +236,12 @@ def _done(kernel: str) -> Done:
     from retrograde.kernels import linear
 
     return Done(kernel, linear.PRECISION.get(kernel), kernel in linear.SKIPPING)
+
+
+def _convolution_done(kernel: str) -> Done:
+    from retrograde.kernels import convolution
+
+    return Done(kernel, convolution.PRECISION.get(kernel), kernel in convolution.SKIPPING)
 
 
 # Dithering.

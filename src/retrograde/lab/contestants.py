@@ -119,7 +119,9 @@ class Convolution:
         from retrograde.kernels import convolution
 
         g = self._geometry()
-        sparse = None if kernel == "dense" else convolution.compact(delta, g)
+        if kernel == "bfloat16":
+            return convolution.both(delta, x, weight, g)
+        sparse = convolution.compact(delta, g) if kernel in convolution.SKIPPING else None
         return (
             convolution.input_grad(kernel, delta, weight, x.shape, g, sparse),
             convolution.weight_grad(kernel, delta, x, weight, g, sparse),
