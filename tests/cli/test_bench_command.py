@@ -81,6 +81,8 @@ def test_steps_take_the_chosen_models_and_methods(run: Run, tiny: list[int]) -> 
     assert [(row["model"], row["method"]) for row in rows] == [
         ("gpt", "dither(scale=2.0)"),
         ("gpt", "dither(scale=4.0)"),
+        ("gpt", "dither(scale=2.0, forward=int8)"),
+        ("gpt", "dither(scale=4.0) under bfloat16"),
         ("gpt", "decorrelate"),
     ]
     assert tiny == [1]
