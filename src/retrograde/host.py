@@ -28,6 +28,11 @@ def instructions() -> str:
     return match[1].strip() if match else ""
 
 
+def settings() -> dict[str, str]:
+    """Environment variables that change how fast torch's own products are."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_", "MKL_"))}
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, shared: bool = False) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and put it in place of `path`.
 

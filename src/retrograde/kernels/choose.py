@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,9 +197,7 @@ def _fits() -> dict[str, int]:
 def _path() -> Path:
     versions = (torch.__version__, np.__version__)
     facts = (_VERSION, host.processor(), host.instructions(), torch.get_num_threads(), versions)
-    # Environment settings of oneDNN and MKL change how fast torch's own products are.
-    settings = [(k, v) for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_", "MKL_"))]
-    digest = hashlib.sha256(repr((facts, settings)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((facts, host.settings())).encode()).hexdigest()[:16]
     return host.cache_folder("kernels") / f"{digest}.json"
 
 

@@ -25,6 +25,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device.type,
     }
+    if settings := host.settings():
+        found["settings"] = settings
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
