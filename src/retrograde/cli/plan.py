@@ -1,10 +1,10 @@
 """``retrograde plan``: what would happen to each layer, and why, without training anything."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from retrograde.cli import output
@@ -49,18 +49,12 @@ class PlanCommand:
         )
         model = models.build(recipe.model, data, seed=recipe.seed)
         x, y = lab_data.first_batch(data.train, recipe.batch_size, augment=recipe.augment)
-        device = torch.device("cpu")
-
-        def loss() -> torch.Tensor:
-            with measure.autocast(device, recipe.precision):
-                return measure.loss_of(model(x).float(), y, recipe.label_smoothing)
-
         plan = make_plan(
             model,
             recipe.make_methods(),
             only=recipe.only,
             skip=recipe.skip,
-            example=loss,
+            example=partial(measure.batch_loss, model, x, y, recipe.precision, recipe.label_smoothing),
             decline=recipe.decline,
         )
         if self.json:

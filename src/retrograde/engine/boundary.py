@@ -5,6 +5,7 @@ is the same arithmetic eager and compiled. The op declares the layer's token mut
 removing, merging or reordering calls.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,7 +176,9 @@ def _run(
     geometry: Geometry | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     program = LayerProgram.find(token)
+    start = time.perf_counter()
     found: Gradients = program.backward(delta, saved, rows, weight, input_shape, geometry, Needs(*needs))
+    program.clocked += time.perf_counter() - start
     # An op cannot return None: what was not asked for comes back empty. A compiler is promised contiguous results;
     # eager execution takes them as the kernels lay them out.
     return tuple(  # pyright: ignore[reportReturnType]
@@ -195,18 +198,7 @@ def _run_convolution(
     fixed_layout: bool,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(delta, saved, rows, weight, token, input_shape, needs, fixed_layout, _geometry(*geometry))
-
-
-def _geometry(
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Geometry:
-    return Geometry(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
+    return _run(delta, saved, rows, weight, token, input_shape, needs, fixed_layout, Geometry.of(*geometry))
 
 
 def _fake(
@@ -273,5 +265,5 @@ def _convolution_formula(  # pyright: ignore[reportUnusedFunction]
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    flops = convolution_flops(input_shape, weight_shape, delta_shape, _geometry(*geometry))
+    flops = convolution_flops(input_shape, weight_shape, delta_shape, Geometry.of(*geometry))
     return flops * (needs[0] + needs[1])

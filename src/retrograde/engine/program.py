@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import math
-import time
 import warnings
 import weakref
 from collections import Counter
@@ -198,22 +197,6 @@ class LayerProgram:
         needs: Needs,
     ) -> Gradients:
         """Gradients of one call; see `Call` for the arguments."""
-        start = time.perf_counter()
-        try:
-            return self._backward(delta, saved, rows, weight, input_shape, geometry, needs)
-        finally:
-            self.clocked += time.perf_counter() - start
-
-    def _backward(
-        self,
-        delta: Tensor,
-        saved: Sequence[Tensor],
-        rows: Tensor | None,
-        weight: Tensor,
-        input_shape: Sequence[int],
-        geometry: Geometry | None,
-        needs: Needs,
-    ) -> Gradients:
         self.token[1] += 1
         if needs.weight or needs.bias:
             self._expect_steps()

@@ -49,9 +49,12 @@ class _Measured:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[tuple[list[float], float]]] = {}
+        self._other = torch.zeros(_EVICTED)
 
     def add(self, kernel: str, problem: Problem | ConvolutionProblem, work: Callable[[], Any]) -> None:
-        self._rows.setdefault(problem.fit(kernel), []).append((problem.terms(kernel), _time(work)))
+        self._rows.setdefault(problem.fit(kernel), []).append(
+            (problem.terms(kernel), _time(work, self._other))
+        )
 
     def model(self) -> CostModel:
         return CostModel({name: _fit(rows) for name, rows in self._rows.items()})
@@ -135,12 +138,12 @@ def _levels(shape: tuple[int, ...], share: float) -> Tensor:
     return (kept * torch.randint(1, 20, shape, generator=generator)).to(torch.int8)
 
 
-def _time(work: Callable[[], Any]) -> float:
+def _time(work: Callable[[], Any], other: Tensor) -> float:
     """The least of a few runs: whatever else the machine does only ever adds.
 
-    Operands come from beyond the cores' own caches, as in training, where a layer's passes lie far apart.
+    Operands come from beyond the cores' own caches, which `other` fills, as in training, where a layer's passes lie far
+    apart.
     """
-    other = torch.zeros(_EVICTED)
     work()
     times: list[float] = []
     for _ in range(_REPEATS):

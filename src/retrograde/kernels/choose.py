@@ -151,7 +151,8 @@ def model() -> CostModel:
     threads = torch.get_num_threads()
     known = _models.get(threads)
     if known is None:
-        known = _models[threads] = _stored(_path()) or _calibrated(_path())
+        path = _path()
+        known = _models[threads] = _stored(path) or _calibrated(path)
     return known
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retrograde.kernels.cpu_memory import flat, in_memory_order
 from retrograde.kernels.cpu_threads import jit, use_threads
+from retrograde.kernels.delta import Levels
 
 _BLOCK = 4096
 """Entries in a block: its noise stays in the first-level cache."""
@@ -121,15 +122,6 @@ def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any
             none += np.int32(level == 0)
             most = max(most, abs(level))
         zeros[b], largest[b] = none, most
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Integer levels of a gradient, their number of zeros and their largest magnitude."""
-
-    values: Tensor
-    zeros: int
-    largest: int
 
 
 def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:

@@ -13,7 +13,6 @@ Needs Triton, which torch's CUDA builds bring along, and a GPU of compute capabi
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from retrograde.kernels.cuda_products import (
     quantised_product,
     skip_product,
 )
+from retrograde.kernels.delta import Levels
 from retrograde.kernels.int8 import Quantised
 from retrograde.maths import dither
 
@@ -223,15 +223,6 @@ def _nsd_kernel(delta, levels, found, step, key, limit, size, QUADS: tl.constexp
     largest = tl.max(tl.abs(level), 0)
     tl.atomic_add(found, zeros.to(tl.int64), sem="relaxed")
     tl.atomic_max(found + 1, largest.to(tl.int64), sem="relaxed")
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Integer levels of a gradient, their number of zeros and their largest magnitude."""
-
-    values: Tensor
-    zeros: int
-    largest: int
 
 
 def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:

@@ -42,3 +42,12 @@ class Delta:
 
             return cpu.count_zeros(values)
         return values.numel() - int(values.bool().sum())
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Integer levels of a gradient, their number of zeros and their largest magnitude."""
+
+    values: Tensor
+    zeros: int
+    largest: int

@@ -6,6 +6,7 @@ The reference runs where nothing faster is known: on other devices, in other dty
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +74,8 @@ class Products:
         kernel = self._linear_kernel(weight, transposed=False)
         if kernel is None:
             return reference.linear_input_grad(self._delta, _dense(weight), input_shape), Done()
-        return self._linear(kernel, weight, transposed=False).view(tuple(input_shape)), _done(kernel)
+        found, done = self._linear(kernel, weight, transposed=False)
+        return found.view(tuple(input_shape)), done
 
     def linear_weight_grad(self, x: Tensor | Quantised) -> tuple[Tensor, Done]:
         """`reference.linear_weight_grad`, and how; a quantised x comes as rows (n, i)."""
@@ -81,7 +83,7 @@ class Products:
         kernel = self._linear_kernel(rows, transposed=True)
         if kernel is None:
             return reference.linear_weight_grad(self._delta, _dense(x)), Done()
-        return self._linear(kernel, rows, transposed=True), _done(kernel)
+        return self._linear(kernel, rows, transposed=True)
 
     def convolution_input_grad(
         self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
@@ -96,7 +98,7 @@ class Products:
 
         sparse = self._sparse(kernel, geometry)
         found = convolution.input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
-        return found, _convolution_done(kernel)
+        return found, _done(kernel, convolution)
 
     def convolution_weight_grad(
         self, x: Tensor, weight: Tensor, geometry: Geometry, *, joint: bool = True
@@ -119,7 +121,7 @@ class Products:
 
         sparse = self._sparse(kernel, geometry)
         found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, sparse)
-        return found, _convolution_done(kernel)
+        return found, _done(kernel, convolution)
 
     def _both(self, kernel: str | None, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Done]:
         """dW, and dx kept for when it is asked for: one call of torch shares what it does to δ̃."""
@@ -129,7 +131,7 @@ class Products:
             from retrograde.kernels import convolution
 
             dx, dw = convolution.both(self._delta, x, weight, geometry)
-            done = _convolution_done(kernel)
+            done = _done(kernel, convolution)
         self._input_grad = dx, done
         return dw, done
 
@@ -161,14 +163,15 @@ class Products:
         allowed = (*self._allowed, "skip-bfloat16") if operand == "bfloat16" else self._allowed
         return tuple(kernel for kernel in choose.OPERANDS[operand] if kernel in allowed)
 
-    def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> Tensor:
+    def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> tuple[Tensor, Done]:
         from retrograde.kernels import cpu, linear
 
         delta = self._delta
         matrix = delta.values.reshape(delta.values.shape[:-1].numel(), delta.values.shape[-1])
         if kernel in linear.SKIPPING and self._lists is None:
             self._lists = cpu.lists(matrix)
-        return linear.run(kernel, matrix, delta.step, dense, transposed=transposed, lists=self._lists)
+        found = linear.run(kernel, matrix, delta.step, dense, transposed=transposed, lists=self._lists)
+        return found, _done(kernel, linear)
 
     def _convolution_kernel(
         self, product: str, dense: Tensor, weight: Tensor, x_shape: Sequence[int], geometry: Geometry
@@ -232,16 +235,9 @@ def _dense(operand: Tensor | Quantised) -> Tensor:
     return operand.dense() if isinstance(operand, Quantised) else operand
 
 
-def _done(kernel: str) -> Done:
-    from retrograde.kernels import linear
-
-    return Done(kernel, linear.PRECISION.get(kernel), kernel in linear.SKIPPING)
-
-
-def _convolution_done(kernel: str) -> Done:
-    from retrograde.kernels import convolution
-
-    return Done(kernel, convolution.PRECISION.get(kernel), kernel in convolution.SKIPPING)
+def _done(kernel: str, kernels: ModuleType) -> Done:
+    """By a kernel of `retrograde.kernels.linear` or of `retrograde.kernels.convolution`."""
+    return Done(kernel, kernels.PRECISION.get(kernel), kernel in kernels.SKIPPING)
 
 
 # Dithering.

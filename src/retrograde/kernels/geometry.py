@@ -1,5 +1,6 @@
 """How a convolution lays its kernel over its input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -16,3 +17,16 @@ class Geometry:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    @classmethod
+    def of(
+        cls,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: Sequence[int],
+        groups: int,
+    ) -> "Geometry":
+        """From the sequences that ops take."""
+        return cls(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)

@@ -249,9 +249,9 @@ def _convolution_input_grad(
     values: Tensor, step: float | None, weight: Tensor, input_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
     name = "convolution_input_grad"
-    _check_convolution(name, values, step, weight, input_shape, weight.shape, _geometry(*geometry))
+    _check_convolution(name, values, step, weight, input_shape, weight.shape, Geometry.of(*geometry))
     found, _ = _products(name, values, step).convolution_input_grad(
-        weight, tuple(input_shape), _geometry(*geometry)
+        weight, tuple(input_shape), Geometry.of(*geometry)
     )
     return found.contiguous(memory_format=_order(values))
 
@@ -260,10 +260,10 @@ def _convolution_weight_grad(
     values: Tensor, step: float | None, x: Tensor, weight_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
     name = "convolution_weight_grad"
-    _check_convolution(name, values, step, x, x.shape, weight_shape, _geometry(*geometry))
+    _check_convolution(name, values, step, x, x.shape, weight_shape, Geometry.of(*geometry))
     # The values of the weight play no part: only its shape is read.
     weight = x.new_empty(tuple(weight_shape))
-    found, _ = _products(name, values, step).convolution_weight_grad(x, weight, _geometry(*geometry))
+    found, _ = _products(name, values, step).convolution_weight_grad(x, weight, Geometry.of(*geometry))
     return found.contiguous()
 
 
@@ -296,7 +296,7 @@ def _fake_outer(values: Tensor, step: float | None, x: Tensor, precision: str = 
 def _fake_input_grad(
     values: Tensor, step: float | None, weight: Tensor, input_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
-    g = _geometry(*geometry)
+    g = Geometry.of(*geometry)
     _check_convolution("convolution_input_grad", values, step, weight, input_shape, weight.shape, g)
     return torch.empty(
         tuple(input_shape), dtype=weight.dtype, device=weight.device, memory_format=_order(values)
@@ -306,7 +306,7 @@ def _fake_input_grad(
 def _fake_weight_grad(
     values: Tensor, step: float | None, x: Tensor, weight_shape: Sequence[int], *geometry: Any
 ) -> Tensor:
-    g = _geometry(*geometry)
+    g = Geometry.of(*geometry)
     _check_convolution("convolution_weight_grad", values, step, x, x.shape, weight_shape, g)
     return x.new_empty(tuple(weight_shape))
 
@@ -318,17 +318,6 @@ def _wide(delta: Tensor) -> torch.dtype:
 
 def _order(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if lies_channels_last(tensor) else torch.contiguous_format
-
-
-def _geometry(
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Geometry:
-    return Geometry(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
 
 
 # What is refused. Nothing here reads a step: compiled code may not know it yet.
@@ -499,7 +488,7 @@ def _input_grad_formula(  # pyright: ignore[reportUnusedFunction]
     *geometry: Any,
     **kwargs: Any,
 ) -> int:
-    return _convolution_flops(values_shape, input_shape, weight_shape, _geometry(*geometry))
+    return _convolution_flops(values_shape, input_shape, weight_shape, Geometry.of(*geometry))
 
 
 @register_flop_formula(torch.ops.retrograde.convolution_weight_grad)
@@ -511,7 +500,7 @@ def _weight_grad_formula(  # pyright: ignore[reportUnusedFunction]
     *geometry: Any,
     **kwargs: Any,
 ) -> int:
-    return _convolution_flops(values_shape, input_shape, weight_shape, _geometry(*geometry))
+    return _convolution_flops(values_shape, input_shape, weight_shape, Geometry.of(*geometry))
 
 
 def _convolution_flops(

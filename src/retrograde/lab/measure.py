@@ -38,6 +38,12 @@ def loss_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=smoothing)
 
 
+def batch_loss(model: nn.Module, x: Tensor, y: Tensor, precision: str, smoothing: float) -> Tensor:
+    """The loss of a batch as a training step takes it, for a forecast."""
+    with autocast(x.device, precision):
+        return loss_of(model(x).float(), y, smoothing)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context of a recipe's precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -330,12 +331,7 @@ class Trainer:
         if checkpoint is not None and recipe.decline:
             only = [escape(name) for name in checkpoint["session"]["layers"]]
             return attach(self.model, methods, only=only, seed=recipe.seed)
-
-        def loss() -> Tensor:
-            with measure.autocast(self.device, recipe.precision):
-                logits = self.model(x)
-                return measure.loss_of(logits.float(), y, recipe.label_smoothing)
-
+        loss = partial(measure.batch_loss, self.model, x, y, recipe.precision, recipe.label_smoothing)
         return attach(
             self.model,
             methods,
