@@ -1,29 +1,22 @@
 """The page on performance is what its script makes from ``results/``: no figure in it can be typed by hand."""
 
-import ast
-import importlib.util
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from generated_page import imported, texts
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs" / "make_performance.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_performance", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look for their module.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    with imported(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +81,9 @@ def test_pictures_and_files_exist() -> None:
 
 def test_script_holds_no_figures() -> None:
     """What makes the text holds no digits but those of formats and of the types' names."""
-    source, drawing = SCRIPT.read_text(encoding="utf-8").split("\n# The pictures.\n")
-    assert "def draw(" in drawing
-    tree = ast.parse(source)
-    formats = {
-        id(node)
-        for value in ast.walk(tree)
-        if isinstance(value, ast.FormattedValue) and value.format_spec is not None
-        for node in ast.walk(value.format_spec)
-    }
-    constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in formats]
-    texts = [node.value for node in constants if isinstance(node.value, str)]
-    assert any("# Performance" in text for text in texts)
-    for text in texts:
+    found = texts(SCRIPT)
+    assert any("# Performance" in text for text in found)
+    for text in found:
         assert not re.search(r"\d", re.sub("bfloat16|float32|int8|bf16|fp32", "", text)), text
 
 

@@ -1,7 +1,5 @@
 """The page of results is what its script makes from ``repro/`` and ``results/``: no figure can be typed by hand."""
 
-import ast
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from generated_page import imported, texts
 
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.library import Library
@@ -58,15 +57,8 @@ pending = "its data set is not here"
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    # It shares its drawing with a neighbour.
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("make_results", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
+    with imported(SCRIPT) as module:
+        yield module
 
 
 @pytest.fixture
@@ -154,19 +146,9 @@ def test_pictures_and_files_exist() -> None:
 
 def test_script_holds_no_figures() -> None:
     """What makes the text holds no digits but those of formats, and the confidence of all intervals."""
-    source, drawing = SCRIPT.read_text(encoding="utf-8").split("\n# The pictures.\n")
-    assert "def pictures(" in drawing
-    tree = ast.parse(source)
-    formats = {
-        id(node)
-        for value in ast.walk(tree)
-        if isinstance(value, ast.FormattedValue) and value.format_spec is not None
-        for node in ast.walk(value.format_spec)
-    }
-    constants = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in formats]
-    texts = [node.value for node in constants if isinstance(node.value, str)]
-    assert any("# Results" in text for text in texts)
-    for text in texts:
+    found = texts(SCRIPT)
+    assert any("# Results" in text for text in found)
+    for text in found:
         assert not re.search(r"\d", text.replace("95 % interval", "")), text
 
 

@@ -109,11 +109,27 @@ def test_autocast_follows_the_precision() -> None:
         assert (a @ a).dtype == torch.float32
 
 
+def each(value: float) -> dict[str, float]:
+    return dict.fromkeys(("dense", "needed", "executed", "discounted"), value)
+
+
 def test_whole_flops_of_a_plain_model_are_the_dense_ones() -> None:
-    assert measure.whole_flops(None, 10.0) == {
-        **dict.fromkeys(("dense", "needed", "executed", "discounted"), 10.0),
-        "overhead": 0.0,
-    }
+    assert measure.whole_flops(None, 6.0, 5) == {**each(30.0), "overhead": 0.0, "forward": each(10.0)}
+
+
+def test_whole_flops_of_bfloat16_are_discounted() -> None:
+    found = measure.whole_flops(None, 6.0, 5, precision="bfloat16")
+    assert found["executed"] == 30.0
+    assert found["discounted"] == 15.0
+    assert found["forward"]["discounted"] == 5.0
+
+
+def test_whole_flops_of_passes_again_and_in_part() -> None:
+    """Two forward passes a step, and half a backward one, against the plain step's one of each."""
+    found = measure.whole_flops(None, 6.0, 5, passes=measure.Passes(10.0, 2.5))
+    assert found["dense"] == 30.0
+    assert found["needed"] == found["executed"] == found["discounted"] == 2 * 10.0 + 4 * 2.5
+    assert found["forward"] == {**each(20.0), "dense": 10.0}
 
 
 def test_whole_flops_add_what_is_not_attached() -> None:
@@ -121,9 +137,11 @@ def test_whole_flops_add_what_is_not_attached() -> None:
     session = attach(model, Dither(scale=0.0), only="2", seed=0)
     x, y = torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
     measure.loss_of(model(x), y).backward()
-    whole = measure.whole_flops(session, 2 * 5 * (4 * 3 * 2 + 3 * 2 * 3))
+    own = session.flops().forward.dense
+    whole = measure.whole_flops(session, 2 * 5 * (4 * 3 * 2 + 3 * 2 * 3), 1)
     assert whole["not_attached"] == 2 * 5 * 4 * 3 * 2
     assert whole["dense"] == 2 * 5 * (4 * 3 * 2 + 3 * 2 * 3)
+    assert whole["forward"]["dense"] == own + 2 * 5 * 4 * 3 * 2 / 3
 
 
 def test_peak_memory_of_the_process_is_in_bytes() -> None:

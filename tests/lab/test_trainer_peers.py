@@ -208,14 +208,16 @@ def test_a_trial_reads_no_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(measure, "evaluate", evaluated)
     results = {}
-    for test in (False, True):
-        trainer = Trainer(SMALL, tmp_path / str(test), data)
+    for trial in (True, False):
+        trainer = Trainer(SMALL, tmp_path / str(trial), data)
         for _ in trainer.epochs():
             pass
-        results[test] = trainer.finish(test=test)
+        results[trial] = trainer.finish(trial=trial)
     assert read == ["validation"] * 4 + ["test"]
-    assert results[False]["test"] is None
-    assert results[True]["test"]["accuracy"] > 0
+    assert results[True]["test"] is None
+    assert results[True]["model_file"] is None
+    assert not (tmp_path / "True" / files.MODEL).exists()
+    assert results[False]["test"]["accuracy"] > 0
     assert results[False]["validation"] == results[True]["validation"]
 
 

@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 RESULT = "result.json"
 RUN = "run.json"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 # What torch.load raises on bytes that are no checkpoint, or half of one.
 _UNREADABLE = (
     *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),

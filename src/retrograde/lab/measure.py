@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from retrograde.accounting.flops import DISCOUNTS
 from retrograde.accounting.memory import saved_bytes
 from retrograde.lab.data import Split, evaluation_batches
 from retrograde.session import Session
@@ -84,16 +86,52 @@ def _frozen_statistics(model: nn.Module) -> Generator[None]:
             buffer.copy_(kept[name])
 
 
-def whole_flops(session: Session | None, plain: float) -> dict[str, Any]:
-    """FLOPs of the whole model: what is not attached (attention products, left layers) runs dense and is added."""
+@dataclass
+class Passes:
+    """Forward and backward passes of a run, in passes of a whole batch: peers may run one twice, or in part."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+def whole_flops(
+    session: Session | None,
+    step: float,
+    steps: int,
+    *,
+    passes: Passes | None = None,
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """FLOPs of the whole model in a run: sums, the forward pass's part of them, and the methods' overhead.
+
+    What is not attached (attention products, left layers) runs dense and is added. A forward pass is a third of a
+    plain step where no layer counts its own.
+
+    Args:
+        session: of the run; None where nothing is attached.
+        step: dense FLOPs of a plain step.
+        steps: of the run.
+        passes: really run, where they are others than one forward and one backward pass a step; of the plain model.
+        precision: of a run without a session; sessions know that of each product.
+    """
+    plain = step * steps
+    done = ("needed", "executed", "discounted")
+    if session is not None and passes is None:
+        flops = session.flops()
+        found = flops.to_dict()
+        elsewhere = max(0.0, plain - flops.dense)
+        for name in ("dense", *done):
+            found[name] += elsewhere
+            found["forward"][name] += elsewhere / 3
+        return found | {"not_attached": elsewhere}
+    ran = passes or Passes(steps, steps)
+    forward, whole = step * ran.forward / 3, step * (ran.forward + 2 * ran.backward) / 3
+    found = {"dense": plain, **dict.fromkeys(done, whole), "overhead": 0.0}
+    found["forward"] = {"dense": plain / 3, **dict.fromkeys(done, forward)}
     if session is None:
-        return dict.fromkeys(("dense", "needed", "executed", "discounted"), plain) | {"overhead": 0.0}
-    flops = session.flops()
-    found = flops.to_dict()
-    elsewhere = max(0.0, plain - flops.dense)
-    for name in ("dense", "needed", "executed", "discounted"):
-        found[name] += elsewhere
-    return found | {"not_attached": elsewhere}
+        for part in (found, found["forward"]):
+            part["discounted"] *= DISCOUNTS[precision]
+    return found
 
 
 def sharpness(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, tolerance: float = 1e-3) -> float:

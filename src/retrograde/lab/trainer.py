@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograde.accounting.flops import DISCOUNTS
 from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, machine, measure, models
@@ -164,8 +163,7 @@ class Trainer:
         self.step = 0
         self._finished_epochs = 0
         self._seconds = 0.0
-        # Forward and backward passes of a plain step's worth, for peers that run a batch twice or in part.
-        self._passes = {"forward": 0.0, "backward": 0.0}
+        self._passes = measure.Passes()
         self._epoch_sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
         self._validation: dict[str, float] = {}
         self._best: dict[str, Any] = {}
@@ -206,20 +204,20 @@ class Trainer:
             self.close()
             raise
 
-    def finish(self, *, test: bool = True, measures: Collection[str] = ()) -> dict[str, Any]:
-        """Write the result and the folded model.
+    def finish(self, *, trial: bool = False, measures: Collection[str] = ()) -> dict[str, Any]:
+        """Read the test set, once; write the result and the folded model.
 
         Args:
-            test: read the test set, once. A trial of a search must not.
+            trial: of a search, which must not read the test set and keeps no model: the result alone is written.
             measures: figures to take of the folded model: ``"sharpness"``.
         """
+        if trial:
+            return self._conclude()
         from safetensors.torch import save_model
 
         if self._best_weights is not None:
             self.model.load_state_dict(self._best_weights)
-        figures = None
-        if test:
-            figures = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
+        test = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
         # What must fit is the most: methods keep other things when they have warmed up than in their first step.
         self._saved_bytes = max(
             self._saved_bytes, measure.saved_activation_bytes(self.model, *self._first_batch())
@@ -235,7 +233,15 @@ class Trainer:
         if "sharpness" in measures:
             x, y = lab_data.first_batch(self.data.train, _SHARPNESS_ROWS)
             taken["sharpness"] = measure.sharpness(plain, x.to(self.device), y.to(self.device))
-        result = self._write_result("finished", figures, taken)
+        return self._conclude(test, taken, files.MODEL)
+
+    def _conclude(
+        self,
+        test: dict[str, float] | None = None,
+        measures: dict[str, float] | None = None,
+        model_file: str | None = None,
+    ) -> dict[str, Any]:
+        result = self._write_result("finished", test, measures, model_file)
         self.close()
         return result
 
@@ -281,7 +287,7 @@ class Trainer:
         x, y = x.to(self.device), y.to(self.device)
         if self._selector is not None:
             index = self._selector.select(partial(self._losses, x, y), len(x))
-            self._passes["forward"] += 1
+            self._passes.forward += 1
             x, y = x[index], y[index]
         loss, logits = self._pass(x, y)
         if self._second_pass:
@@ -323,8 +329,8 @@ class Trainer:
             logits = self._forward(x)
             loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
         loss.backward()
-        for name in self._passes:
-            self._passes[name] += len(x) / self._rows
+        self._passes.forward += len(x) / self._rows
+        self._passes.backward += len(x) / self._rows
         return loss, logits
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
@@ -455,7 +461,7 @@ class Trainer:
                 "step": self.step,
                 "finished_epochs": self._finished_epochs,
                 "seconds": self._seconds,
-                "passes": self._passes,
+                "passes": asdict(self._passes),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
@@ -479,7 +485,8 @@ class Trainer:
         self._schedule.load_state_dict(state["schedule"])
         if self.session:
             self.session.load_state_dict(state["session"])
-        self.step, self._seconds, self._passes = state["step"], state["seconds"], dict(state["passes"])
+        self.step, self._seconds = state["step"], state["seconds"]
+        self._passes = measure.Passes(**state["passes"])
         self._finished_epochs = state["finished_epochs"]
         self._rng, self._epoch_sums = state["rng"], state["epoch_sums"]
         self._step_seconds, self._clocked = state["step_seconds"], state["clocked"]
@@ -543,22 +550,20 @@ class Trainer:
         }
 
     def _write_result(
-        self, status: str, test: dict[str, float] | None = None, measures: dict[str, float] | None = None
+        self,
+        status: str,
+        test: dict[str, float] | None = None,
+        measures: dict[str, float] | None = None,
+        model_file: str | None = None,
     ) -> dict[str, Any]:
         summary = self.session.summary() if self.session else None
-        plain = self._plain_flops * self.step
-        flops = measure.whole_flops(self.session, plain)
-        if self._second_pass or self._selector is not None:
-            # What peers run is the plain pass, more often or on fewer rows; its forward part is a third of it.
-            forward = self._plain_flops * self._passes["forward"] / 3
-            done = forward + self._plain_flops * self._passes["backward"] * 2 / 3
-            flops |= dict.fromkeys(("needed", "executed", "discounted"), done)
-            flops["forward"] = {
-                "dense": plain / 3,
-                **dict.fromkeys(("needed", "executed", "discounted"), forward),
-            }
-        if self.session is None and self.recipe.precision != "float32":
-            flops["discounted"] *= DISCOUNTS[self.recipe.precision]
+        flops = measure.whole_flops(
+            self.session,
+            self._plain_flops,
+            self.step,
+            passes=self._passes if self._second_pass or self._selector is not None else None,
+            precision=self.recipe.precision,
+        )
         result = {
             "schema": 1,
             "status": status,
@@ -578,7 +583,7 @@ class Trainer:
             "saved_activation_bytes": self._saved_bytes,
             "peak_memory_bytes": measure.peak_memory(self.device),
             "timing": self._timing(),
-            "model_file": files.MODEL if status == "finished" else None,
+            "model_file": model_file,
         }
         files.write_json(self.folder / files.RESULT, result)
         return result

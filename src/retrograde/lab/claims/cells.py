@@ -11,6 +11,7 @@ from typing import Any
 from retrograde.lab import data as lab_data
 from retrograde.lab import files
 from retrograde.lab.claims.jobs import Tell
+from retrograde.lab.claims.result import Reading
 from retrograde.lab.data import Data
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.trainer import Progress, Trainer
@@ -43,14 +44,10 @@ class Cell:
         found = files.read_json(path)
         return found if found.get("status") == "finished" else None
 
-    def curve(self) -> list[dict[str, Any]]:
-        """Readings of the validation split: step, seconds of training, accuracy."""
+    def curve(self) -> list[Reading]:
+        """Readings of the validation split, in order."""
         return [
-            {
-                "step": line["step"],
-                "seconds": line["seconds"],
-                "accuracy": line["validation"]["accuracy"],
-            }
+            Reading(step=line["step"], seconds=line["seconds"], accuracy=line["validation"]["accuracy"])
             for line in files.read_metrics(self.folder)
             if line["event"] in ("reading", "epoch")
         ]
@@ -65,7 +62,7 @@ def train_together(
     tell: Tell,
     stop: Callable[[], bool],
     measures: Sequence[str] = (),
-    test: bool = True,
+    trial: bool = False,
     sets: DataSets | None = None,
 ) -> None:
     """Train what is not finished yet, one epoch each in turn; what was begun goes on.
@@ -78,7 +75,7 @@ def train_together(
         tell: told how much is done.
         stop: asked after every step; true writes all checkpoints and raises KeyboardInterrupt.
         measures: figures to take of the trained models.
-        test: read the test sets at the end.
+        trial: of a search: no test set is read, and no model kept.
         sets: data sets that are loaded already; what else is needed is added.
     """
     waiting = [cell for cell in cells if cell.result() is None]
@@ -112,7 +109,7 @@ def train_together(
             trainer.keep()
         raise
     for cell, trainer in zip(waiting, trainers, strict=True):
-        trainer.finish(test=test, measures=measures)
+        trainer.finish(trial=trial, measures=measures)
         # Finished, it will not go on: only the checkpoint is large.
         (cell.folder / files.CHECKPOINT).unlink(missing_ok=True)
         shutil.rmtree(cell.folder / "tensorboard", ignore_errors=True)

@@ -14,7 +14,7 @@ from retrograde.lab.claims import metrics
 from retrograde.lab.claims.cells import Cell, pace, train_together
 from retrograde.lab.claims.definition import Claim, content_hash
 from retrograde.lab.claims.jobs import Job, State, Tell, run_all
-from retrograde.lab.claims.result import Entry, Reading, Result, Run, Trial
+from retrograde.lab.claims.result import Entry, Result, Run, Trial
 from retrograde.lab.claims.tuning import Search
 from retrograde.lab.claims.verdict import complete
 from retrograde.lab.trainer import pick_device
@@ -246,7 +246,7 @@ def run_of(cell: Cell) -> Run:
             name: float(value) for name, value in found["flops"].items() if isinstance(value, int | float)
         },
         peak_memory_bytes=found["peak_memory_bytes"],
-        curve=[Reading.model_validate(reading) for reading in cell.curve()],
+        curve=cell.curve(),
     )
 
 

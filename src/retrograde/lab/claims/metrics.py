@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retrograde.lab.claims.result import Reading
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -50,21 +52,14 @@ def of_run(result: dict[str, Any]) -> dict[str, float | None]:
     """What a run's ``result.json`` tells: all but the time to a target, and what is measured afterwards."""
     flops = result["flops"]
     dense = flops["dense"] or 1.0
-    elsewhere = flops.get("not_attached", 0.0)
-    # Where no layer is attached, and in layers that are not, a forward pass is a third of a step.
-    forward = flops.get("forward", dict.fromkeys(("dense", "discounted"), 0.0))
-    before = {
-        name: forward[name] + (elsewhere if forward["dense"] else flops[name]) / 3
-        for name in ("dense", "discounted")
-    }
+    backward = {name: flops[name] - flops["forward"][name] for name in ("dense", "discounted")}
     return {
         "accuracy": result["test"]["accuracy"],
         "best_validation": result["best_validation"]["accuracy"],
         "zeros": result["zeros"],
         "own_zeros": result["own_zeros"],
         **{name: flops[name] / dense for name in ("needed", "executed", "discounted")},
-        "discounted_backward": (flops["discounted"] - before["discounted"])
-        / ((flops["dense"] - before["dense"]) or 1.0),
+        "discounted_backward": backward["discounted"] / (backward["dense"] or 1.0),
         "parameters": result["parameters"],
         "saved_bytes": result["saved_activation_bytes"],
         "seconds": result["seconds"],
@@ -74,9 +69,7 @@ def of_run(result: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def to_target(curve: Sequence[dict[str, Any]], target: float) -> tuple[float, int] | None:
+def to_target(curve: Sequence[Reading], target: float) -> tuple[float, int] | None:
     """Seconds and steps at the first reading with `target` validation accuracy or more."""
-    for reading in curve:
-        if reading["accuracy"] >= target:
-            return reading["seconds"], reading["step"]
-    return None
+    reached = next((reading for reading in curve if reading.accuracy >= target), None)
+    return None if reached is None else (reached.seconds, reached.step)

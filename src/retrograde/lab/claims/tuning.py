@@ -100,7 +100,7 @@ class Search:
                 data_dir=data_dir,
                 tell=tell,
                 stop=stop,
-                test=False,
+                trial=True,
                 sets=sets,
             )
             result = cell.result() or {}

@@ -106,7 +106,7 @@ def _time_to_target(result: Result, target: str) -> None:
     goals = {run.seed: run.metrics["best_validation"] for run in result.runs if run.contestant == target}
     for run in result.runs:
         goal = goals.get(run.seed)
-        reached = None if goal is None else metrics.to_target([r.model_dump() for r in run.curve], goal)
+        reached = None if goal is None else metrics.to_target(run.curve, goal)
         run.metrics["seconds_to_target"] = reached[0] if reached else None
         run.metrics["steps_to_target"] = reached[1] if reached else None
 
