@@ -126,7 +126,7 @@ def whole_flops(
         return found | {"not_attached": elsewhere}
     ran = passes or Passes(steps, steps)
     forward, whole = step * ran.forward / 3, step * (ran.forward + 2 * ran.backward) / 3
-    found = {"dense": plain, **dict.fromkeys(done, whole), "overhead": 0.0}
+    found: dict[str, Any] = {"dense": plain, **dict.fromkeys(done, whole), "overhead": 0.0}
     found["forward"] = {"dense": plain / 3, **dict.fromkeys(done, forward)}
     if session is None:
         for part in (found, found["forward"]):
