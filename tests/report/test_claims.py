@@ -179,7 +179,7 @@ def test_one_seed_without_checks() -> None:
     """What an ad-hoc comparison leaves: no source, no checks, no search, no target, one seed."""
     result = made(1, (), zeros=None, executed=None, target=None, peak=None)
     found = section(result)
-    assert found.badge.text == "no checks"
+    assert found.badge is None
     assert not found.checks
     assert "One seed" in found.caption
     assert "the source’s figures" not in found.table.columns
@@ -188,7 +188,7 @@ def test_one_seed_without_checks() -> None:
     text = text_of(render_claims([result]))
     assert "94.00 %" in text
     assert "±" not in text
-    for empty in ("<blockquote", "Checks</h3>", 'class="note"'):
+    for empty in ("<blockquote", 'class="lede"', 'class="verdict"', "Checks</h3>", 'class="note"'):
         assert empty not in render_claims([result]), empty
 
 
@@ -199,6 +199,10 @@ def test_no_readings() -> None:
         run.metrics = dict.fromkeys(run.metrics)
     assert section(complete(result, CHECKS)).charts == ()
     assert "–" in text_of(render_claims([result]))
+
+
+def test_lead_stands_below_the_title() -> None:
+    assert '<p class="lede">Take &lt;this&gt;.</p>' in render_claims([made()], "Title", "Take <this>.")
 
 
 def test_several_results_have_a_list() -> None:

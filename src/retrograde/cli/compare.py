@@ -137,7 +137,9 @@ class Advise:
         folder = self.runs or Path("runs/advise") / claim.hash
         result = _run(claim, given, folder, self.data_dir, 1)
         advice = advise(result)
-        page = write_claims([result], self.output, f"Advice: {claim.title}")
+        page = write_claims(
+            [result], self.output, f"Advice: {claim.title}", f"Recommended: {_recommendation(advice)}."
+        )
         # With the warm-ups of a whole run.
         methods = next((one for one in chosen if "+".join(one) == advice.name), {})
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "methods": methods}
@@ -227,12 +229,15 @@ def _tell(advice: Advice, result: Result, fields: dict[str, Any], left_out: dict
     for name, why in left_out.items():
         output.print_line(f"not judged: {name}: {why}")
     output.print_line("")
-    if advice.name == BASELINE:
-        output.print_line(f"Recommended: plain backpropagation; {advice.why}.")
-        return
-    output.print_line(f"Recommended: {advice.name}; {advice.why}.")
-    output.print_line("")
-    output.print_line(to_toml(fields))
+    output.print_line(f"Recommended: {_recommendation(advice)}.")
+    if advice.name != BASELINE:
+        output.print_line("")
+        output.print_line(to_toml(fields))
+
+
+def _recommendation(advice: Advice) -> str:
+    name = "plain backpropagation" if advice.name == BASELINE else advice.name
+    return f"{name}; {advice.why}"
 
 
 def to_toml(fields: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ class ClaimSection:
     title: str
     sentence: str
     source: str
-    badge: Badge
+    badge: Badge | None
     caption: str
     table: Table
     checks: tuple[Checked, ...]
@@ -88,16 +88,16 @@ class ClaimSection:
     machine: Pairs
 
 
-def write_claims(results: Sequence[Result], output: Path, title: str | None = None) -> Path:
-    """Write the page of ``results`` to ``output`` and return its path.
+def write_claims(results: Sequence[Result], output: Path, title: str | None = None, lead: str = "") -> Path:
+    """Write the page of ``results`` to ``output`` and return its path; ``lead`` stands below its title.
 
     Raises:
         RunError: there is no result, or ``output`` cannot be written.
     """
-    return save(render_claims(results, title), output)
+    return save(render_claims(results, title, lead), output)
 
 
-def render_claims(results: Sequence[Result], title: str | None = None) -> str:
+def render_claims(results: Sequence[Result], title: str | None = None, lead: str = "") -> str:
     """The page of ``results`` as HTML; the same results give the same bytes.
 
     Raises:
@@ -112,6 +112,7 @@ def render_claims(results: Sequence[Result], title: str | None = None) -> str:
         .get_template("claims.html.jinja")
         .render(
             title=title or (results[0].title if len(results) == 1 else f"{len(results)} claims"),
+            lead=lead,
             sections=[section(result) for result in results],
             plotly=plotly.offline.get_plotlyjs(),
         )
@@ -158,10 +159,12 @@ def section(result: Result) -> ClaimSection:
     )
 
 
-def badge(result: Result) -> Badge:
-    """The verdict; that of a quick run is none."""
+def badge(result: Result) -> Badge | None:
+    """The verdict; that of a quick run is none, and where nothing is checked there is nothing to say."""
     if result.quick:
         return Badge("quick: decides nothing", "plain")
+    if not result.findings:
+        return None
     tones = {"reproduced": "good", "exceeded": "good", "partly": "part", "not reproduced": "bad"}
     return Badge(result.verdict, tones.get(result.verdict, "plain"))
 

@@ -37,8 +37,13 @@ def test_speed_that_costs_accuracy_is_not() -> None:
 
 
 def test_a_saving_within_the_noise_is_none() -> None:
-    found = advice(noisy={"step_seconds": [0.6, 1.3, 0.8]})
+    found = advice(noisy={"step_seconds": [0.6, 1.3, 0.8]}, slow={"step_seconds": [1.0, 1.1, 1.0]})
     assert found.name == "plain"
+    assert "for sure. noisy may: ×0.90" in found.why
+
+
+def test_where_nobody_may_save_nobody_is_named() -> None:
+    assert advice(slow={"step_seconds": [1.0, 1.1, 1.0]}).why.endswith("on this model and machine")
 
 
 def test_time_to_plains_accuracy_counts_before_the_time_of_a_step() -> None:

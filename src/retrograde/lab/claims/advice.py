@@ -1,5 +1,6 @@
 """A recommendation from short runs: which method pays on this machine, by what, and how sure that is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,20 @@ def advise(result: Result) -> Advice:
             judged,
             1 - best.step.mean,
         )
-    return Advice(BASELINE, "no method saves time or memory on this model and machine", judged, 0.0)
+    why = "no method saves time or memory on this model and machine"
+    return Advice(BASELINE, why + _undecided(judged), judged, 0.0)
+
+
+def _undecided(judged: Sequence[Judged]) -> str:
+    """Whoever may save time: its mean is a saving, its interval is not."""
+    open_ones = [(one, one.time) for one in judged if one.time is not None and one.time.mean <= 1 - _WORTH]
+    if not open_ones:
+        return ""
+    best, time = min(open_ones, key=lambda pair: pair[1].mean)
+    return (
+        f" for sure. {best.name} may: {times(time)} of plain's time, which these runs leave open; more seeds or longer "
+        "runs decide it"
+    )
 
 
 def _judge(result: Result, name: str) -> Judged:
