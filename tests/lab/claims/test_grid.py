@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from small_claims import CHECK, RECIPE, STEPS, TUNING, small, stop_after, untimed
+from small_claims import CHECK, HOLD, RECIPE, STEPS, TUNING, small, stop_after, untimed
 
 from retrograde.errors import OptionError
 from retrograde.lab import files
@@ -282,16 +282,24 @@ def test_an_interrupted_timing_is_timed_again(
 # Several processes.
 
 
-def test_seeds_side_by_side_give_the_same_and_stop_with_what_they_have(tmp_path: Path) -> None:
-    recipe = {**RECIPE, "limit": 1200, "batch_size": 4, "epochs": 2}
+def test_seeds_side_by_side_give_the_same_and_stop_with_what_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {**RECIPE, "limit": 1200, "batch_size": 4, "epochs": 2, "model": "small_claims:patient"}
     claim = small(recipe=recipe, seeds=3, contestants={"plain": {}})
     folder = tmp_path / "two"
-    finished: set[Path] = set()
+    folder.mkdir()
+    hold = folder / "hold"
+    hold.touch()
+    monkeypatch.setenv(HOLD, str(hold))
 
     def one_is_done_and_one_is_not() -> bool:
-        runs = list(folder.glob(f"runs/*/{files.METRICS}"))
-        finished.update(run.parent for run in runs if (run.parent / files.RESULT).exists())
-        return bool(finished) and any(run.stat().st_size and run.parent not in finished for run in runs)
+        runs = [run.parent for run in folder.glob(f"runs/*/{files.METRICS}") if run.stat().st_size]
+        done = [(run / files.RESULT).exists() for run in runs]
+        if any(done) and not all(done):
+            hold.unlink()
+            return True
+        return False
 
     with pytest.raises(KeyboardInterrupt):
         Grid(claim, Places(folder, jobs=2)).run(stop=one_is_done_and_one_is_not)
