@@ -27,10 +27,10 @@ def imported(path: Path) -> Iterator[ModuleType]:
         del sys.modules[spec.name]
 
 
-def texts(path: Path) -> list[str]:
-    """The strings of what makes the page's text, formats left out: all that stands before the script's drawing."""
+def texts(path: Path, drawn_by: str) -> list[str]:
+    """The strings of what makes the page's text, formats left out: all before the drawing, where `drawn_by` stands."""
     source, drawing = path.read_text(encoding="utf-8").split("\n# The pictures.\n")
-    assert "def " in drawing
+    assert drawn_by in drawing
     tree = ast.parse(source)
     formats = {
         id(node)

@@ -200,7 +200,7 @@ class Trainer:
                 yield epoch
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
-                self._write_result("interrupted")
+                self._write_result("interrupted", {})
             self.close()
             raise
 
@@ -211,8 +211,12 @@ class Trainer:
             trial: of a search, which must not read the test set and keeps no model: the result alone is written.
             measures: figures to take of the folded model: ``"sharpness"``.
         """
-        if trial:
-            return self._conclude()
+        result = self._write_result("finished", {} if trial else self._finish_model(measures))
+        self.close()
+        return result
+
+    def _finish_model(self, measures: Collection[str]) -> dict[str, Any]:
+        """Test, fold and write the model; what the result says of that."""
         from safetensors.torch import save_model
 
         if self._best_weights is not None:
@@ -233,17 +237,7 @@ class Trainer:
         if "sharpness" in measures:
             x, y = lab_data.first_batch(self.data.train, _SHARPNESS_ROWS)
             taken["sharpness"] = measure.sharpness(plain, x.to(self.device), y.to(self.device))
-        return self._conclude(test, taken, files.MODEL)
-
-    def _conclude(
-        self,
-        test: dict[str, float] | None = None,
-        measures: dict[str, float] | None = None,
-        model_file: str | None = None,
-    ) -> dict[str, Any]:
-        result = self._write_result("finished", test, measures, model_file)
-        self.close()
-        return result
+        return {"test": test, "measures": taken, "model_file": files.MODEL}
 
     def keep(self) -> None:
         """Write the checkpoint of a run that is broken off between two epochs, and close it."""
@@ -549,13 +543,8 @@ class Trainer:
             "layers": layers,
         }
 
-    def _write_result(
-        self,
-        status: str,
-        test: dict[str, float] | None = None,
-        measures: dict[str, float] | None = None,
-        model_file: str | None = None,
-    ) -> dict[str, Any]:
+    def _write_result(self, status: str, model: dict[str, Any]) -> dict[str, Any]:
+        """Write what is known; `model` is what `_finish_model` found, nothing where it has not run."""
         summary = self.session.summary() if self.session else None
         flops = measure.whole_flops(
             self.session,
@@ -574,8 +563,8 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "best_validation": self._best or None,
             "validation": self._validation or None,
-            "test": test,
-            "measures": measures or {},
+            "test": None,
+            "measures": {},
             "zeros": summary.zeros if summary else None,
             "own_zeros": summary.own_zeros if summary else None,
             "fallbacks": summary.fallbacks if summary else 0,
@@ -583,7 +572,8 @@ class Trainer:
             "saved_activation_bytes": self._saved_bytes,
             "peak_memory_bytes": measure.peak_memory(self.device),
             "timing": self._timing(),
-            "model_file": model_file,
+            "model_file": None,
+            **model,
         }
         files.write_json(self.folder / files.RESULT, result)
         return result

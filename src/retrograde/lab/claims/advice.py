@@ -96,7 +96,8 @@ def advise(result: Result) -> Advice:
     that is worth a changed line.
     """
     judged = tuple(_judge(result, name) for name in result.contestants if name != BASELINE)
-    faster = [(one, one.time) for one in judged if one.time is not None and _saves(one.time)]
+    timed = [(one, one.time) for one in judged if one.time is not None]
+    faster = [(one, time) for one, time in timed if _saves(time)]
     if faster:
         best, time = min(faster, key=lambda pair: pair[1].mean)
         reached = best.to_target is not None
@@ -119,12 +120,12 @@ def advise(result: Result) -> Advice:
             1 - best.step.mean,
         )
     why = "no method saves time or memory on this model and machine"
-    return Advice(BASELINE, why + _undecided(judged), judged, 0.0)
+    return Advice(BASELINE, why + _undecided(timed), judged, 0.0)
 
 
-def _undecided(judged: Sequence[Judged]) -> str:
+def _undecided(timed: Sequence[tuple[Judged, Estimate]]) -> str:
     """Whoever may save time: its mean is a saving, its interval is not."""
-    open_ones = [(one, one.time) for one in judged if one.time is not None and one.time.mean <= 1 - _WORTH]
+    open_ones = [(one, time) for one, time in timed if time.mean <= 1 - _WORTH]
     if not open_ones:
         return ""
     best, time = min(open_ones, key=lambda pair: pair[1].mean)
