@@ -45,6 +45,7 @@ class Clock:
         self._blocks = blocks
         self._strict = strict
         self._outermost: torch.optim.Optimizer | None = None
+        self._stepping: list[tuple[nn.Module, LayerProgram]] = []
         if optimizer is not None and attached and not self._owned(optimizer):
             raise AttachError(
                 "the optimizer that attach was given owns no parameter of an attached layer, so its steps would drive "
@@ -72,7 +73,8 @@ class Clock:
             self._outermost = optimizer
         if self._outermost is not optimizer:
             return
-        for layer, program in self._owned(optimizer):
+        self._stepping = self._owned(optimizer)
+        for layer, program in self._stepping:
             program.before_step(layer, optimizer)
         for conductor in self._conductors:
             conductor.before_step(optimizer)
@@ -84,7 +86,7 @@ class Clock:
         if self._outermost is not optimizer:
             return
         self._outermost = None
-        owned = self._owned(optimizer)
+        owned, self._stepping = self._stepping, []
         idle = not any(program.calls for _, program in owned)
         if idle:
             self._refuse_idleness([program for _, program in owned])
@@ -114,7 +116,10 @@ class Clock:
 
 
 def _first_trainable(layer: nn.Module) -> nn.Parameter | None:
-    return next((p for p in layer.parameters() if p.requires_grad), None)
+    # Asked at every step: `parameters()` walks through submodules, which plain layers do not have.
+    own = layer._parameters.values()  # pyright: ignore[reportPrivateUsage]
+    found = next((p for p in own if p is not None and p.requires_grad), None)
+    return found if found is not None else next((p for p in layer.parameters() if p.requires_grad), None)
 
 
 # Clocks come and go, by garbage collection too, which may strike while torch walks through its hooks: so the process

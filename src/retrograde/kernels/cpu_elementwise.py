@@ -3,6 +3,7 @@
 Work is cut into blocks of fixed size, and sums over blocks are taken in order: the same bits on any number of threads.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from numba import prange
 from torch import Tensor
 
 from retrograde.kernels.cpu_memory import flat, in_memory_order
-from retrograde.kernels.cpu_threads import jit, use_threads
+from retrograde.kernels.cpu_threads import jit, serial, use_threads
 from retrograde.kernels.delta import Levels
 
 _BLOCK = 4096
@@ -40,6 +41,21 @@ def _statistics(x: Any, bits: Any, sums: Any, squares: Any, peaks: Any, zeros: A
         sums[b], squares[b], peaks[b], zeros[b] = total, square, peak, none
 
 
+@serial
+def _together(size: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> Any:
+    """Standard deviation, pattern of the peak, number of zeros. In one call: a small gradient has one block."""
+    mean = sums.sum() / size
+    spread, peak, none = 0.0, np.int32(0), np.int64(0)
+    for b in range(sums.size):
+        # Each block's deviations are from its own mean (Chan et al.): nothing cancels.
+        entries = min(_BLOCK, size - b * _BLOCK)
+        away = sums[b] / entries - mean
+        spread += squares[b] + entries * away * away
+        peak = max(peak, peaks[b])
+        none += zeros[b]
+    return math.sqrt(spread / size), peak, none
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Of all entries of a gradient; `std` and `peak` are not finite where an entry is not."""
@@ -57,15 +73,8 @@ def statistics(delta: Tensor) -> Statistics:
     sums, squares = np.empty(blocks), np.empty(blocks)
     peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
     _statistics(entries, entries.view(np.int32), sums, squares, peaks, zeros)
-    sizes = np.full(blocks, float(_BLOCK))
-    sizes[-1] = entries.size - (blocks - 1) * _BLOCK
-    # Each block's deviations are from its own mean (Chan et al.): nothing cancels.
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean = sums.sum() / entries.size
-        spread = squares.sum() + (sizes * (sums / sizes - mean) ** 2).sum()
-        std = float(np.sqrt(spread / entries.size))
-    peak = float(peaks.max(keepdims=True).view(np.float32)[0])
-    return Statistics(std, peak, int(zeros.sum()))
+    std, peak, none = _together(entries.size, sums, squares, peaks, zeros)
+    return Statistics(std, float(np.int32(peak).view(np.float32)), none)
 
 
 @jit
