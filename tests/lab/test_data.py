@@ -102,6 +102,23 @@ def test_images_are_normalised_by_the_training_rows(tmp_path):
     assert torch.equal(data.test.targets, torch.arange(10) % 2)
 
 
+def test_images_that_are_not_standardised_are_shares_of_full_brightness(tmp_path):
+    _, train = pictures(12)
+    test_pixels, test = pictures(6, seed=1)
+    data = load("toy", data_dir=folder(tmp_path / "toy", train=train, test=test).parent, standardise=False)
+    expected = torch.from_numpy(test_pixels).permute(0, 3, 1, 2).float() / 255
+    torch.testing.assert_close(data.test.inputs, expected)
+    digits = load("digits", standardise=False).train.inputs
+    assert (digits.min(), digits.max()) == (0, 1)
+
+
+def test_only_images_can_be_left_unstandardised(tmp_path):
+    texts = {"text": ["a film", "a play"] * 6, "label": [0, 1] * 6}
+    path = folder(tmp_path / "toy", train=texts, test=texts).parent
+    with pytest.raises(OptionError, match=r"toy holds no images \(text\)"):
+        load("toy", data_dir=path, standardise=False)
+
+
 def test_grey_images_keep_one_channel_and_few_grey_among_colour_get_three(tmp_path):
     _, grey = pictures(20, shape=(8, 8), column="image")
     assert load(str(folder(tmp_path / "grey", train=grey))).input_shape == (1, 8, 8)

@@ -80,15 +80,18 @@ def load(
     validation: float = 0.1,
     seed: int = 0,
     limit: int | None = None,
+    standardise: bool = True,
 ) -> Data:
     """Load ``name``: ``digits``, a folder in ``data_dir`` or ``$RETROGRADE_DATA``, a path, or a hub id.
 
     The training rows come in an order keyed on ``seed``. ``validation`` is the share of them set apart where
     there is no official validation split. ``limit`` keeps so many rows of each split, those of validation and
-    test being the same for every seed where these splits are official.
+    test being the same for every seed where these splits are official. ``standardise=False`` leaves the
+    pixels of images between 0 and 1.
 
     Raises :class:`~retrograde.errors.DataError` for data that are missing, damaged or of another schema, and
-    :class:`~retrograde.errors.OptionError` for a ``validation`` outside (0, 1) or a ``limit`` below 1.
+    :class:`~retrograde.errors.OptionError` for a ``validation`` outside (0, 1), a ``limit`` below 1, or
+    ``standardise=False`` for other data than images.
     """
     if not 0 < validation < 1:
         raise OptionError(
@@ -97,8 +100,12 @@ def load(
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit} keeps no rows: give a number from 1 up, or None for all.")
     raw = _digits() if name == "digits" else read(name, data_dir)
+    if not standardise and raw.kind != "image":
+        raise OptionError(
+            f"standardise=False leaves pixels between 0 and 1, and {name} holds no images ({raw.kind}). Leave it out."
+        )
     rows = _partition(raw, validation, seed, limit, name)
-    encoded = encode(raw, rows)
+    encoded = encode(raw, rows, standardise=standardise)
     vocabulary = encoded.vocabulary
     splits = {part: Split(encoded.inputs[part], encoded.targets[part]) for part in rows}
     if raw.kind == "language":
@@ -240,4 +247,5 @@ def _digits() -> Raw:
     digits: Any = load_digits()
     pixels = digits.images.astype(np.uint8)[:, None]
     names = tuple(str(digit) for digit in range(10))
-    return Raw("image", {"train": {"pixels": pixels, "labels": digits.target.astype(np.int64)}}, names)
+    parts = {"train": {"pixels": pixels, "labels": digits.target.astype(np.int64)}}
+    return Raw("image", parts, names, white=16)

@@ -55,7 +55,8 @@ class Raw:
 
     ``parts`` holds the arrays of each official split (train, validation, test, where they exist), ``names``
     what the labels are called, and ``words`` what the token ids of a text set stand for. ``change`` says what
-    was done to the data in decoding, for a warning at every load; None where nothing was.
+    was done to the data in decoding, for a warning at every load; None where nothing was. ``white`` is the
+    value of a pixel of full brightness: 255 in every file, so the cache does not hold it.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Raw:
     names: tuple[str, ...] | None = None
     words: tuple[str, ...] | None = None
     change: str | None = None
+    white: int = 255
 
     def pack(self) -> _Arrays:
         """Return everything as arrays under flat names, for the cache."""

@@ -33,24 +33,29 @@ class Encoded:
     vocabulary: tuple[str, ...] | None = None
 
 
-def encode(raw: Raw, rows: Rows) -> Encoded:
-    """Make tensors of the chosen rows; see the module for what each kind becomes."""
+def encode(raw: Raw, rows: Rows, *, standardise: bool = True) -> Encoded:
+    """Make tensors of the chosen rows; see the module for what each kind becomes.
+
+    ``standardise=False`` is for images alone: their pixels stay shares of full brightness, 0 to 1.
+    """
     if raw.kind == "language":
         return _language(raw, rows)
     targets = {
         part: torch.from_numpy(raw.parts[split]["labels"][index]) for part, (split, index) in rows.items()
     }
     if raw.kind == "image":
-        return Encoded(_images(raw, rows), targets)
+        return Encoded(_images(raw, rows, standardise), targets)
     if raw.kind == "text":
         inputs, vocabulary = _texts(raw, rows)
         return Encoded(inputs, targets, vocabulary)
     return Encoded(_table(raw, rows), targets)
 
 
-def _images(raw: Raw, rows: Rows) -> dict[str, Tensor]:
-    """Normalise bytes (n, C, H, W) by the channel means and deviations of the training rows."""
+def _images(raw: Raw, rows: Rows, standardise: bool) -> dict[str, Tensor]:
+    """Normalise bytes (n, C, H, W) by the channel means and deviations of the training rows, or to 0 … 1."""
     chosen = {part: raw.parts[split]["pixels"][index] for part, (split, index) in rows.items()}
+    if not standardise:
+        return {part: torch.from_numpy(x).float().div_(raw.white) for part, x in chosen.items()}
     train = chosen["train"]
     # Exact in integers: 256 counts a channel instead of sums over a float copy of every image.
     counts = np.stack([np.bincount(train[:, c].ravel(), minlength=256) for c in range(train.shape[1])])

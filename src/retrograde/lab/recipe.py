@@ -39,6 +39,7 @@ class Recipe(BaseModel):
         augment: shifts and mirror images, for image data.
         validation: share of the training rows taken for validation where the data set has no such split.
         limit: use this many training rows only.
+        standardise: images by the means and deviations of the training rows; false leaves pixels between 0 and 1.
         seed: of the initial weights, the order of the data, and the methods' random numbers.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
         precision: ``bfloat16`` trains under autocast.
@@ -68,6 +69,7 @@ class Recipe(BaseModel):
     augment: bool = False
     validation: float = Field(default=0.1, gt=0, lt=1)
     limit: int | None = Field(default=None, ge=1)
+    standardise: bool = True
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -99,6 +101,11 @@ class Recipe(BaseModel):
         """
         return [peers.make(name, options) for name, options in self.peers.items()]
 
+    @property
+    def data_key(self) -> tuple[str, float, int, int | None, bool]:
+        """What the loaded data depend on: recipes that agree in it share them."""
+        return self.data, self.validation, self.seed, self.limit, self.standardise
+
     def load_data(self, data_dir: Path | None = None) -> Data:
         """The recipe's data set.
 
@@ -108,8 +115,14 @@ class Recipe(BaseModel):
         Raises:
             DataError: it is missing, damaged or of another schema.
         """
+        name, validation, seed, limit, standardise = self.data_key
         return lab_data.load(
-            self.data, data_dir=data_dir, validation=self.validation, seed=self.seed, limit=self.limit
+            name,
+            data_dir=data_dir,
+            validation=validation,
+            seed=seed,
+            limit=limit,
+            standardise=standardise,
         )
 
     @property

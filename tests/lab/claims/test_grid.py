@@ -309,6 +309,16 @@ def test_seeds_side_by_side_give_the_same_and_stop_with_what_they_have(
     assert untimed(result) == untimed(run(claim, tmp_path / "one"))
 
 
+def test_the_seeds_left_over_are_shared_out_by_contestants(tmp_path: Path) -> None:
+    grid = Grid(small(seeds=3), Places(tmp_path, jobs=2))
+    shown: list[str] = []
+    result = grid.run(show=lambda state: shown.append(state.what))
+    assert {what for line in shown for what in line.split(" · ") if what} <= {
+        *("seed 0", "seed 1", "seed 2, plain", "seed 2, decayed")
+    }
+    assert untimed(result) == untimed(run(small(seeds=3), tmp_path / "one"))
+
+
 def test_threads_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(small(), tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)

@@ -152,10 +152,9 @@ def pace(
 
 
 def _load(recipe: Recipe, data_dir: Path | None, sets: DataSets) -> Data:
-    key = (recipe.data, recipe.validation, recipe.seed, recipe.limit)
-    if key not in sets:
-        sets[key] = recipe.load_data(data_dir)
-    return sets[key]
+    if recipe.data_key not in sets:
+        sets[recipe.data_key] = recipe.load_data(data_dir)
+    return sets[recipe.data_key]
 
 
 def _take_turns(runs: Sequence[Iterator[int]]) -> None:

@@ -33,7 +33,8 @@ class Places:
     Attributes:
         folder: of its runs and searches.
         data_dir: where data sets lie.
-        jobs: searches or seeds at once, each in a process of its own with an equal share of the cores.
+        jobs: searches or seeds at once, each in a process of its own with an equal share of the cores. The last
+            seeds, where there are fewer of them than jobs, are shared out by contestants, without turns.
         device: of all recipes; None leaves them as they are.
     """
 
@@ -185,16 +186,22 @@ class Grid:
 
     def _seed_jobs(self, changes: dict[str, dict[str, Any]] | None) -> list[Job]:
         """Seeds that are not finished; all of them while their recipes are not known."""
-        weight = sum(self.claim.recipe_of(name).epochs for name in self.claim.contestants)
-        found: list[Job] = []
-        for seed in range(self.claim.seeds):
-            cells = self.cells(seed, changes) if changes is not None else ()
-            if not cells or any(cell.result() is None for cell in cells):
-                work = _RunSeed(
-                    cells, self.claim.title, self.labels, self.places.data_dir, tuple(self.claim.measures)
-                )
-                found.append(Job(f"seed {seed}", weight, work))
-        return found
+        if changes is None:
+            weight = sum(self.claim.recipe_of(name).epochs for name in self.claim.contestants)
+            return [Job(f"seed {seed}", weight, self._work(())) for seed in range(self.claim.seeds)]
+        seeds = [(seed, self.cells(seed, changes)) for seed in range(self.claim.seeds)]
+        waiting = [(seed, cells) for seed, cells in seeds if any(cell.result() is None for cell in cells)]
+        # Processes that would wait for the last seeds take contestants of theirs.
+        whole = len(waiting) - len(waiting) % self.places.jobs
+        jobs = [(f"seed {seed}", cells) for seed, cells in waiting[:whole]]
+        for seed, cells in waiting[whole:]:
+            jobs += [(f"seed {seed}, {self.labels[cell.name]}", (cell,)) for cell in cells]
+        return [Job(what, sum(c.recipe.epochs for c in cells), self._work(cells)) for what, cells in jobs]
+
+    def _work(self, cells: tuple[Cell, ...]) -> _RunSeed:
+        return _RunSeed(
+            cells, self.claim.title, self.labels, self.places.data_dir, tuple(self.claim.measures)
+        )
 
     def _sum_up(self, changes: dict[str, dict[str, Any]], *, quick: bool, command: str) -> Result:
         claim = self.claim
