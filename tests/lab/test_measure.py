@@ -27,15 +27,15 @@ X, Y = torch.linspace(-1, 1, 6 * 3 * 64).reshape(6, 3, 8, 8), torch.arange(6) % 
 def test_step_flops_by_hand() -> None:
     """Linear 4→3, 3→2 on 5 rows: forward, weight gradient, and input gradient of the second alone."""
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    expected = 2 * 5 * (4 * 3 * 2 + 3 * 2 * 3)
-    assert measure.step_flops(model, torch.randn(5, 4), torch.zeros(5, dtype=torch.long)) == expected
+    found = measure.step_flops(model, torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
+    assert found == measure.StepFlops(2 * 5 * (4 * 3 + 3 * 2), 2 * 5 * (4 * 3 + 3 * 2 * 2))
 
 
 def test_step_flops_are_torchs() -> None:
     model = convolutions()
     with FlopCounterMode(display=False) as counter:
         measure.loss_of(copy.deepcopy(model)(X), Y).backward()
-    assert measure.step_flops(model, X, Y) == counter.get_total_flops()
+    assert measure.step_flops(model, X, Y).whole == counter.get_total_flops()
 
 
 def test_step_flops_count_attention() -> None:
@@ -51,7 +51,9 @@ def test_step_flops_count_attention() -> None:
     x, y = torch.randn(batch, length, 8), torch.zeros(batch, length, dtype=torch.long)
     linear = 2 * 2 * batch * length * 8 * 3 * heads * width
     product = 2 * batch * heads * length * length * width
-    assert measure.step_flops(model, x, y) in (linear + 6 * product, linear + 7 * product)
+    found = measure.step_flops(model, x, y)
+    assert found.forward == linear / 2 + 2 * product
+    assert found.whole in (linear + 6 * product, linear + 7 * product)
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -109,27 +111,30 @@ def test_autocast_follows_the_precision() -> None:
         assert (a @ a).dtype == torch.float32
 
 
+PLAIN = measure.StepFlops(2.5, 3.5)
+
+
 def each(value: float) -> dict[str, float]:
     return dict.fromkeys(("dense", "needed", "executed", "discounted"), value)
 
 
 def test_whole_flops_of_a_plain_model_are_the_dense_ones() -> None:
-    assert measure.whole_flops(None, 6.0, 5) == {**each(30.0), "overhead": 0.0, "forward": each(10.0)}
+    assert measure.whole_flops(None, PLAIN, 5) == {**each(30.0), "overhead": 0.0, "forward": each(12.5)}
 
 
 def test_whole_flops_of_bfloat16_are_discounted() -> None:
-    found = measure.whole_flops(None, 6.0, 5, precision="bfloat16")
+    found = measure.whole_flops(None, PLAIN, 5, precision="bfloat16")
     assert found["executed"] == 30.0
     assert found["discounted"] == 15.0
-    assert found["forward"]["discounted"] == 5.0
+    assert found["forward"]["discounted"] == 6.25
 
 
 def test_whole_flops_of_passes_again_and_in_part() -> None:
     """Two forward passes a step, and half a backward one, against the plain step's one of each."""
-    found = measure.whole_flops(None, 6.0, 5, passes=measure.Passes(10.0, 2.5))
+    found = measure.whole_flops(None, PLAIN, 5, passes=measure.Passes(10.0, 2.5))
     assert found["dense"] == 30.0
-    assert found["needed"] == found["executed"] == found["discounted"] == 2 * 10.0 + 4 * 2.5
-    assert found["forward"] == {**each(20.0), "dense": 10.0}
+    assert found["needed"] == found["executed"] == found["discounted"] == 2.5 * 10.0 + 3.5 * 2.5
+    assert found["forward"] == {**each(25.0), "dense": 12.5}
 
 
 def test_whole_flops_add_what_is_not_attached() -> None:
@@ -137,11 +142,12 @@ def test_whole_flops_add_what_is_not_attached() -> None:
     session = attach(model, Dither(scale=0.0), only="2", seed=0)
     x, y = torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
     measure.loss_of(model(x), y).backward()
-    own = session.flops().forward.dense
-    whole = measure.whole_flops(session, 2 * 5 * (4 * 3 * 2 + 3 * 2 * 3), 1)
+    products = 4 * 3 + 3 * 2
+    step = measure.StepFlops(2 * 5 * products, 2 * 5 * (products + 3 * 2))
+    whole = measure.whole_flops(session, step, 1)
     assert whole["not_attached"] == 2 * 5 * 4 * 3 * 2
     assert whole["dense"] == 2 * 5 * (4 * 3 * 2 + 3 * 2 * 3)
-    assert whole["forward"]["dense"] == own + 2 * 5 * 4 * 3 * 2 / 3
+    assert whole["forward"]["dense"] == step.forward
 
 
 def test_peak_memory_of_the_process_is_in_bytes() -> None:

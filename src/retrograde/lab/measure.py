@@ -57,15 +57,30 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Dense FLOPs of one whole training step of a plain model, by torch's own counter; leaves no trace in it."""
+@dataclass(frozen=True)
+class StepFlops:
+    """Dense FLOPs of one training step of a plain model."""
+
+    forward: float
+    backward: float
+
+    @property
+    def whole(self) -> float:
+        """Of both passes."""
+        return self.forward + self.backward
+
+
+def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> StepFlops:
+    """Dense FLOPs of one training step of a plain model, by torch's own counter; leaves no trace in it."""
     model.train()
     counter = FlopCounterMode(display=False)
     # The counter knows attention by its two products, not by the processor's fused kernels.
     with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]), _frozen_statistics(model), counter:
-        loss_of(model(x).float(), y).backward()
+        loss = loss_of(model(x).float(), y)
+        forward = counter.get_total_flops()
+        loss.backward()
     model.zero_grad()
-    return counter.get_total_flops()
+    return StepFlops(forward, counter.get_total_flops() - forward)
 
 
 def saved_activation_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -96,7 +111,7 @@ class Passes:
 
 def whole_flops(
     session: Session | None,
-    step: float,
+    step: StepFlops,
     steps: int,
     *,
     passes: Passes | None = None,
@@ -104,34 +119,61 @@ def whole_flops(
 ) -> dict[str, Any]:
     """FLOPs of the whole model in a run: sums, the forward pass's part of them, and the methods' overhead.
 
-    What is not attached (attention products, left layers) runs dense and is added. A forward pass is a third of a
-    plain step where no layer counts its own.
+    What is not attached (attention products, left layers) runs dense and is added.
 
     Args:
         session: of the run; None where nothing is attached.
-        step: dense FLOPs of a plain step.
+        step: of the plain model.
         steps: of the run.
         passes: really run, where they are others than one forward and one backward pass a step; of the plain model.
         precision: of a run without a session; sessions know that of each product.
     """
-    plain = step * steps
+    plain = step.whole * steps
     done = ("needed", "executed", "discounted")
     if session is not None and passes is None:
         flops = session.flops()
         found = flops.to_dict()
+        # A model that grew has more in its layers than the plain one had.
         elsewhere = max(0.0, plain - flops.dense)
+        forward = max(0.0, step.forward * steps - flops.forward.dense)
         for name in ("dense", *done):
             found[name] += elsewhere
-            found["forward"][name] += elsewhere / 3
+            found["forward"][name] += forward
         return found | {"not_attached": elsewhere}
     ran = passes or Passes(steps, steps)
-    forward, whole = step * ran.forward / 3, step * (ran.forward + 2 * ran.backward) / 3
+    forward = step.forward * ran.forward
+    whole = forward + step.backward * ran.backward
     found: dict[str, Any] = {"dense": plain, **dict.fromkeys(done, whole), "overhead": 0.0}
-    found["forward"] = {"dense": plain / 3, **dict.fromkeys(done, forward)}
+    found["forward"] = {"dense": step.forward * steps, **dict.fromkeys(done, forward)}
     if session is None:
         for part in (found, found["forward"]):
             part["discounted"] *= DISCOUNTS[precision]
     return found
+
+
+def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> dict[str, Any]:
+    """Seconds that the backward pass of each attached layer took in a step, beside those that were forecast.
+
+    Args:
+        measured: layer → seconds in the whole run, and the steps that they were for.
+        forecast: of the run's plan; empty where none was made.
+    """
+    tried = forecast.get("layers", {})
+    layers: dict[str, dict[str, float | None]] = {
+        name: {
+            "seconds": seconds / steps,
+            "forecast": tried[name]["backward"] if name in tried else None,
+        }
+        for name, (seconds, steps) in measured.items()
+        if steps
+    }
+    both = [layer for layer in layers.values() if layer["forecast"] is not None]
+    return {
+        "forecast_ratio": forecast.get("ratio"),
+        "backward_seconds": sum(layer["seconds"] or 0.0 for layer in both) if both else None,
+        "backward_forecast": sum(layer["forecast"] or 0.0 for layer in both) if both else None,
+        "layers": layers,
+    }
 
 
 def sharpness(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, tolerance: float = 1e-3) -> float:

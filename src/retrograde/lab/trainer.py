@@ -1,11 +1,10 @@
 """The training loop of experiments: resumable to the bit, and measured."""
 
-import contextlib
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +19,8 @@ from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, machine, measure, models
 from retrograde.lab.data import Data
+from retrograde.lab.generators import Generators, seeded
+from retrograde.lab.optimization import make_optimizer, make_schedule
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.tensorboard import open_writer
 from retrograde.plan import escape, make_plan
@@ -146,20 +147,20 @@ class Trainer:
         x, y = self._first_batch()
         self._rows = len(x)
         self._plain_flops = measure.step_flops(self.model, x, y)
-        self._cuda = [self.device] if self.device.type == "cuda" else []
-        with _seeded(recipe.seed, self._cuda):
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with seeded(recipe.seed, cuda):
             for peer in self._peers:
                 self.model = peer.prepare(self.model)
         self.session = self._attach(x, y, checkpoint)
         self._saved_bytes = measure.saved_activation_bytes(self.model, x, y)
         self._forward = torch.compile(self.model) if recipe.compile else self.model
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(recipe, self.model, self._peers)
         self._selector = next((s for p in self._peers if (s := p.selector(recipe.seed)) is not None), None)
         self._second_pass = any(peer.second_pass for peer in self._peers)
         self._steps_in_epoch = lab_data.steps_in_epoch(data.train, recipe.batch_size)
         self.steps = recipe.steps or self._steps_in_epoch * recipe.epochs
         self._epochs = math.ceil(self.steps / self._steps_in_epoch)
-        self._schedule = _make_schedule(recipe, self.optimizer, self.steps)
+        self._schedule = make_schedule(recipe, self.optimizer, self.steps)
         self.step = 0
         self._finished_epochs = 0
         self._seconds = 0.0
@@ -173,8 +174,8 @@ class Trainer:
         # Of the processes before this one.
         self._clocked: dict[str, tuple[float, int]] = {}
         _make_folder(folder)
-        # The state of torch's generators between stretches of training; None during one.
-        self._rng: list[Tensor] | None = _seeded_rng(recipe.seed, self._cuda)
+        # Dropout and the like draw from torch's generators.
+        self._generators = Generators(recipe.seed, cuda)
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -264,7 +265,7 @@ class Trainer:
             augment=self.recipe.augment,
             start=self.step - first,
         )
-        with self._own_rng():
+        with self._generators.in_use():
             for x, y in itertools.islice(batches, last - self.step):
                 self._run_step(epoch, x, y)
                 if self.step in readings:
@@ -391,18 +392,6 @@ class Trainer:
         self._metrics.write(files.to_json(line).encode() + b"\n")
         self._metrics.flush()
 
-    @contextlib.contextmanager
-    def _own_rng(self) -> Generator[None]:
-        """Dropout and the like draw from torch's generators: they are this run's own while it computes."""
-        with torch.random.fork_rng(self._cuda):
-            if self._rng is not None:
-                _set_rng(self._rng, self._cuda)
-            self._rng = None
-            try:
-                yield
-            finally:
-                self._rng = _get_rng(self._cuda)
-
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         # Everything that the run will ask of its batches is asked here, before anything is written.
         x, y = lab_data.first_batch(self.data.train, self.recipe.batch_size, augment=self.recipe.augment)
@@ -428,19 +417,6 @@ class Trainer:
             decline=recipe.decline,
         )
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        recipe = self.recipe
-        rate, decay = recipe.learning_rate, recipe.weight_decay
-        settings: dict[str, Any] = {"lr": rate, "weight_decay": decay, "fused": True}
-        base: Callable[..., torch.optim.Optimizer]
-        if recipe.optimizer == "sgd":
-            base = partial(torch.optim.SGD, momentum=0.9, nesterov=True, **settings)
-        else:
-            base = partial(torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam, **settings)
-        made = (peer.make_optimizer(self.model, rate, decay, base) for peer in self._peers)
-        found = next((optimizer for optimizer in made if optimizer is not None), None)
-        return found or base([p for p in self.model.parameters() if p.requires_grad])
-
     # State.
 
     def save(self) -> None:
@@ -460,7 +436,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
                 "session": self.session.state_dict() if self.session else None,
-                "rng": _get_rng(self._cuda) if self._rng is None else self._rng,
+                "rng": self._generators.state_dict(),
                 "epoch_sums": self._epoch_sums,
                 "step_seconds": self._step_seconds,
                 "clocked": self._backward_seconds(),
@@ -482,7 +458,8 @@ class Trainer:
         self.step, self._seconds = state["step"], state["seconds"]
         self._passes = measure.Passes(**state["passes"])
         self._finished_epochs = state["finished_epochs"]
-        self._rng, self._epoch_sums = state["rng"], state["epoch_sums"]
+        self._generators.load_state_dict(state["rng"])
+        self._epoch_sums = state["epoch_sums"]
         self._step_seconds, self._clocked = state["step_seconds"], state["clocked"]
         self._validation, self._best = state["validation"], state["best"]
         self._best_weights = state["best_weights"]
@@ -522,26 +499,11 @@ class Trainer:
         }
 
     def _timing(self) -> dict[str, Any] | None:
-        """Backward passes of the attached layers, measured beside what was forecast."""
+        """Backward passes of the attached layers, beside what was forecast when the run began."""
         if self.session is None:
             return None
-        # A run that goes on was forecast when it began.
         forecast: dict[str, Any] = files.read_run(self.folder).get("plan", {}).get("forecast") or {}
-        tried = forecast.get("layers", {})
-        layers: dict[str, dict[str, float | None]] = {}
-        for name, (seconds, steps) in self._backward_seconds().items():
-            if steps:
-                layers[name] = {
-                    "seconds": seconds / steps,
-                    "forecast": tried[name]["backward"] if name in tried else None,
-                }
-        both = [layer for layer in layers.values() if layer["forecast"] is not None]
-        return {
-            "forecast_ratio": forecast.get("ratio"),
-            "backward_seconds": sum(layer["seconds"] or 0.0 for layer in both) if both else None,
-            "backward_forecast": sum(layer["forecast"] or 0.0 for layer in both) if both else None,
-            "layers": layers,
-        }
+        return measure.timing(self._backward_seconds(), forecast)
 
     def _write_result(self, status: str, model: dict[str, Any]) -> dict[str, Any]:
         """Write what is known; `model` is what `_finish_model` found, nothing where it has not run."""
@@ -588,43 +550,6 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise OptionError("device='cuda': torch finds no CUDA device here. Use cpu, or auto.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _make_schedule(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    schedulers = torch.optim.lr_scheduler
-    if recipe.schedule == "one-cycle":
-        # The loop steps the schedule after every step, the last one included.
-        return schedulers.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=steps + 1, cycle_momentum=False
-        )
-    if recipe.schedule == "cosine":
-        return schedulers.CosineAnnealingLR(optimizer, steps)
-    return schedulers.ConstantLR(optimizer, factor=1.0)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, cuda: list[torch.device]) -> Generator[None]:
-    """torch's generators at `seed`, and as they were afterwards."""
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(seed)
-        yield
-
-
-def _seeded_rng(seed: int, cuda: list[torch.device]) -> list[Tensor]:
-    with _seeded(seed, cuda):
-        return _get_rng(cuda)
-
-
-def _get_rng(cuda: list[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
-
-
-def _set_rng(states: list[Tensor], cuda: list[torch.device]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(cuda, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)
 
 
 def _make_folder(folder: Path) -> None:
