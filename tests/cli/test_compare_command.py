@@ -71,9 +71,22 @@ def test_options_of_methods_are_flags(run: Run) -> None:
     assert outcome.json["contestants"]["dither"]["recipe"]["methods"] == {"dither": {"scale": 3.0}}
 
 
+@pytest.mark.usefixtures("photos")
+def test_options_of_peers_are_flags(run: Run) -> None:
+    outcome = run(
+        *("compare", "toy_models:dropout", "photos", "--peers", "selective-backprop", "meprop"),
+        *("--selective-backprop.beta", "2", "--k", "3", "--trials", "0", "--json", *SMALL),
+    )
+    contestants = outcome.json["contestants"]
+    assert contestants["selective-backprop"]["recipe"]["peers"] == {"selective-backprop": {"beta": 2.0}}
+    assert contestants["meprop"]["recipe"]["peers"] == {"meprop": {"k": 3}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--peers", "meprop", "--meprop.kk", "3"), "'meprop' has no option 'kk'. Did you mean 'k'?"),
+        (("--peers", "lora", "--methods", "spectral", "--rank", "3"), "--spectral.rank or --lora.rank"),
         (("--methods", "diter"), "dither"),
         (("--peers", "samm"), "sam"),
         ((), "nobody to compare with"),

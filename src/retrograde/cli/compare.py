@@ -1,7 +1,7 @@
 """``retrograde compare`` and ``retrograde advise``: methods and peers on a user's own model and data."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from retrograde.cli.repro import present, shown
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
+from retrograde.lab import peers
 from retrograde.lab.claims.adhoc import BASELINE, comparison
 from retrograde.lab.claims.advice import NEED_WHOLE_RUNS, Advice, advise, points, times
 from retrograde.lab.claims.definition import Claim
@@ -44,7 +45,7 @@ class Compare:
         data: digits, a folder of images or Parquet files, or a hub id.
         methods: methods to compare; A+B attaches both. Their options are flags: --dither.scale 2.
         peers: rivals: adalora, asam, constant-dither, foof, galore, int8, lora, meprop, muon, psgd, sam, schedule-free,
-            selective-backprop, shampoo, soap, vcas.
+            selective-backprop, shampoo, soap, vcas. Their options are flags too: --sam.rho 0.1.
         seeds: paired seeds.
         trials: of the search for each contestant's learning rate; 0: all run at the one given.
         jobs: seeds at once; times are honest with 1 alone.
@@ -75,7 +76,7 @@ class Compare:
         claim = comparison(
             recipe,
             _methods(given, self.methods),
-            [{name: recipe.peers.get(name, {})} for name in self.peers],
+            _peers(given, self.peers),
             seeds=self.seeds,
             trials=self.trials,
         )
@@ -179,14 +180,23 @@ def _recipe(given: Given, flags: Any, model: str, data: str) -> Recipe:
 
 
 def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
-    return [{name: _options(given, name) for name in entry.split("+")} for entry in names]
+    return [
+        {name: _options(given, name, given.recipe.methods, make) for name in entry.split("+")}
+        for entry in names
+    ]
 
 
-def _options(given: Given, name: str) -> dict[str, Any]:
-    """What was asked for, in the types of the method's fields: flags are strings, and a recipe is written of them."""
-    options = {**given.recipe.methods.get(name, {}), **given.options.get(name, {})}
-    method = make(name, options)
-    return {option: getattr(method, option) for option in options}
+def _peers(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
+    return [{name: _options(given, name, given.recipe.peers, peers.make)} for name in names]
+
+
+def _options(
+    given: Given, name: str, recipe: dict[str, dict[str, Any]], make: Callable[[str, dict[str, Any]], object]
+) -> dict[str, Any]:
+    """What was asked for, in the types of its fields: flags are strings, and a recipe is written of them."""
+    options = {**recipe.get(name, {}), **given.options.get(name, {})}
+    made = make(name, options)
+    return {option: getattr(made, option) for option in options}
 
 
 def _run(claim: Claim, given: Given, folder: Path, data_dir: Path | None, jobs: int) -> Result:

@@ -108,6 +108,6 @@ def _run(given: Given) -> int:
     except SystemExit as error:
         if error.code and given.flags:
             # The parser knows nothing of these: they were taken out of the command line before it saw it.
-            output.log.print(f"Options of the chosen methods: {', '.join(given.flags)}")
+            output.log.print(f"Options of those that were chosen: {', '.join(given.flags)}")
         raise
     return command.run(given)

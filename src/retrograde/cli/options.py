@@ -1,6 +1,7 @@
-"""What is read from a command line before its flags: the recipe that gives their defaults, and methods' options.
+"""What is read from a command line before its flags: the recipe that gives their defaults, and the options of
+methods and peers.
 
-A method's options are flags only once the method is chosen, so they cannot be declared beforehand.
+They are flags only once the method or peer is chosen, so they cannot be declared beforehand.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 from retrograde.cli.flags import NOT_FLAGS
 from retrograde.errors import OptionError
+from retrograde.lab import peers
 from retrograde.lab.files import read_run
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe
 from retrograde.methods.registry import available, suggest
@@ -27,10 +29,10 @@ class Given:
     """A command line, read as far as its recipe and methods.
 
     Attributes:
-        rest: the command line without the methods' options.
+        rest: the command line without the options of methods and peers.
         recipe: the recipe of ``--recipe``, or of the run that ``--resume`` goes on with, or the default one.
-        options: options of the chosen methods, by method.
-        flags: all flags that the chosen methods have.
+        options: options of the chosen methods and peers, by name.
+        flags: all flags that they have.
         line: the whole command line.
     """
 
@@ -59,8 +61,8 @@ def read_given(arguments: Sequence[str]) -> Given:
     """Find the recipe, and take ``--scale 1`` or ``--dither.scale 1`` out of the command line.
 
     Raises:
-        OptionError: an unreadable recipe, an unknown method, an option of two methods without its prefix, or an option
-            without a value.
+        OptionError: an unreadable recipe, an unknown method or peer, an option of two of them without its prefix, or
+            an option without a value.
     """
     recipe = _recipe(arguments)
     given = _values(arguments, "--methods" if arguments[:1] in _SEVERAL else "--method")
@@ -73,9 +75,11 @@ def read_given(arguments: Sequence[str]) -> Given:
             raise OptionError(
                 f"there is no method {name!r}.{suggest(name, methods)} See `retrograde methods`."
             )
-    fields = {name: {f.name for f in dataclasses.fields(methods[name])} for name in chosen}  # pyright: ignore[reportArgumentType]
+    rivals = _values(arguments, "--peers") if arguments[:1] == ["compare"] else []
+    classes = {name: methods[name] for name in chosen} | {name: peers.find(name) for name in rivals}
+    fields = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in classes.items()}  # pyright: ignore[reportArgumentType]
     rest: list[str] = []
-    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    options: dict[str, dict[str, Any]] = {name: {} for name in fields}
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -86,9 +90,7 @@ def read_given(arguments: Sequence[str]) -> Given:
             continue
         if not equals:
             if not waiting or _is_flag(waiting[0]):
-                raise OptionError(
-                    f"option {argument} of method {target[0]!r} has no value. Write {argument} VALUE."
-                )
+                raise OptionError(f"option {argument} of {target[0]!r} has no value. Write {argument} VALUE.")
             value = waiting.pop(0)
         options[target[0]][target[1]] = None if value.lower() == "none" else value
     flags = [f"--{name}.{option}" for name, known in fields.items() for option in sorted(known)]
@@ -125,23 +127,25 @@ def _is_flag(argument: str) -> bool:
 
 
 def _target(flag: str, fields: dict[str, set[str]]) -> tuple[str, str] | None:
-    """``(method, option)`` that a flag names, or None when it is the command's own."""
+    """``(method or peer, option)`` that a flag names, or None when it is the command's own."""
     if not flag.startswith("--"):
         return None
-    name, dot, option = flag[2:].replace("-", "_").partition(".")
+    owner, dot, option = flag[2:].partition(".")
+    option = option.replace("-", "_")
     if dot:
-        if name not in fields:
+        if owner not in fields:
             return None
-        if option not in fields[name]:
+        if option not in fields[owner]:
             raise OptionError(
-                f"method {name!r} has no option {option!r}.{suggest(option, fields[name])} "
-                f"Its options: {', '.join(sorted(fields[name]))}."
+                f"{owner!r} has no option {option!r}.{suggest(option, fields[owner])} "
+                f"Its options: {', '.join(sorted(fields[owner])) or 'none'}."
             )
-        return name, option
-    owners = [method for method, known in fields.items() if name in known]
+        return owner, option
+    name = owner.replace("-", "_")
+    owners = [owner for owner, known in fields.items() if name in known]
     if name in _OWN_FIELDS or not owners:
         return None
     if len(owners) > 1:
-        forms = " or ".join(f"--{method}.{name}" for method in owners)
-        raise OptionError(f"option --{name} belongs to several of the chosen methods. Write {forms}.")
+        forms = " or ".join(f"--{owner}.{name}" for owner in owners)
+        raise OptionError(f"option --{name} belongs to several of those that were chosen. Write {forms}.")
     return owners[0], name
