@@ -21,7 +21,7 @@ from retrograde.methods.dither import Dither as Dither
 from retrograde.methods.perforate import Perforate as Perforate
 from retrograde.methods.spectral import Spectral as Spectral
 from retrograde.plan import Plan as Plan
-from retrograde.plan import make_plan as make_plan
+from retrograde.planning import make_plan as make_plan
 from retrograde.session import Session as Session
 from retrograde.session import Summary as Summary
 from retrograde.session import attach as attach

@@ -21,7 +21,8 @@ from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Block, Conductor, Method
 from retrograde.errors import AttachError, DetachError, OptionError, StateError
 from retrograde.forecast import Example
-from retrograde.plan import BlockPlacement, Plan, make_plan
+from retrograde.plan import BlockPlacement, Plan
+from retrograde.planning import make_plan
 
 _STATE_FORMAT = 1
 _ORDER = (

@@ -13,7 +13,7 @@ from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import measure, models
-from retrograde.plan import make_plan
+from retrograde.planning import make_plan
 
 
 @dataclass(frozen=True)

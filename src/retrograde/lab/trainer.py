@@ -23,7 +23,8 @@ from retrograde.lab.generators import Generators, seeded
 from retrograde.lab.optimization import make_optimizer, make_schedule
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.tensorboard import open_writer
-from retrograde.plan import escape, make_plan
+from retrograde.patterns import escape
+from retrograde.planning import make_plan
 from retrograde.session import Session, attach
 
 _LOG_EVERY = 10

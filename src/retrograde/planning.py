@@ -1,0 +1,335 @@
+"""What happens to each layer of a model, decided before anything is changed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from retrograde.engine.layers import AttachedLayer, LayerKind, find_kind
+from retrograde.engine.slots import Block, Method, Rule, Site
+from retrograde.errors import NoEffectError, OptionError
+from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe
+from retrograde.patterns import ROOT, select, some
+from retrograde.plan import BlockPlacement, BlockRow, Placement, Plan, PlanRow
+
+_NORMALISATIONS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+def make_plan(
+    model: nn.Module,
+    methods: Sequence[Method],
+    *,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    strict: bool = True,
+    example: Example | None = None,
+    decline: bool = True,
+) -> Plan:
+    """Decide what happens to each layer; changes nothing.
+
+    Args:
+        model: any module.
+        methods: what to attach.
+        only: glob patterns over full layer names (``"features.*"``); nothing else is attached.
+        skip: glob patterns of layers to leave alone.
+        strict: raise on a pattern or a method without effect.
+        example: one batch, to try with what each layer would save (`retrograde.forecast.Example`): its inputs, or a
+            function that returns its loss, whose gradients are the true ones. Only layers whose methods are there to
+            save time are tried.
+        decline: leave plain the tried layers that attaching would not make faster.
+
+    Raises:
+        PatternError: a pattern is empty or, when strict, matches no layer.
+        NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
+        OptionError: the example is no batch, or the model is attached already.
+    """
+    layers = _layers(model)
+    bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
+    candidates = {
+        name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
+    }
+    chosen = select(candidates, only, "only", strict) if only is not None else set(candidates)
+    left = select(candidates, skip, "skip", strict) if skip is not None else set[str]()
+    selected = [
+        name
+        for name, layer in layers
+        if isinstance(find_kind(layer), LayerKind) and name in chosen - left and name not in bypassed
+    ]
+    last = selected[-1] if len(selected) > 1 else None
+    rows: list[PlanRow] = []
+    placements: list[Placement] = []
+    for name, layer in layers:
+        kind = find_kind(layer)
+        status, why, rules = "left", "", dict[str, Rule]()
+        if name in bypassed:
+            status, why = "bypassed", bypassed[name]
+        elif not isinstance(kind, LayerKind):
+            why = kind or _why_no_layer(layer)
+        elif name not in chosen:
+            why = "not in `only`"
+        elif name in left:
+            why = "in `skip`"
+        elif (weight := _weight(layer)) is not None and not weight.is_floating_point():
+            why = f"weight is {weight.dtype}: only real floating-point layers are attached"
+        else:
+            reasons: list[str] = []
+            for method in methods:
+                answer = method.make_rule(Site(name, layer, kind.kind, name in sharers, name == last))
+                if isinstance(answer, Rule):
+                    rules[method.name] = answer
+                else:
+                    reasons.append(f"{method.name}: {answer}")
+            remarks = [rule.remark for rule in rules.values() if rule.remark]
+            why = "; ".join([*reasons, *remarks, *_remarks(name, layer, aliases, sharers)])
+            if rules:
+                status = "attached"
+                placements.append(Placement(name or ROOT, layer, kind, rules))
+        rows.append(
+            PlanRow(
+                name or ROOT,
+                _type_name(layer),
+                _shape(layer),
+                sum(p.numel() for p in layer.parameters(recurse=False)),
+                tuple(rules),
+                "auto" if status == "attached" else "",
+                status,
+                why,
+            )
+        )
+    step = None
+    if example is not None:
+        sites = {
+            p.name: Site(p.name, p.layer, p.kind.kind, p.name in sharers, p.name == last) for p in placements
+        }
+        step = _forecast(model, methods, rows, placements, sites, example, decline)
+    plan = Plan(tuple(rows), tuple(placements), *_plan_blocks(model, methods, placements, bypassed), step)
+    _refuse_no_effect(plan, methods, strict)
+    return plan
+
+
+def _forecast(
+    model: nn.Module,
+    methods: Sequence[Method],
+    rows: list[PlanRow],
+    placements: list[Placement],
+    sites: Mapping[str, Site],
+    example: Example,
+    decline: bool,
+) -> StepForecast | None:
+    """Try the layers whose methods all save time; rows and placements are changed in place."""
+    if any(isinstance(module, AttachedLayer) for module in model.modules()):
+        raise OptionError(
+            "the model is attached already: what attaching would save shows on a plain one only."
+        )
+    acting = {method.name: method for method in methods}
+    tried = [p for p in placements if all(acting[name].saves_time for name in p.rules)]
+    if not tried:
+        return None
+    seen = observe(model, {place.name: place.layer for place in tried}, example)
+    trials, saved = Trials(), 0.0
+    for place in tried:
+        calls = seen.layers.get(place.name)
+        if not calls:
+            continue
+
+        def make_rules(layer: nn.Module, place: Placement = place) -> tuple[Rule, ...]:
+            made = [acting[name].make_rule(replace(sites[place.name], layer=layer)) for name in place.rules]
+            return tuple(rule for rule in made if isinstance(rule, Rule))
+
+        found = trials.run(Candidate(place.name, place.layer, place.kind, make_rules), calls)
+        index = next(i for i, row in enumerate(rows) if row.name == place.name)
+        rows[index] = replace(rows[index], forecast=found)
+        if decline and found.loses:
+            rows[index] = replace(
+                rows[index],
+                methods=(),
+                kernel="",
+                status="declined",
+                why=_why_declined(found, rows[index].why),
+            )
+            placements.remove(place)
+        else:
+            saved += found.plain - found.attached
+    return StepForecast(seen.seconds, seen.seconds - saved)
+
+
+def _why_declined(found: LayerForecast, why: str) -> str:
+    reason = f"would take ×{found.attached / found.plain:.2f} the time, at {found.zeros:.0%} zeros"
+    return f"{reason}; {why}" if why else reason
+
+
+def _plan_blocks(
+    model: nn.Module, methods: Sequence[Method], placements: list[Placement], bypassed: Mapping[str, str]
+) -> tuple[tuple[BlockRow, ...], tuple[BlockPlacement, ...]]:
+    """The blocks of the one method that grants work to blocks: branches, and the layers outside them as chains."""
+    answers = [(method, found) for method in methods if (found := method.branches(model)) is not None]
+    if not answers:
+        return (), ()
+    if len(answers) > 1:
+        names = " and ".join(method.name for method, _ in answers)
+        raise OptionError(f"{names} both decide how much work a block is worth; attach one of them.")
+    (method, branches) = answers[0]
+    placed = {id(place.layer): place for place in placements if method.name in place.rules}
+    outside = {
+        id(layer): name
+        for name, layer in model.named_modules()
+        if isinstance(find_kind(layer), LayerKind) and id(layer) not in placed and name not in bypassed
+    }
+    entries: list[tuple[Block, tuple[str, ...], str]] = []
+    covered: set[int] = set()
+    for block in branches:
+        inside = {id(module) for member in block.members for module in member.modules()}
+        foreign = [name for key, name in outside.items() if key in inside]
+        frozen = not any(p.requires_grad for member in block.members for p in member.parameters())
+        left = f"holds {some(foreign)}, which {method.name} leaves alone" if foreign else ""
+        left = left or ("frozen: nothing inside is trained" if frozen else "")
+        entries.append((block, tuple(p.name for key, p in placed.items() if key in inside), left))
+        covered |= set() if left else inside
+    for key, place in placed.items():
+        if key not in covered and any(p.requires_grad for p in place.layer.parameters()):
+            chain = Block(place.name, "chain", place.layer, (place.layer,), why="layer in no branch")
+            entries.append((chain, (place.name,), ""))
+    order = {id(module): position for position, module in enumerate(model.modules())}
+    entries.sort(key=lambda entry: (order[id(entry[0].members[0])], entry[0].name))
+    rows = tuple(
+        BlockRow(
+            block.name,
+            _type_name(block.module),
+            block.kind,
+            sum({id(p): p.numel() for member in block.members for p in member.parameters()}.values()),
+            layers,
+            "left" if left else "attached",
+            left or block.why,
+        )
+        for block, layers, left in entries
+    )
+    kept = [(block, layers) for block, layers, left in entries if not left]
+    rules = method.block_rules([block for block, _ in kept])
+    return rows, tuple(
+        BlockPlacement(block, rule, layers) for (block, layers), rule in zip(kept, rules, strict=True)
+    )
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters of their own or of a kind we know, each once."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if not _is_inside_parametrization(name)
+        and (next(module.parameters(recurse=False), None) is not None or find_kind(module) is not None)
+    ]
+
+
+def _is_inside_parametrization(name: str) -> bool:
+    # torch keeps a parametrised weight's originals in submodules of the layer; they are no layers of their own.
+    return "parametrizations" in name.split(".")
+
+
+def _bypassed(model: nn.Module) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            out = f"{name}.out_proj" if name else "out_proj"
+            found[out] = (
+                "nn.MultiheadAttention multiplies by this weight without calling the layer's forward; write the "
+                "projections as nn.Linear with scaled_dot_product_attention to attach them"
+            )
+    return found
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return {group[0]: group[1:] for group in names.values() if len(group) > 1}
+
+
+def _sharers(layers: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    shared: dict[str, list[str]] = {}
+    for group in owners.values():
+        for name in group:
+            others = [other for other in group if other != name]
+            if others:
+                shared.setdefault(name, []).extend(others)
+    return shared
+
+
+def _remarks(
+    name: str, layer: nn.Module, aliases: dict[str, list[str]], sharers: dict[str, list[str]]
+) -> list[str]:
+    remarks: list[str] = []
+    if name in aliases:
+        remarks.append(f"one layer, also called {', '.join(aliases[name])}")
+    if name in sharers:
+        remarks.append(f"weight tied to {', '.join(dict.fromkeys(sharers[name]))}")
+    if nn.utils.parametrize.is_parametrized(layer):
+        remarks.append("parametrised: its weight is computed anew in every forward pass")
+    elif (weight := _weight(layer)) is not None and not weight.requires_grad:
+        remarks.append("weight frozen: only the input gradient is computed")
+    return remarks
+
+
+def _why_no_layer(layer: nn.Module) -> str:
+    if isinstance(layer, nn.MultiheadAttention):
+        return "the packed input projection is no layer of its own"
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return "embedding: a lookup, no product"
+    if isinstance(layer, nn.RNNBase):
+        return "recurrent: runs as one fused cell"
+    if isinstance(layer, _NORMALISATIONS):
+        return "normalisation: no product"
+    return "no linear-like map that is known; register_layer can teach it"
+
+
+def _type_name(layer: nn.Module) -> str:
+    if isinstance(layer, AttachedLayer):
+        return type(layer).__name__.removeprefix("Retrograde")
+    return type(layer).__name__
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    # A taught layer may keep its weight under another name; any parameter then tells dtype and freezing.
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(layer.parameters(), None)
+
+
+def _shape(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"{layer.in_features}→{layer.out_features}"
+    if isinstance(layer, _CONVOLUTIONS):
+        groups = f" /{layer.groups}" if layer.groups > 1 else ""
+        return f"{layer.in_channels}→{layer.out_channels} {'×'.join(map(str, layer.kernel_size))}{groups}"
+    weight = getattr(layer, "weight", None)
+    return "×".join(map(str, weight.shape)) if isinstance(weight, Tensor) else ""
+
+
+def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> None:
+    acting = {name for row in plan.rows for name in row.methods}
+    for method in methods:
+        if method.name not in acting and (strict or not acting):
+            reasons = "; ".join(f"{row.name} ({row.type}): {row.why}" for row in plan.rows[:8])
+            raise NoEffectError(
+                f"{method.name} would touch no layer of the model, so it would have no effect. Layers: "
+                f"{reasons or 'none with parameters'}. {_remedy(plan)}"
+            )
+
+
+def _remedy(plan: Plan) -> str:
+    if any(row.status == "declined" for row in plan.rows):
+        return (
+            "The layers were declined because attaching would make them slower on this machine: train the plain model, "
+            "or attach all the same with decline=False."
+        )
+    return "Check `only` and `skip`, or teach a layer type with retrograde.register_layer."
