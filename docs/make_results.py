@@ -47,7 +47,8 @@ written by `docs/make_results.py` from the definitions in [`repro/`](../repro) a
 - Data were not made by this project. Contestants with the same seed have the same initial weights and order of data.
 - Where settings are searched, every contestant gets the same number of trials on the validation split. The test set is
   read once, at the end.
-- Contestants take turns on the same cores in one session. Training time includes all overhead of a method.
+- Contestants take turns on the same cores in one session. Where several seeds ran at once, which stands below a claim,
+  its times are no evidence. Training time includes all overhead of a method.
 - A mean over seeds stands with half of its 95 % interval (Student's t). Differences and ratios are taken seed by seed.
 
 ## How a verdict is reached
