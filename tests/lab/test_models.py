@@ -229,6 +229,7 @@ def own_models(tmp_path, monkeypatch):
         "def shaped(data): return torch.nn.Linear(data.input_shape[0], data.classes)\n"
         "def fixed(width=3): return torch.nn.Linear(width, width)\n"
         "def wrong(): return 'a model'\n"
+        "def two(shape, classes): return torch.nn.Linear(shape, classes)\n"
         "constant = 1\n"
     )
     (tmp_path / "broken_models.py").write_text("import a_module_that_is_not_there\n")
@@ -272,6 +273,7 @@ def test_options_are_keyword_arguments():
         ("own_models:constant", "no callable constant"),
         ("own_models:", "no callable after the colon"),
         ("own_models:wrong", "returned a str"),
+        ("own_models:two", "called with the data set, it says: missing a required argument: 'classes'"),
         (":net", "nothing is no module name"),
     ],
 )

@@ -217,7 +217,17 @@ def _imported(name: str) -> Callable[..., Any]:
 
 
 def _called(name: str, target: Callable[..., Any], options: dict[str, Any], data: Data) -> nn.Module:
-    model = target(data, **options) if _takes_data(target) else target(**options)
+    arguments = (data,) if _takes_data(target) else ()
+    try:
+        inspect.signature(target).bind(*arguments, **options)
+    except TypeError as error:
+        given = ", ".join([*(["the data set"] if arguments else []), *options]) or "nothing"
+        raise OptionError(
+            f"Model {name} cannot be built: called with {given}, it says: {error}. It gets the data set, whose "
+            "`input_shape` and `classes` it may read, as its one argument without a default; `model_options` of "
+            "a recipe give others."
+        ) from error
+    model = target(*arguments, **options)
     if not isinstance(model, nn.Module):
         raise OptionError(
             f"Model {name} cannot be used: it returned a {type(model).__name__}. Return an nn.Module."
