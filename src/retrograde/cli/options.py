@@ -130,10 +130,10 @@ def _target(flag: str, fields: dict[str, set[str]]) -> tuple[str, str] | None:
     """``(method or peer, option)`` that a flag names, or None when it is the command's own."""
     if not flag.startswith("--"):
         return None
-    owner, dot, option = flag[2:].partition(".")
-    option = option.replace("-", "_")
+    name, dot, option = flag[2:].replace("-", "_").partition(".")
     if dot:
-        if owner not in fields:
+        owner = next((owner for owner in fields if owner.replace("-", "_") == name), None)
+        if owner is None:
             return None
         if option not in fields[owner]:
             raise OptionError(
@@ -141,7 +141,6 @@ def _target(flag: str, fields: dict[str, set[str]]) -> tuple[str, str] | None:
                 f"Its options: {', '.join(sorted(fields[owner])) or 'none'}."
             )
         return owner, option
-    name = owner.replace("-", "_")
     owners = [owner for owner, known in fields.items() if name in known]
     if name in _OWN_FIELDS or not owners:
         return None
