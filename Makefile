@@ -9,7 +9,7 @@ demo: .venv/installed  ## plain backpropagation and every method on the bundled 
 	$(BIN)/retrograde demo
 
 test: .venv/installed-dev  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --durations 15
 
 lint: .venv/installed-dev  ## format, lint, types, one-way imports
 	$(BIN)/ruff format --check .

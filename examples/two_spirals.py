@@ -1,7 +1,7 @@
 """Two intertwined spirals, 194 points: a base too small for them, alone and with dendrites.
 
-python examples/two_spirals.py                          # 2-8-8-1, dendrites that train by the loss
-python examples/two_spirals.py --learning perforated    # a linear layer alone: cascade correlation
+python examples/two_spirals.py                      # 2-8-8-1, dendrites that train by the loss
+python examples/two_spirals.py --rule perforated    # a linear layer alone: cascade correlation
 """
 
 import argparse

@@ -15,6 +15,7 @@ def _seed() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CONFORMANCE] = {}
+    config.pluginmanager.register(_Collector(config))
     config.addinivalue_line("markers", "conformance: one cell of the conformance table")
     # Tensors here are small: a second thread costs more than it brings, much more on a busy machine.
     torch.set_num_threads(1)
@@ -22,14 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
-    """Note the outcome of every test that carries a conformance cell."""
+    """Note the outcome of every test that carries a conformance cell, in its report: that travels between processes."""
     outcome = yield
     report = outcome.get_result()
     marker = item.get_closest_marker("conformance")
     if marker is None or (report.when != "call" and report.passed):
         return
     params = item.callspec.params  # type: ignore[attr-defined]
-    method, kind, mode = params["method"].name, params["kind"].name, params["mode"]
+    cell = params["method"].name, params["kind"].name, params["mode"]
     if report.passed:
         reason = dict(item.user_properties).get("reason")
         text = f"– {reason}" if reason else "ok"
@@ -38,7 +39,20 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
         text = "– " + reason.removeprefix("Skipped: ")
     else:
         text = "FAILED"
-    item.config.stash[CONFORMANCE].setdefault((method, kind), {})[mode] = text
+    report.user_properties.append(("conformance", [*cell, text]))
+
+
+class _Collector:
+    """Gathers the cells where the table is printed, which with several workers is none of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._table = config.stash[CONFORMANCE]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, cell in report.user_properties:
+            if name == "conformance":
+                method, kind, mode, text = cell  # type: ignore[misc]
+                self._table.setdefault((method, kind), {})[mode] = text
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -49,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     modes = list(dict.fromkeys(mode for row in table.values() for mode in row))
     rows = [["method", "layer kind", *modes]]
     reasons: list[str] = []
-    for (method, kind), cells in table.items():
+    for (method, kind), cells in sorted(table.items()):
         shown = [cells.get(mode, "") for mode in modes]
         for i, text in enumerate(shown):
             if text.startswith("– "):

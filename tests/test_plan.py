@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import retrograde as rg
-from cases import cnn, mlp
+from cases import cnn, mlp, program
 from retrograde.errors import NoEffectError, PatternError
 
 
@@ -39,8 +39,8 @@ def test_zoo() -> None:
     found = rows(Zoo())
     expected = {
         "embed": ("left", "embedding"),
-        "attention": ("left", "packed input projection"),
-        "attention.out_proj": ("bypassed", "without calling"),
+        "attention": ("attached", ""),
+        "attention.out_proj": ("attached", ""),
         "norm": ("left", "normalisation"),
         "rnn": ("left", "recurrent"),
         "conv": ("attached", "also called same"),
@@ -56,8 +56,42 @@ def test_zoo() -> None:
     assert found["conv"].shape == "4→8 3×5 /2"
     assert found["conv"].parameters == 8 * 2 * 15 + 8
     assert found["head"].shape == "8→7"
+    assert found["attention"].shape == "8→24"
+    assert found["attention"].parameters == 3 * 8 * 8 + 3 * 8
+    assert found["attention.out_proj"].shape == "8→8"
+    assert found["attention.out_proj"].parameters == 8 * 8 + 8
     assert found["conv"].methods == ("dither",)
     assert found["embed"].methods == ()
+
+
+class OtherWidths(nn.Module):
+    """Attention whose keys and values have projections of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(q, k, v)[0])
+
+
+@pytest.mark.parametrize("why", ["widths", "skip"])
+def test_attached_is_what_runs(why: str) -> None:
+    """A layer that the plan calls attached is one whose program runs: attention left plain calls no layer inside."""
+    model = OtherWidths() if why == "widths" else nn.TransformerEncoderLayer(8, 2, 16)
+    attention = "attention" if why == "widths" else "self_attn"
+    session = rg.attach(model, rg.Dither(), skip=None if why == "widths" else attention)
+    found = {row.name: row for row in session.plan.rows}
+    assert found[attention].status == "left"
+    x = (torch.randn(5, 2, 8), torch.randn(4, 2, 4), torch.randn(4, 2, 6))
+    model(*x[: 3 if why == "widths" else 1]).sum().backward()
+    ran = {
+        name
+        for name, layer in model.named_modules()
+        if "_retrograde" in layer.__dict__ and program(layer).calls
+    }
+    assert ran == {name for name, row in found.items() if row.status == "attached"}
 
 
 def test_plan_changes_nothing() -> None:

@@ -71,6 +71,22 @@ def test_resume(dither: str, between_micro_batches: bool, tmp_path: Path) -> Non
     assert str(resumed.summary()) == str(session.summary())
 
 
+def test_resume_between_counts(tmp_path: Path) -> None:
+    """Where zeros are assumed, a resumed run assumes what the uninterrupted one does, and counts when that does."""
+    model, optimizer, session = run(dither=rg.Dither(scale=0))
+    train(model, optimizer, (8, 8), 12)
+    assert 0.2 < session.metrics()["layers"]["0"]["zeros"] < 0.8
+    torch.save([model.state_dict(), optimizer.state_dict(), session.state_dict()], tmp_path / "c.pt")
+    train(model, optimizer, (8, 8), 6, first=12)
+    again, other, resumed = run(seed=1, dither=rg.Dither(scale=0))
+    states = torch.load(tmp_path / "c.pt", weights_only=True)
+    for part, state in zip((again, other, resumed), states, strict=True):
+        part.load_state_dict(state)
+    train(again, other, (8, 8), 6, first=12)
+    assert resumed.state_dict() == session.state_dict()
+    assert resumed.metrics() == session.metrics()
+
+
 def test_seed() -> None:
     """Equal seeds give equal noise, other seeds other noise; None takes torch's."""
     found = []
@@ -109,7 +125,7 @@ def damaged(state: dict[str, Any]) -> dict[str, Any]:
         "a list": [1],
         "format alone": {"format": state["format"]},
     }
-    for key in ("seed", "methods", "scores", "window", "layers"):
+    for key in ("seed", "methods", "scores", "window", "layers", "conductors", "block_window"):
         broken[f"without {key}"] = {k: v for k, v in state.items() if k != key}
     broken["other format"] = {**state, "format": 99}
 
@@ -125,6 +141,8 @@ def damaged(state: dict[str, Any]) -> dict[str, Any]:
     broken["rule of another method"] = layer(lambda layers: layers["4"].update(rules=[{"rank": 3}]))
     broken["unknown counter"] = layer(lambda layers: layers["4"]["total"].update(spins=3))
     broken["no step"] = layer(lambda layers: layers["4"].pop("step"))
+    broken["no shares"] = layer(lambda layers: layers["4"].pop("shares"))
+    broken["one share"] = layer(lambda layers: layers["4"].update(shares=[0.5]))
     return broken
 
 
@@ -184,6 +202,17 @@ def test_metrics_and_summary() -> None:
     )
 
 
+def test_backward_seconds() -> None:
+    """Of each layer, with the steps that they were for; pauses cost none."""
+    model, optimizer, session = run()
+    assert session.backward_seconds() == dict.fromkeys(("0", "2", "4"), (0.0, 0))
+    train(model, optimizer, (8, 8), 3)
+    with session.paused():
+        train(model, optimizer, (8, 8), 2)
+    found = session.backward_seconds()
+    assert all(seconds > 0 and steps == 3 for seconds, steps in found.values())
+
+
 def test_report() -> None:
     """Scores are kept with their step; the best one is shown; nonsense is refused."""
     model, optimizer, session = run()
@@ -199,6 +228,39 @@ def test_report() -> None:
         with pytest.raises(OptionError):
             session.report(val=bad)  # type: ignore[arg-type]
     assert len(session.state_dict()["scores"]) == 3
+
+
+# Copies.
+
+
+class Nested(nn.Module):
+    """A layer at several depths, one of them under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 8)
+        self.body = nn.ModuleList([mlp(), nn.Sequential(nn.Linear(4, 8), self.head)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body[1](self.body[0](x)))
+
+
+@pytest.mark.parametrize("make", [Nested, lambda: nn.Linear(8, 8)], ids=["nested", "root"])
+def test_fold(make: Any) -> None:
+    """A plain copy with the same function and keys; the model stays attached, and trains on."""
+    model = seeded(make)
+    session = rg.attach(model, rg.Dither())
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), (8, 8), 2)
+    folded = session.fold()
+    assert [type(m) for m in folded.modules()] == [type(m) for m in make().modules()]
+    assert list(folded.state_dict()) == list(model.state_dict())
+    assert not {id(p) for p in folded.parameters()} & {id(p) for p in model.parameters()}
+    assert len(list(folded.parameters())) == len(list(model.parameters()))
+    x = batch((8, 8))
+    assert torch.equal(folded(x), model(x))
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), (8, 8), 1)
+    assert session.step == 3
+    assert not torch.equal(folded(x), model(x))
 
 
 # Bad input: every error leaves the model plain.

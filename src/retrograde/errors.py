@@ -50,3 +50,19 @@ class RunError(RetrogradeError):
 
 class RetrogradeWarning(UserWarning):
     """Base class of the warnings: the run goes on by a defined, counted fallback."""
+
+
+def check_option(config: object, option: str, fine: bool, must: str) -> None:
+    """Refuse an option's value: ``Method: option=value must be …``.
+
+    Args:
+        config: what has the option as an attribute.
+        option: its name.
+        fine: whether the value can be taken.
+        must: what it must be.
+
+    Raises:
+        OptionError: it is not fine.
+    """
+    if not fine:
+        raise OptionError(f"{type(config).__name__}: {option}={getattr(config, option)!r} must be {must}.")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as tree  # pyright: ignore[reportPrivateUsage]
 
-from retrograde.engine.layers import LayerKind, swap_in
+from retrograde.engine.layers import swap_in
+from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Rule
 from retrograde.errors import OptionError
@@ -236,7 +237,8 @@ class Trials:
 
     def _once(self, candidate: Candidate, seen: _Seen) -> LayerForecast:
         plain, attached = copy.deepcopy(candidate.layer), copy.deepcopy(candidate.layer)
-        program = LayerProgram(candidate.name, candidate.kind.kind, candidate.make_rules(attached), seed=0)
+        names = candidate.kind.names(attached)
+        program = LayerProgram(candidate.name, candidate.make_rules(attached), 0, names)
         swap_in(attached, candidate.kind, program)
         theirs, mine = _pass(plain, seen), _pass(attached, seen)
         for _ in range(_WARMUPS):
@@ -268,7 +270,7 @@ def _compare(
         plain * median(m / t for t, m in pairs),
         median(backward),
         zeros,
-        {name: count / program.kernels.total() for name, count in program.kernels.items()},
+        {name: count / program.tally.kernels.total() for name, count in program.tally.kernels.items()},
     )
 
 

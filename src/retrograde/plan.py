@@ -1,13 +1,9 @@
 """The plan: what happens to each layer of a model, and why; made by `retrograde.planning`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
-
-from retrograde.engine.layers import LayerKind
-from retrograde.engine.slots import Block, BlockRule, Rule
 from retrograde.forecast import LayerForecast, StepForecast
 
 Status = Literal["attached", "declined", "left", "bypassed"]
@@ -43,16 +39,6 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A layer that will be attached, with its rules by method name: what `attach` needs beside the row."""
-
-    name: str
-    layer: nn.Module
-    kind: LayerKind
-    rules: dict[str, Rule]
-
-
-@dataclass(frozen=True)
 class BlockRow:
     """One block of the plan, where a method grants work to whole blocks.
 
@@ -76,22 +62,11 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class BlockPlacement:
-    """A block that will be attached."""
-
-    block: Block
-    rule: BlockRule
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Plan:
     """All layers with parameters, in the model's order, and the blocks. Print it, or read `rows` and `blocks`."""
 
     rows: tuple[PlanRow, ...]
-    placements: tuple[Placement, ...] = field(repr=False, default=())
     blocks: tuple[BlockRow, ...] = ()
-    block_placements: tuple[BlockPlacement, ...] = field(repr=False, default=())
     step: StepForecast | None = None
     """Forward and backward pass of the whole model, where an example was given."""
 

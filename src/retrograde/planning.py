@@ -1,26 +1,56 @@
 """What happens to each layer of a model, decided before anything is changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from retrograde.engine.layers import AttachedLayer, LayerKind, find_kind
-from retrograde.engine.slots import Block, Method, Rule, Site
+from retrograde.engine.layers import AttachedLayer, find_kind
+from retrograde.engine.maps.base import LayerKind
+from retrograde.engine.program import ordered
+from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError
 from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe
 from retrograde.patterns import ROOT, select, some
-from retrograde.plan import BlockPlacement, BlockRow, Placement, Plan, PlanRow
+from retrograde.plan import BlockRow, Plan, PlanRow
 
 _NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A layer that will be attached, as methods were asked about it, with their rules by method name."""
+
+    site: Site
+    kind: LayerKind
+    rules: dict[str, Rule]
+
+    @property
+    def name(self) -> str:
+        """Full name; ``"(root)"`` for the model itself."""
+        return self.site.name or ROOT
+
+
+@dataclass(frozen=True)
+class BlockPlacement:
+    """A block that will be attached, with the names of the attached layers inside."""
+
+    block: Block
+    rule: BlockRule
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What attaching does: the plan that tells it, and the layers and blocks with their rules."""
+
+    plan: Plan
+    layers: tuple[Placement, ...]
+    blocks: tuple[BlockPlacement, ...]
 
 
 def make_plan(
@@ -51,17 +81,28 @@ def make_plan(
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
         OptionError: the example is no batch, or the model is attached already.
     """
+    return decide(model, methods, only, skip, strict, example, decline).plan
+
+
+def decide(
+    model: nn.Module,
+    methods: Sequence[Method],
+    only: str | Iterable[str] | None,
+    skip: str | Iterable[str] | None,
+    strict: bool,
+    example: Example | None,
+    decline: bool,
+) -> Decision:
+    """`make_plan`, with the rules that attaching puts in place."""
     layers = _layers(model)
-    bypassed, aliases, sharers = _bypassed(model), _aliases(model), _sharers(layers)
+    fused, aliases, sharers = _fused(model), _aliases(model), _sharers(layers)
     candidates = {
         name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
     }
     chosen = select(candidates, only, "only", strict) if only is not None else set(candidates)
     left = select(candidates, skip, "skip", strict) if skip is not None else set[str]()
     selected = [
-        name
-        for name, layer in layers
-        if isinstance(find_kind(layer), LayerKind) and name in chosen - left and name not in bypassed
+        name for name, layer in layers if isinstance(find_kind(layer), LayerKind) and name in chosen - left
     ]
     last = selected[-1] if len(selected) > 1 else None
     rows: list[PlanRow] = []
@@ -69,34 +110,49 @@ def make_plan(
     for name, layer in layers:
         kind = find_kind(layer)
         status, why, rules = "left", "", dict[str, Rule]()
-        if name in bypassed:
-            status, why = "bypassed", bypassed[name]
-        elif not isinstance(kind, LayerKind):
+        if not isinstance(kind, LayerKind):
             why = kind or _why_no_layer(layer)
         elif name not in chosen:
             why = "not in `only`"
         elif name in left:
             why = "in `skip`"
-        elif (weight := _weight(layer)) is not None and not weight.is_floating_point():
+        elif (weight := _weight(layer, kind)) is not None and not weight.is_floating_point():
             why = f"weight is {weight.dtype}: only real floating-point layers are attached"
         else:
+            map, names = kind.map(layer), kind.names(layer)
+            site = Site(
+                name,
+                layer,
+                map,
+                layer._parameters.get(names[0]),  # pyright: ignore[reportPrivateUsage]
+                layer._parameters.get(names[1]),  # pyright: ignore[reportPrivateUsage]
+                kind,
+                name in sharers,
+                name == last,
+                tuple(fused.get(id(layer), ())),
+            )
             reasons: list[str] = []
-            for method in methods:
-                answer = method.make_rule(Site(name, layer, kind.kind, name in sharers, name == last))
+            around = {id(place.site.layer) for place in placements}
+            inside = [m for m in site.fused_by if isinstance(m, nn.MultiheadAttention) and m is not layer]
+            alone = any(id(module) not in around for module in inside)
+            if alone:
+                reasons.append("nn.MultiheadAttention is left alone, and multiplies by this weight itself")
+            for method in () if alone else methods:
+                answer = method.make_rule(site)
                 if isinstance(answer, Rule):
                     rules[method.name] = answer
                 else:
                     reasons.append(f"{method.name}: {answer}")
             remarks = [rule.remark for rule in rules.values() if rule.remark]
-            why = "; ".join([*reasons, *remarks, *_remarks(name, layer, aliases, sharers)])
+            why = "; ".join([*reasons, *remarks, *_remarks(name, site, aliases, sharers)])
             if rules:
                 status = "attached"
-                placements.append(Placement(name or ROOT, layer, kind, rules))
+                placements.append(Placement(site, kind, rules))
         rows.append(
             PlanRow(
                 name or ROOT,
                 _type_name(layer),
-                _shape(layer),
+                _shape(layer, kind),
                 sum(p.numel() for p in layer.parameters(recurse=False)),
                 tuple(rules),
                 "auto" if status == "attached" else "",
@@ -106,13 +162,11 @@ def make_plan(
         )
     step = None
     if example is not None:
-        sites = {
-            p.name: Site(p.name, p.layer, p.kind.kind, p.name in sharers, p.name == last) for p in placements
-        }
-        step = _forecast(model, methods, rows, placements, sites, example, decline)
-    plan = Plan(tuple(rows), tuple(placements), *_plan_blocks(model, methods, placements, bypassed), step)
+        step = _forecast(model, methods, rows, placements, example, decline)
+    block_rows, blocks = _plan_blocks(model, methods, placements)
+    plan = Plan(tuple(rows), block_rows, step)
     _refuse_no_effect(plan, methods, strict)
-    return plan
+    return Decision(plan, tuple(placements), blocks)
 
 
 def _forecast(
@@ -120,7 +174,6 @@ def _forecast(
     methods: Sequence[Method],
     rows: list[PlanRow],
     placements: list[Placement],
-    sites: Mapping[str, Site],
     example: Example,
     decline: bool,
 ) -> StepForecast | None:
@@ -133,7 +186,7 @@ def _forecast(
     tried = [p for p in placements if all(acting[name].saves_time for name in p.rules)]
     if not tried:
         return None
-    seen = observe(model, {place.name: place.layer for place in tried}, example)
+    seen = observe(model, {place.name: place.site.layer for place in tried}, example)
     trials, saved = Trials(), 0.0
     for place in tried:
         calls = seen.layers.get(place.name)
@@ -141,10 +194,10 @@ def _forecast(
             continue
 
         def make_rules(layer: nn.Module, place: Placement = place) -> tuple[Rule, ...]:
-            made = [acting[name].make_rule(replace(sites[place.name], layer=layer)) for name in place.rules]
-            return tuple(rule for rule in made if isinstance(rule, Rule))
+            made = {name: acting[name].make_rule(replace(place.site, layer=layer)) for name in place.rules}
+            return ordered({name: rule for name, rule in made.items() if isinstance(rule, Rule)})
 
-        found = trials.run(Candidate(place.name, place.layer, place.kind, make_rules), calls)
+        found = trials.run(Candidate(place.name, place.site.layer, place.kind, make_rules), calls)
         index = next(i for i, row in enumerate(rows) if row.name == place.name)
         rows[index] = replace(rows[index], forecast=found)
         if decline and found.loses:
@@ -167,7 +220,7 @@ def _why_declined(found: LayerForecast, why: str) -> str:
 
 
 def _plan_blocks(
-    model: nn.Module, methods: Sequence[Method], placements: list[Placement], bypassed: Mapping[str, str]
+    model: nn.Module, methods: Sequence[Method], placements: list[Placement]
 ) -> tuple[tuple[BlockRow, ...], tuple[BlockPlacement, ...]]:
     """The blocks of the one method that grants work to blocks: branches, and the layers outside them as chains."""
     answers = [(method, found) for method in methods if (found := method.branches(model)) is not None]
@@ -177,11 +230,11 @@ def _plan_blocks(
         names = " and ".join(method.name for method, _ in answers)
         raise OptionError(f"{names} both decide how much work a block is worth; attach one of them.")
     (method, branches) = answers[0]
-    placed = {id(place.layer): place for place in placements if method.name in place.rules}
+    placed = {id(place.site.layer): place for place in placements if method.name in place.rules}
     outside = {
         id(layer): name
         for name, layer in model.named_modules()
-        if isinstance(find_kind(layer), LayerKind) and id(layer) not in placed and name not in bypassed
+        if isinstance(find_kind(layer), LayerKind) and id(layer) not in placed
     }
     entries: list[tuple[Block, tuple[str, ...], str]] = []
     covered: set[int] = set()
@@ -194,8 +247,10 @@ def _plan_blocks(
         entries.append((block, tuple(p.name for key, p in placed.items() if key in inside), left))
         covered |= set() if left else inside
     for key, place in placed.items():
-        if key not in covered and any(p.requires_grad for p in place.layer.parameters()):
-            chain = Block(place.name, "chain", place.layer, (place.layer,), why="layer in no branch")
+        if key not in covered and any(p.requires_grad for p in place.site.layer.parameters()):
+            chain = Block(
+                place.name, "chain", place.site.layer, (place.site.layer,), why="layer in no branch"
+            )
             entries.append((chain, (place.name,), ""))
     order = {id(module): position for position, module in enumerate(model.modules())}
     entries.sort(key=lambda entry: (order[id(entry[0].members[0])], entry[0].name))
@@ -233,15 +288,20 @@ def _is_inside_parametrization(name: str) -> bool:
     return "parametrizations" in name.split(".")
 
 
-def _bypassed(model: nn.Module) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
+def _fused(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """By layer: the modules that multiply by its weight themselves in evaluation, without calling it."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        inside: list[nn.Module] = []
         if isinstance(module, nn.MultiheadAttention):
-            out = f"{name}.out_proj" if name else "out_proj"
-            found[out] = (
-                "nn.MultiheadAttention multiplies by this weight without calling the layer's forward; write the "
-                "projections as nn.Linear with scaled_dot_product_attention to attach them"
-            )
+            inside = [module, module.out_proj]
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            inside = [module.linear1, module.linear2]
+        elif isinstance(module, nn.TransformerEncoder):
+            layers = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+            inside = [linear for layer in layers for linear in (layer.linear1, layer.linear2)]
+        for layer in inside:
+            found.setdefault(id(layer), []).append(module)
     return found
 
 
@@ -267,30 +327,30 @@ def _sharers(layers: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
 
 
 def _remarks(
-    name: str, layer: nn.Module, aliases: dict[str, list[str]], sharers: dict[str, list[str]]
+    name: str, site: Site, aliases: dict[str, list[str]], sharers: dict[str, list[str]]
 ) -> list[str]:
     remarks: list[str] = []
     if name in aliases:
         remarks.append(f"one layer, also called {', '.join(aliases[name])}")
     if name in sharers:
         remarks.append(f"weight tied to {', '.join(dict.fromkeys(sharers[name]))}")
-    if nn.utils.parametrize.is_parametrized(layer):
+    if nn.utils.parametrize.is_parametrized(site.layer):
         remarks.append("parametrised: its weight is computed anew in every forward pass")
-    elif (weight := _weight(layer)) is not None and not weight.requires_grad:
+    elif site.weight is not None and not site.weight.requires_grad:
         remarks.append("weight frozen: only the input gradient is computed")
     return remarks
 
 
 def _why_no_layer(layer: nn.Module) -> str:
-    if isinstance(layer, nn.MultiheadAttention):
-        return "the packed input projection is no layer of its own"
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         return "embedding: a lookup, no product"
-    if isinstance(layer, nn.RNNBase):
-        return "recurrent: runs as one fused cell"
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent: all its products run inside one fused kernel"
+    if isinstance(layer, nn.Bilinear):
+        return "bilinear: a product of two inputs, not a linear map of one"
     if isinstance(layer, _NORMALISATIONS):
         return "normalisation: no product"
-    return "no linear-like map that is known; register_layer can teach it"
+    return "not a linear-like map that is known; register_layer makes one known"
 
 
 def _type_name(layer: nn.Module) -> str:
@@ -299,18 +359,15 @@ def _type_name(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-def _weight(layer: nn.Module) -> Tensor | None:
-    # A taught layer may keep its weight under another name; any parameter then tells dtype and freezing.
-    weight = getattr(layer, "weight", None)
+def _weight(layer: nn.Module, kind: LayerKind) -> Tensor | None:
+    # A registered layer may compute its weight; any parameter then tells the dtype.
+    weight = getattr(layer, kind.weight, None)
     return weight if isinstance(weight, Tensor) else next(layer.parameters(), None)
 
 
-def _shape(layer: nn.Module) -> str:
-    if isinstance(layer, nn.Linear):
-        return f"{layer.in_features}→{layer.out_features}"
-    if isinstance(layer, _CONVOLUTIONS):
-        groups = f" /{layer.groups}" if layer.groups > 1 else ""
-        return f"{layer.in_channels}→{layer.out_channels} {'×'.join(map(str, layer.kernel_size))}{groups}"
+def _shape(layer: nn.Module, kind: LayerKind | str | None) -> str:
+    if isinstance(kind, LayerKind):
+        return kind.describe(layer)
     weight = getattr(layer, "weight", None)
     return "×".join(map(str, weight.shape)) if isinstance(weight, Tensor) else ""
 
@@ -332,4 +389,4 @@ def _remedy(plan: Plan) -> str:
             "The layers were declined because attaching would make them slower on this machine: train the plain model, "
             "or attach all the same with decline=False."
         )
-    return "Check `only` and `skip`, or teach a layer type with retrograde.register_layer."
+    return "Check `only` and `skip`, or make a layer type known with retrograde.register_layer."

@@ -17,14 +17,15 @@ from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
-from retrograde.engine.program import LayerProgram
+from retrograde.engine.program import LayerProgram, ordered
 from retrograde.engine.slots import Block, Conductor, Method
 from retrograde.errors import AttachError, DetachError, OptionError, StateError
 from retrograde.forecast import Example
-from retrograde.plan import BlockPlacement, Plan
-from retrograde.planning import make_plan
+from retrograde.patterns import ROOT
+from retrograde.plan import Plan
+from retrograde.planning import BlockPlacement, Decision, decide
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 _ORDER = (
     "The order is: build, load pretrained weights, attach, activation checkpointing, compile, DDP or fully_shard, "
     "optimizer, train."
@@ -71,8 +72,8 @@ def attach(
     """
     chosen = _check_methods(methods)
     _check_model(model)
-    plan = make_plan(model, chosen, only=only, skip=skip, strict=strict, example=example, decline=decline)
-    return Session(model, chosen, plan, optimizer, strict, torch.initial_seed() if seed is None else seed)
+    decision = decide(model, chosen, only, skip, strict, example, decline)
+    return Session(model, chosen, decision, optimizer, strict, torch.initial_seed() if seed is None else seed)
 
 
 @dataclass(frozen=True)
@@ -131,32 +132,31 @@ class Session:
         self,
         model: nn.Module,
         methods: tuple[Method, ...],
-        plan: Plan,
+        decision: Decision,
         optimizer: torch.optim.Optimizer | None,
         strict: bool,
         seed: int,
     ) -> None:
         self.model = model
         self.methods = methods
-        self.plan = plan
+        self.plan: Plan = decision.plan
         self._programs: dict[str, LayerProgram] = {}
         self._layers: dict[str, nn.Module] = {}
         self._scores: list[tuple[int, float]] = []
         self._seed = seed
         self._window: dict[str, Counters] = {}
-        for place in plan.placements:
-            self._programs[place.name] = LayerProgram(
-                place.name, place.kind.kind, tuple(place.rules.values()), seed
-            )
+        for place in decision.layers:
+            names = place.kind.names(place.site.layer)
+            self._programs[place.name] = LayerProgram(place.name, ordered(place.rules), seed, names)
         # Nothing is changed before every program could be made: an error leaves the model as it was.
-        for place in plan.placements:
-            swap_in(place.layer, place.kind, self._programs[place.name])
-            self._layers[place.name] = place.layer
-        self._blocks = _make_blocks(plan.block_placements, self._programs, seed)
+        for place in decision.layers:
+            swap_in(place.site.layer, place.kind, self._programs[place.name])
+            self._layers[place.name] = place.site.layer
+        self._blocks = _make_blocks(decision.blocks, self._programs, seed)
         self._block_window: dict[str, dict[str, int]] = {}
         swap_in_blocks(list(self._blocks.values()))
         pairs = [(self._layers[name], program) for name, program in self._programs.items()]
-        self._conductors = self._make_conductors()
+        self._conductors = self._make_conductors(decision)
         blocks = Blocks(model, list(self._blocks.values())) if self._blocks else None
         self._clock = Clock(pairs, tuple(self._conductors.values()), optimizer, strict, blocks)
         for program in self._programs.values():
@@ -164,12 +164,12 @@ class Session:
         self._attached = True
         self._pauses = 0
 
-    def _make_conductors(self) -> dict[str, Conductor]:
+    def _make_conductors(self, decision: Decision) -> dict[str, Conductor]:
         found: dict[str, Conductor] = {}
         for method in self.methods:
             rules = {
                 place.name: rule
-                for place in self.plan.placements
+                for place in decision.layers
                 for name, rule in place.rules.items()
                 if name == method.name
             }
@@ -201,6 +201,7 @@ class Session:
         layers: dict[str, dict[str, float | None]] = {}
         total = Counters()
         for name, program in self._programs.items():
+            program.read()
             counts = program.total - self._window.get(name, Counters())
             total += counts
             layers[name] = {**_shares(counts), "fallbacks": counts.fallbacks, **program.kernel_shares()}
@@ -240,6 +241,8 @@ class Session:
         )
 
     def _total(self) -> Counters:
+        for program in self._programs.values():
+            program.read()
         programs = (*self._programs.values(), *self._blocks.values())
         return sum((program.total for program in programs), Counters())
 
@@ -300,8 +303,24 @@ class Session:
         return self.model
 
     def fold(self) -> nn.Module:
-        """A plain copy of the model that computes the same function; the attached model stays as it is."""
-        return copy.deepcopy(self.model)
+        """A plain copy of the model that computes the same function; the attached model stays as it is.
+
+        Unlike a copy by `copy.deepcopy`, it has no keys but those that its function needs.
+        """
+        copied = copy.deepcopy(self.model)
+        folded: dict[int, nn.Module] = {}
+        for name, program in self._programs.items():
+            plain = copied.get_submodule("" if name == ROOT else name)
+            folded[id(plain)] = program.fold(plain)
+        # A layer may have several names.
+        for module in list(copied.modules()):
+            for child, plain in module._modules.items():  # pyright: ignore[reportPrivateUsage]
+                if plain is not None and folded.get(id(plain), plain) is not plain:
+                    setattr(module, child, folded[id(plain)])
+        copied = folded.get(id(copied), copied)
+        for conductor in self._conductors.values():
+            conductor.fold(copied)
+        return copied
 
     # State.
 
@@ -310,7 +329,7 @@ class Session:
         return {
             "format": _STATE_FORMAT,
             "seed": self._seed,
-            "methods": [repr(method) for method in self.methods],
+            "methods": sorted(map(repr, self.methods)),
             "scores": [list(entry) for entry in self._scores],
             "window": {name: counts.to_dict() for name, counts in self._window.items()},
             "layers": {name: program.state_dict() for name, program in self._programs.items()},
@@ -326,7 +345,7 @@ class Session:
             StateError: another format, other layers, or other methods.
         """
         _check_state(state, self._programs)
-        mine = [repr(method) for method in self.methods]
+        mine = sorted(map(repr, self.methods))
         if state["methods"] != mine:
             warnings.warn(
                 f"the session's state was saved with {state['methods']}, and goes on with {mine}.",

@@ -131,3 +131,15 @@ def test_help_lists_the_flags(run: Run) -> None:
     outcome = run("bench", "--help")
     assert outcome.code == 0
     assert all(flag in outcome.out for flag in ("--json", "--quick", "--rounds", "--models", "--methods"))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_steps_name_the_methods_that_have_not_begun(run: Run) -> None:
+    """As the methods themselves say; those that were not timed are not named."""
+    late = "not begun so early in a run"
+
+    def told(method: str) -> str:
+        return " ".join(run("bench", "steps", "--rounds", "1", "--methods", method).out.split())
+
+    assert f"{late}: perforate" in told("perforate")
+    assert late not in told("dither")

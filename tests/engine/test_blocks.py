@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import retrograde as rg
 from cases import assert_same, batch, gradients, program, seeded
 from retrograde.engine.branches import Residual, find_branches
+from retrograde.engine.maps import base
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Grant
 
 SKIP, LOW, FULL = rg.Tier.SKIP, rg.Tier.LOW, rg.Tier.FULL
@@ -168,6 +169,20 @@ def test_transformer_layers_found(first: bool) -> None:
         "ff_block": {encoder.linear1, encoder.linear2} | norms[1],
     }
     assert [b.name for b in find_branches(decoder)] == ["sa_block", "mha_block", "ff_block"]
+
+
+def test_attention_belongs_to_its_block() -> None:
+    """Both projections are layers of the attention's sub-block; outside of branches each is a chain of its own."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    rows = {row.name: row for row in rg.make_plan(layer, [Script()]).blocks}
+    assert {name: row.layers for name, row in rows.items()} == {
+        "sa_block": ("self_attn", "self_attn.out_proj"),
+        "ff_block": ("linear1", "linear2"),
+    }
+    rows = {row.name: row for row in rg.make_plan(Attending(), [Script()]).blocks}
+    assert {name: (row.kind, row.layers) for name, row in rows.items()} == {
+        name: ("chain", (name,)) for name in ("attention", "attention.out_proj")
+    }
 
 
 def test_named_blocks() -> None:
@@ -360,6 +375,26 @@ def test_two_calls_in_one_pass(runner: Callable[[nn.Module], Any]) -> None:
     assert session.metrics()["blocks"]["inner.branch"]["skip"] == 0.5
 
 
+def test_pruned_attention(runner: Callable[[nn.Module], Any]) -> None:
+    """A skipped attention block passes nothing back into either projection, and its work is counted as left out."""
+
+    def make() -> nn.Module:
+        return nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+    net, plain = seeded(make), seeded(make)
+    session = rg.attach(net, Script(**{"sa_block": [FULL, SKIP]}))
+    run, x = runner(net), batch((3, 5, 8))
+    assert_same(gradients(net, x, run), gradients(plain, x), 1e-5)
+    found = nonzero(gradients(net, x, run))
+    assert not any(name.startswith("self_attn") for name in found)
+    for layer, size in ((net.self_attn, 8 * 24), (net.self_attn.out_proj, 8 * 8)):
+        total = program(layer).total
+        assert (total.calls, total.skipped) == (2, 1)
+        assert total.forward_executed == total.weight_grad_dense == 2 * (2 * 15 * size)
+        assert total.input_grad_executed == total.weight_grad_executed == 2 * 15 * size
+    assert session.metrics()["blocks"]["sa_block"]["skip"] == 0.5
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_checkpointing(reentrant: bool, inside: bool) -> None:
@@ -473,6 +508,60 @@ def test_skipped_parameters_rest(name: str, to_none: bool, runner: Callable[[nn.
     resting = {n for n in everything if n.startswith("1.branch")} | {"3.weight"}
     assert moved == [everything, everything, everything - resting, everything]
     assert session.step == 4
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o) under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel + self.bias
+
+
+class Attending(nn.Module):
+    """Attention in no branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+CHAINS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "linear": (lambda: nn.Linear(8, 8), "1", "1.weight"),
+    "turned": (Turned, "1", "1.kernel"),
+    "attention": (Attending, "1.attention", "1.attention.in_proj_weight"),
+    "parametrised": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+        "1",
+        "1.parametrizations.weight.original",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_skipped_weight_of_a_chain_rests(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the weight is called: momentum does not move it, and everything else moves."""
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    rg.register_layer(Turned, rg.LinearKind(turned=True, weight="kernel"))
+    make, chain, weight = CHAINS[kind]
+    net = seeded(lambda: nn.Sequential(nn.Linear(8, 8), make(), nn.Linear(8, 4)))
+    _session = rg.attach(net, Script(**{chain.replace(".", "__"): [FULL, SKIP]}))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    moved = []
+    for step in range(2):
+        optimizer.zero_grad()
+        before = {n: p.detach().clone() for n, p in net.named_parameters()}
+        torch.sin(net(batch((2, 5, 8), step))).sum().backward()
+        optimizer.step()
+        moved.append({n for n, p in net.named_parameters() if not torch.equal(p, before[n])})
+    assert moved[0] - moved[1] == {n for n in before if n.startswith(weight)}
+    assert moved[1] < moved[0]
 
 
 def test_accumulation() -> None:

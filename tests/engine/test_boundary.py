@@ -1,23 +1,18 @@
-"""The registered ops and the autograd boundary."""
+"""The registered op and the autograd boundary."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import retrograde as rg
 from cases import LAYERS, Case, assert_same, batch, gradients, mlp, program, seeded
-
-GEOMETRY = {
-    "stride": (2, 1),
-    "padding": (1, 0),
-    "dilation": (1, 1),
-    "transposed": False,
-    "output_padding": (0, 0),
-    "groups": 2,
-}
+from retrograde.engine.maps import base
+from retrograde.engine.maps.base import kind_of
 
 # test_autograd_registration and test_schema apply to ops as such. test_faketensor checks shapes, strides and aliases of
 # the fake implementation. test_aot_dispatch_dynamic compares two runs bitwise: it needs the neutral scale, since each
@@ -25,45 +20,90 @@ GEOMETRY = {
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def alive(layer: nn.Module) -> tuple[rg.Session, Tensor]:
-    session = rg.attach(layer, rg.Dither(scale=0))
-    return session, program(layer).token
+def operands(layer: nn.Module, x: Tensor, needs: list[bool], rows: Tensor | None = None) -> tuple[Any, ...]:
+    """What the op of an attached layer is called with, for δ of ones."""
+    map = kind_of(type(layer)._retrograde_base).map(layer)
+    delta = torch.ones_like(layer(x)).detach()
+    saved = [x] if needs[1] else []
+    token, weight = program(layer).token, layer.weight.detach()
+    return delta, saved, rows, weight, token, tuple(x.shape), needs, map.name, map.numbers
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    rg.register_layer(Turned, rg.LinearKind(turned=True))
+    return Turned()
+
+
+NEEDS = ([True, True, True], [True, True, False], [False, True, False], [True, False, False])
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize(
-    "needs", [[True, True, True], [True, True, False], [False, True, False], [True, False, False]], ids=str
-)
-def test_opcheck_linear(check: str, needs: list[bool]) -> None:
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)], ids=str)
+def test_opcheck_linear(shape: tuple[int, ...], check: str, needs: list[bool]) -> None:
     """torch.library's own checks: schema, aliases, fake tensors and AOT dispatch with dynamic shapes."""
     layer = nn.Linear(4, 3)
-    _session, token = alive(layer)
-    saved = [batch((5, 4))] if needs[1] else []
-    arguments = (batch((5, 3)), saved, None, layer.weight.detach(), token, (5, 4), needs, True)
-    torch.library.opcheck(torch.ops.retrograde.linear_backward.default, arguments, test_utils=check)
+    _session = rg.attach(layer, rg.Dither(scale=0))
+    arguments = operands(layer, batch(shape), needs)
+    torch.library.opcheck(torch.ops.retrograde.backward.default, arguments, test_utils=check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+def test_opcheck_turned(turned: nn.Module, check: str, needs: list[bool]) -> None:
+    """The same with the weight the other way round."""
+    _session = rg.attach(turned, rg.Dither(scale=0))
+    arguments = operands(turned, batch((5, 4)), needs)
+    torch.library.opcheck(torch.ops.retrograde.backward.default, arguments, test_utils=check)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("needs", [[True, True, True], [False, True, False]], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_opcheck_convolution(check: str, needs: list[bool], layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d], ids=["plain", "transposed"])
+def test_opcheck_convolution(
+    make: type[nn.Module], check: str, needs: list[bool], layout: torch.memory_format
+) -> None:
     """The same for convolutions, in both memory formats."""
-    layer = nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 0), groups=2).to(memory_format=layout)
-    _session, token = alive(layer)
-    x = batch((2, 4, 7, 8)).to(memory_format=layout)
-    delta = torch.ones_like(layer(x)).detach()
-    arguments = (
-        delta,
-        [x],
-        None,
-        layer.weight.detach(),
-        token,
-        tuple(x.shape),
-        needs,
-        True,
-        *GEOMETRY.values(),
-    )
-    torch.library.opcheck(torch.ops.retrograde.convolution_backward.default, arguments, test_utils=check)
+    layer = make(4, 6, 3, stride=(2, 1), padding=(1, 0), groups=2).to(memory_format=layout)
+    _session = rg.attach(layer, rg.Dither(scale=0))
+    arguments = operands(layer, batch((2, 4, 7, 8)).to(memory_format=layout), needs)
+    torch.library.opcheck(torch.ops.retrograde.backward.default, arguments, test_utils=check)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_opcheck_with_rows(check: str) -> None:
+    """The same where rows of the input were kept for statistics."""
+    layer = nn.Linear(4, 3)
+    _session = rg.attach(layer, rg.Decorrelate(mode="precondition", rank=2, every=1))
+    arguments = operands(layer, batch((5, 4)), NEEDS[0], rows=batch((1, 5, 4)))
+    torch.library.opcheck(torch.ops.retrograde.backward.default, arguments, test_utils=check)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_op_and_straight_call_agree(case: Case) -> None:
+    """Whoever watches ops gets what everybody else gets, to the last bit, noise included."""
+    found = []
+    for watched in (False, True):
+        layer = seeded(case.make)
+        _session = rg.attach(layer, rg.Dither(scale=1.5), seed=4)
+        x = batch(case.shape)
+        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+            found.append(gradients(layer, x, **case.call))
+    assert_same(found[1], found[0], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +117,23 @@ def test_opcheck_convolution(check: str, needs: list[bool], layout: torch.memory
 )
 def test_gradcheck(case: Case) -> None:
     """Finite differences agree with the boundary in float64 (scale 0), undefined gradients included."""
-    layer = case.make().double()
+    check_by_differences(case.make().double(), batch(case.shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rows", [(7,), (3, 2), ()], ids=str)
+def test_gradcheck_turned(turned: nn.Module, rows: tuple[int, ...]) -> None:
+    """The same with the weight the other way round."""
+    check_by_differences(turned.double(), batch((*rows, 4), dtype=torch.float64))
+
+
+def check_by_differences(layer: nn.Module, x: Tensor) -> None:
     rg.attach(layer, rg.Dither(scale=0))
     names = [n for n, _ in layer.named_parameters()]
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
-    x = batch(case.shape, dtype=torch.float64).requires_grad_()
+    x.requires_grad_()
     parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
 

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
 from cases import MODELS, assert_same, batch, gradients, mlp, program, seeded, train
+from retrograde.engine.maps import base
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,95 @@ def test_dynamic_shapes() -> None:
     for rows in (5, 6, 11):
         assert_same(gradients(fast, batch((rows, 8)), run), gradients(eager, batch((rows, 8))), 1e-5)
     assert counter.frame_count == 1
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Masked(Turned):
+    """A linear layer whose weight is computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * (self.weight > 0), self.bias)
+
+
+class Causal(nn.Module):
+    """A convolution that pads by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8, 3)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(F.pad(x, (2, 0)), self.weight, self.bias)
+
+
+class Grow(nn.Module):
+    """Twice as long, whatever the length: the output padding depends on the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x, output_size=[2 * x.shape[-1]])
+
+
+PLAIN = rg.Geometry((1,), (0,), (1,), False, (0,), 1)
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "turned": Turned,
+    "masked": Masked,
+    "causal": Causal,
+    "same": lambda: nn.Conv1d(8, 8, 4, padding="same"),
+    "grown": Grow,
+}
+
+
+@pytest.fixture
+def _kinds_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    rg.register_layer(Turned, rg.LinearKind(turned=True))
+    rg.register_layer(Masked, lambda layer, x: rg.Operands(x, layer.weight * (layer.weight > 0), layer.bias))
+    rg.register_layer(Causal, lambda layer, x: rg.Operands(F.pad(x, (2, 0)), layer.weight, layer.bias, PLAIN))
+
+
+@pytest.mark.usefixtures("_kinds_are_known")
+@pytest.mark.parametrize("scale", [0, 2.0])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(kind: str, dynamic: bool, scale: float) -> None:
+    """Maps pass through compiled code as name and numbers, symbolic ones included."""
+    models = [seeded(lambda: nn.Sequential(nn.Linear(8, 8), KINDS[kind](), nn.Tanh())) for _ in range(2)]
+    sessions = [rg.attach(model, rg.Dither(scale=scale), seed=5) for model in models]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(models[1], fullgraph=True, backend=counter, dynamic=dynamic)
+    for rows in (5, 6, 11) if dynamic else (5,):
+        x = batch((rows, 8, 8))
+        assert_same(gradients(models[1], x, run), gradients(models[0], x), 1e-5)
+    assert counter.frame_count == 1
+    assert sessions[1].flops() == sessions[0].flops()
+    assert program(models[1][1].up if kind == "grown" else models[1][1]).total.calls == (3 if dynamic else 1)
+
+
+def test_lengths_that_change() -> None:
+    """The spatial size changes, and the output padding with it."""
+    eager, fast = seeded(Grow), seeded(Grow)
+    sessions = [rg.attach(model, rg.Dither(scale=0)) for model in (eager, fast)]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(fast, fullgraph=True, backend=counter, dynamic=True)
+    for length in (5, 8, 13):
+        x = batch((3, 8, length))
+        assert_same(gradients(fast, x, run), gradients(eager, x), 1e-5)
+    assert counter.frame_count == 1
+    assert sessions[1].flops() == sessions[0].flops()
 
 
 class Block(nn.Module):

@@ -16,20 +16,26 @@ from torch.nn.utils import parametrizations, parametrize
 import retrograde as rg
 from cases import LAYERS, NEUTRAL, Case, assert_same, batch, cnn, gradients, mlp, program, seeded, train
 from retrograde.engine import layers as engine_layers
+from retrograde.engine.maps import base
+from retrograde.engine.maps.linear import TURNED
 
 
 @pytest.fixture
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test teaches with register_layer is forgotten after it."""
-    monkeypatch.setattr(engine_layers, "_KINDS", dict(engine_layers._KINDS))
+    monkeypatch.setattr(base, "_KINDS", dict(base._KINDS))
+    monkeypatch.setattr(base, "_NAMED", dict(base._NAMED))
+    monkeypatch.setattr(base, "_MAPS", dict(base._MAPS))
 
 
-def compare(make: Callable[[], nn.Module], x: Tensor, method: rg.Dither, **call: Any) -> rg.Session:
-    """The attached float64 model has plain autograd's output and gradients."""
+def compare(
+    make: Callable[[], nn.Module], x: Tensor, method: rg.Dither, output: float = 0.0, **call: Any
+) -> rg.Session:
+    """The attached float64 model has plain autograd's output, to `output`, and its gradients."""
     plain, attached = (seeded(make).double() for _ in range(2))
     session = rg.attach(attached, method, seed=3)
     expected, found = gradients(plain, x, **call), gradients(attached, x, **call)
-    assert torch.equal(plain(x, **call), attached(x, **call))
+    torch.testing.assert_close(attached(x, **call), plain(x, **call), rtol=output, atol=output)
     assert_same(found, expected)
     with session.paused():
         assert_same(gradients(attached, x, **call), expected, 0.0)
@@ -177,16 +183,18 @@ def test_neutral_in_awkward_models(
 
 @pytest.mark.parametrize("neutral", NEUTRAL)
 def test_transformer_encoder_layer(neutral: str) -> None:
-    """Its linear layers are attached, the attention's output projection is named as bypassed."""
+    """Its linear layers are attached, and both projections of its attention."""
     session = compare(
         lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
         batch((3, 5, 8), dtype=torch.float64),
         NEUTRAL[neutral],
+        1e-14,
     )
-    status = {row.name: row.status for row in session.plan.rows}
-    assert status["linear1"] == status["linear2"] == "attached"
-    assert status["self_attn.out_proj"] == "bypassed"
-    assert status["self_attn"] == "left"
+    attached = {row.name for row in session.plan.rows if row.status == "attached"}
+    assert attached == {"self_attn", "self_attn.out_proj", "linear1", "linear2"}
+    calls = {name: program(session.model.get_submodule(name)).calls for name in attached}
+    # Of the two forward passes in training, one had a backward pass.
+    assert calls == dict.fromkeys(attached, 1)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +423,7 @@ def test_eval_and_no_grad_run_the_plain_layer() -> None:
 def test_keyword_input() -> None:
     """A layer called by keyword works as the plain one."""
     linear, turned = nn.Linear(4, 3), nn.ConvTranspose1d(2, 3, 3, stride=2)
-    rg.attach(nn.ModuleList([linear, turned]), rg.Dither())
+    _session = rg.attach(nn.ModuleList([linear, turned]), rg.Dither())
     assert linear(input=torch.ones(2, 4)).shape == (2, 3)
     assert turned(input=torch.ones(1, 2, 5), output_size=[12]).shape == (1, 3, 12)
 
@@ -446,20 +454,39 @@ class Kept(nn.Module):
         return F.linear(x, self.base.weight, self.base.bias)
 
 
+GPT2: dict[str, Any] = {
+    "function": lambda layer, x: rg.Operands(x, layer.weight.T, layer.bias),
+    "kind": rg.LinearKind(turned=True),
+}
+
+
 @pytest.mark.usefixtures("_own_registry")
 @pytest.mark.parametrize("neutral", NEUTRAL)
-def test_register_layer(neutral: str) -> None:
+@pytest.mark.parametrize("how", GPT2)
+def test_register_layer(how: str, neutral: str) -> None:
     """A taught layer gets autograd's gradients, its own class back, and a plain copy."""
     assert engine_layers.find_kind(GPT2Conv1D(3, 4)) is None
-    rg.register_layer(GPT2Conv1D, lambda layer, x: rg.Operands(x, layer.weight.T, layer.bias))
-    torch.manual_seed(0)
-    plain = GPT2Conv1D(5, 6).double()
-    attached = copy.deepcopy(plain)
-    session = rg.attach(attached, NEUTRAL[neutral])
-    x = batch((2, 3, 6), dtype=torch.float64)
-    assert_same(gradients(attached, x), gradients(plain, x))
+    rg.register_layer(GPT2Conv1D, GPT2[how])
+    session = compare(lambda: GPT2Conv1D(5, 6), batch((2, 3, 6), dtype=torch.float64), NEUTRAL[neutral])
+    assert program(session.model).map is TURNED
     assert type(session.fold()) is GPT2Conv1D
     assert type(session.detach()) is GPT2Conv1D
+
+
+@pytest.mark.parametrize("neutral", NEUTRAL)
+def test_layers_known_by_name(neutral: str) -> None:
+    """transformers' Conv1D is known though it need not be installed: by the name of its module and class."""
+    named = {"__module__": "transformers.pytorch_utils", "__qualname__": "Conv1D"}
+    conv1d = type("Conv1D", (GPT2Conv1D,), named)
+    session = compare(lambda: conv1d(5, 6), batch((2, 3, 6), dtype=torch.float64), NEUTRAL[neutral])
+    assert [(row.type, row.shape, row.status) for row in session.plan.rows] == [("Conv1D", "6→5", "attached")]
+    assert program(session.model).map is TURNED
+
+
+@pytest.mark.usefixtures("_own_registry")
+def test_register_layer_by_name() -> None:
+    rg.register_layer(f"{GPT2Conv1D.__module__}.GPT2Conv1D", rg.LinearKind(turned=True))
+    compare(lambda: GPT2Conv1D(5, 6), batch((3, 6), dtype=torch.float64), rg.Dither(scale=0))
 
 
 @pytest.mark.usefixtures("_own_registry")
@@ -472,12 +499,80 @@ def test_register_layer_with_parameters_below() -> None:
     assert session.step == 2
 
 
+class OwnConvolution(nn.Module):
+    """A convolution that pads by itself, with a filter that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 3, 3)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(F.pad(x, (2, 0)), torch.tanh(self.weight), self.bias, stride=2)
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize("neutral", NEUTRAL)
+@pytest.mark.parametrize("shape", [(2, 3, 9), (3, 9)], ids=str)
+def test_register_convolution(shape: tuple[int, ...], neutral: str) -> None:
+    """Of a taught convolution, too, the input need not be a batch."""
+    geometry = rg.Geometry((2,), (0,), (1,), False, (0,), 1)
+    rg.register_layer(
+        OwnConvolution,
+        lambda layer, x: rg.Operands(F.pad(x, (2, 0)), torch.tanh(layer.weight), layer.bias, geometry),
+    )
+    compare(OwnConvolution, batch(shape, dtype=torch.float64), NEUTRAL[neutral])
+
+
 @pytest.mark.usefixtures("_own_registry")
 def test_register_layer_refuses() -> None:
     with pytest.raises(rg.errors.OptionError, match=r"class of torch\.nn\.Module"):
         rg.register_layer(nn.Linear(2, 2), lambda layer, x: None)  # type: ignore[arg-type]
-    with pytest.raises(rg.errors.OptionError, match="'bilinear'"):
-        rg.register_layer(GPT2Conv1D, lambda layer, x: None, kind="bilinear")  # type: ignore[arg-type]
+    with pytest.raises(rg.errors.OptionError, match=r"retrograde\.LayerKind or a function, not 'bilinear'"):
+        rg.register_layer(GPT2Conv1D, "bilinear")  # type: ignore[arg-type]
+
+
+class HalvedMap(rg.LinearMap):
+    """z = x (W/2)ᵀ + b, a map of a third party's."""
+
+    name = "halved"
+
+    @classmethod
+    def of(cls, numbers: Any) -> rg.Map:
+        return cls()
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().forward(x, weight / 2, bias)
+
+    def gradients(self, delta: Tensor, x: Tensor, weight: Tensor, needs: Any) -> Any:
+        dx, dw, db = super().gradients(delta, x, weight, needs)
+        return None if dx is None else dx / 2, None if dw is None else dw / 2, db
+
+
+class Halved(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight / 2, self.bias)
+
+
+class HalvedKind(rg.LinearKind):
+    def __init__(self) -> None:
+        super().__init__()
+        self._map = HalvedMap()
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_map_of_ones_own(fast: bool) -> None:
+    """Attached like any other, and known to compiled code by its name."""
+    rg.register_map(HalvedMap)
+    rg.register_layer(Halved, HalvedKind())
+    plain, attached = seeded(lambda: Halved(6, 5)), seeded(lambda: Halved(6, 5))
+    _session = rg.attach(attached, rg.Dither(scale=0))
+    torch._dynamo.reset()
+    run = torch.compile(attached, fullgraph=True, backend="aot_eager") if fast else None
+    x = batch((7, 6))
+    assert_same(gradients(attached, x, run), gradients(plain, x), 1e-5)
+    assert type(program(attached).map) is HalvedMap
+    torch._dynamo.reset()
 
 
 class OwnForward(nn.Linear):
@@ -582,8 +677,9 @@ def test_compiled_graph_after_the_session_is_gone() -> None:
     session.detach()
     del session
     with pytest.raises(rg.errors.AttachError, match="session is gone"):
-        torch.ops.retrograde.linear_backward(
-            torch.ones(2, 3), [torch.ones(2, 4)], None, torch.ones(3, 4), token, (2, 4), [True] * 3, False
+        torch.ops.retrograde.backward(
+            *(torch.ones(2, 3), [torch.ones(2, 4)], None, torch.ones(3, 4)),
+            *(token, (2, 4), [True] * 3, "linear", (0,)),
         )
 
 

@@ -11,7 +11,7 @@ import retrograde as rg
 from retrograde.kernels import calibrate, choose, linear, reference
 from retrograde.kernels.choose import ConvolutionProblem, CostModel, Problem
 from retrograde.kernels.delta import Delta
-from retrograde.kernels.dispatch import Products
+from retrograde.kernels.dispatch import SMALL, Products
 from retrograde.kernels.geometry import Geometry
 
 ROWS, OUT, IN = 256, 256, 256
@@ -44,15 +44,18 @@ def test_every_kernel_stands_in_for_the_reference(kernel: str, monkeypatch: pyte
     favour(kernel, monkeypatch)
     delta, weight, x = levels(), torch.randn(OUT, IN), torch.randn(ROWS, IN)
     products = Products(delta, "int8")
-    dx, how = products.linear_input_grad(weight, (ROWS, IN))
-    dw, _ = products.linear_weight_grad(x)
+    of_input, of_weight = products.linear_input_grad(weight, (ROWS, IN)), products.linear_weight_grad(x)
     rtol, atol = (1e-4, 1e-4) if kernel in ("dense", "skip") else (0.05, 0.15)
     expected = reference.linear_input_grad(delta, weight, (ROWS, IN))
-    torch.testing.assert_close(dx, expected, rtol=rtol, atol=atol)
-    torch.testing.assert_close(dw, reference.linear_weight_grad(delta, x), rtol=rtol, atol=atol)
-    assert how.kernel == (reference.NAME if kernel == "dense" else kernel)
-    assert how.skips_zeros == kernel.startswith("skip")
-    assert how.precision == linear.PRECISION.get(kernel)
+    torch.testing.assert_close(of_input.value, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(of_weight.value, reference.linear_weight_grad(delta, x), rtol=rtol, atol=atol)
+    dense = 2 * ROWS * OUT * IN
+    discount = {None: 1.0, "bfloat16": 0.5, "int8": 0.25}[linear.PRECISION.get(kernel)]
+    for work in (of_input, of_weight):
+        assert work.kernel == (reference.NAME if kernel == "dense" else kernel)
+        assert work.needed == pytest.approx(dense * (1 - delta.zeros / (ROWS * OUT)))
+        assert work.executed == (work.needed if kernel.startswith("skip") else dense)
+        assert work.discounted == discount * work.executed
 
 
 @pytest.mark.parametrize("kernel", ["bfloat16", "skip-bfloat16", "int8"])
@@ -60,8 +63,11 @@ def test_nothing_is_rounded_that_may_not_be(kernel: str, monkeypatch: pytest.Mon
     favour(kernel, monkeypatch)
     weight = torch.randn(OUT, IN)
     exact = Delta(torch.randn(ROWS, OUT))
-    for products in (Products(levels(), "float32"), Products(exact, "int8")):
-        assert products.linear_input_grad(weight, (ROWS, IN))[1].precision is None
+    for delta, precision in ((levels(), "float32"), (exact, "int8")):
+        work = Products(delta, precision).linear_input_grad(weight, (ROWS, IN))
+        assert work.kernel == reference.NAME
+        assert work.discounted == work.executed
+        assert torch.equal(work.value, reference.linear_input_grad(delta, weight, (ROWS, IN)))
 
 
 @pytest.mark.parametrize("inner", ["skip", "bfloat16"])
@@ -87,14 +93,18 @@ def test_convolutions_in_bfloat16(inner: str, first: str, monkeypatch: pytest.Mo
             found[name] = products.convolution_input_grad(weight, x.shape, geometry)
         else:
             found[name] = products.convolution_weight_grad(x, weight, geometry)
-    assert (found["weight"][1].kernel, found["input"][1].kernel) == ("bfloat16", inner)
-    assert found["weight"][1].precision == "bfloat16"
+    assert (found["weight"].kernel, found["input"].kernel) == ("bfloat16", inner)
+    dense = 2 * delta.values.numel() * 32 * 9
+    assert found["weight"].executed == dense
+    assert found["weight"].discounted == dense / 2
+    assert found["input"].executed == (dense if inner == "bfloat16" else found["input"].needed)
+    assert found["input"].discounted == found["input"].executed * (0.5 if inner == "bfloat16" else 1)
     for name, exact in (
         ("input", reference.convolution_input_grad(delta, weight, x.shape, geometry)),
         ("weight", reference.convolution_weight_grad(delta, x, weight, geometry)),
     ):
-        assert found[name][0].dtype == torch.float32
-        distance = float((found[name][0] - exact).norm() / exact.norm())
+        assert found[name].value.dtype == torch.float32
+        distance = float((found[name].value - exact).norm() / exact.norm())
         assert distance < (1e-5 if (name, inner) == ("input", "skip") else 0.01)
     with pytest.raises(AssertionError):
         Products(delta, "float32").convolution_input_grad(weight, x.shape, geometry)
@@ -103,9 +113,10 @@ def test_convolutions_in_bfloat16(inner: str, first: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_take_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     favour("skip", monkeypatch)
-    found, how = Products(levels()).linear_input_grad(torch.randn(OUT, IN).to(dtype), (ROWS, IN))
-    assert found.dtype == dtype
-    assert how.kernel == reference.NAME
+    work = Products(levels()).linear_input_grad(torch.randn(OUT, IN).to(dtype), (ROWS, IN))
+    assert work.value.dtype == dtype
+    assert work.kernel == reference.NAME
+    assert work.discounted == work.executed * (1.0 if dtype == torch.float64 else 0.5)
 
 
 def test_small_products_are_not_worth_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +125,12 @@ def test_small_products_are_not_worth_a_choice(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(choose, "model", unwanted)
     small = Delta(torch.ones(8, 8, dtype=torch.int8), 1.0)
-    assert Products(small).linear_weight_grad(torch.randn(8, 8))[1].kernel == reference.NAME
+    assert Products(small).linear_weight_grad(torch.randn(8, 8)).kernel == reference.NAME
+    just_below = Delta(torch.ones(64, 8, dtype=torch.int8), 1.0)
+    width = (SMALL - 1) // (64 * 8)
+    assert Products(just_below).linear_weight_grad(torch.randn(64, width)).kernel == reference.NAME
+    with pytest.raises(AssertionError, match="calibrated"):
+        Products(just_below).linear_weight_grad(torch.randn(64, width + 1))
 
 
 def test_executed_work_is_that_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,9 +103,9 @@ def test_chosen_products_of_quantised_operands(dtype: torch.dtype) -> None:
             (products.linear_input_grad(operand, (size, size)), values.double()),
             (products.linear_weight_grad(operand), values.T.double()),
         ):
-            assert found[0].dtype == dtype
+            assert found.value.dtype == dtype
             exact = 0.5 * expected @ (operand.values.double() * operand.scale)
-            torch.testing.assert_close(found[0].double(), exact, rtol=0.05, atol=0.5 if size > 8 else 0.1)
+            torch.testing.assert_close(found.value.double(), exact, rtol=0.05, atol=0.5 if size > 8 else 0.1)
 
 
 @pytest.mark.parametrize("kernel", ["skip-bfloat16", "int8", "dense"])
@@ -114,11 +114,11 @@ def test_bfloat16_operands(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(choose, "model", lambda: _Favour(kernel))
     values = (matrix((256, 256)) * 2).round().to(torch.int8)
     weight = matrix((256, 256), 1).bfloat16()
-    found, done = Products(Delta(values, 0.5), "int8").linear_input_grad(weight, (256, 256))
-    assert done.kernel == ("reference" if kernel == "dense" else kernel)
-    assert found.dtype == torch.bfloat16
+    work = Products(Delta(values, 0.5), "int8").linear_input_grad(weight, (256, 256))
+    assert work.kernel == ("reference" if kernel == "dense" else kernel)
+    assert work.value.dtype == torch.bfloat16
     exact = reference.linear_input_grad(Delta(values, 0.5), weight.double(), (256, 256))
-    torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.5)
+    torch.testing.assert_close(work.value.double(), exact, rtol=0.02, atol=0.5)
 
 
 class _Favour:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrograde.accounting.flops import convolution_flops, linear_flops
 from retrograde.errors import DoubleBackwardError, OptionError
 from retrograde.kernels import choose, ops, reference
 from retrograde.kernels.choose import ConvolutionProblem, CostModel, Problem
 from retrograde.kernels.delta import Delta
-from retrograde.kernels.dispatch import Done, Products
+from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.work import Work, convolution_flops, linear_flops
 from retrograde.maths.philox import mix_key
 
 OPS = torch.ops.retrograde
@@ -81,11 +81,11 @@ def favour(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     return choose_always
 
 
-def noting(method: Callable[..., tuple[Tensor, Done]], used: list[str]) -> Callable[..., tuple[Tensor, Done]]:
-    def noted(*args: Any) -> tuple[Tensor, Done]:
-        found, how = method(*args)
-        used.append(how.kernel)
-        return found, how
+def noting(method: Callable[..., Work], used: list[str]) -> Callable[..., Work]:
+    def noted(*args: Any) -> Work:
+        work = method(*args)
+        used.append(work.kernel)
+        return work
 
     return noted
 
@@ -675,7 +675,7 @@ def test_either_module_comes_first(first: str) -> None:
     other = {"kernels.ops": "engine.boundary", "engine.boundary": "kernels.ops"}[first]
     code = (
         f"import retrograde.{first}, retrograde.{other}, torch\n"
-        "torch.ops.retrograde.linear_backward.default\n"
+        "torch.ops.retrograde.backward.default\n"
         "from retrograde.kernels import ops\n"
         "print(tuple(ops.delta_matmul(torch.ones(2, 3), None, torch.ones(3, 4)).shape))"
     )

@@ -108,7 +108,7 @@ def test_every_contestant_computes_both_products(shape: Shape) -> None:
     exact = runs["dense"]()
     for name in (*contestants.kernels_for(shape), *chosen):
         found = runs[name]()
-        pair = [grad for grad, _ in found] if name in chosen else found
+        pair = [work.value for work in found] if name in chosen else found
         for wanted, grad in zip(exact, pair, strict=True):
             assert grad.shape == wanted.shape
             assert _distance(grad, wanted) < 0.02, name
@@ -214,8 +214,7 @@ def test_rows_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = [1.0, 4.0, 3.0]
     times = Times({"fp32": [2.0, 4.0, 12.0], "bf16": [1.0, 1.0, 3.0], "auto": mine, "dither": mine})
     monkeypatch.setattr(bench, "interleave", lambda runs, rounds, tick: times)
-    monkeypatch.setattr(bench, "SETTINGS", {})
-    monkeypatch.setattr(bench, "AUTOCAST", {})
+    monkeypatch.setattr(Dither, "benchmarks", {})
     (layer,) = bench.layers(SHAPES[:1], 3)
     # Ratios to fp32: 2, 1, 4; to bf16: 1, 0.25, 1.
     assert (layer.seconds, layer.seconds_fp32, layer.seconds_bf16) == (3.0, 4.0, 1.0)

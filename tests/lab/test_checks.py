@@ -1,9 +1,12 @@
 """``run_checks`` finds what is broken and goes on."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from retrograde.engine.maps.base import Gradients
+from retrograde.engine.maps.linear import LinearMap
 from retrograde.lab import checks, tensorboard
 from retrograde.lab.checks import Check, run_checks
 
@@ -46,11 +49,15 @@ def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("quick")
 def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that scales the gradient by 1.5 is a biased one."""
-    from retrograde.kernels import reference
+    """Products that scale the weight gradient by 1.5 are biased ones."""
+    original = LinearMap.gradients
 
-    original = reference.linear_weight_grad
-    monkeypatch.setattr(reference, "linear_weight_grad", lambda delta, x: 1.5 * original(delta, x))
+    def scaled(*args: Any) -> Gradients:
+        dx, dw, db = original(*args)
+        return dx, None if dw is None else 1.5 * dw, db
+
+    assert find(run_checks(), "gradients").status == "ok"
+    monkeypatch.setattr(LinearMap, "gradients", scaled)
     assert find(run_checks(), "gradients").status == "failed"
 
 

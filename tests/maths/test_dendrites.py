@@ -1,6 +1,7 @@
 """Candidate dendrites: gradient against finite differences, moments against the definitions."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from scipy import stats
 from torch import Tensor
 
 from cases import batch
-from retrograde.accounting.counters import Counters
+from retrograde.engine.maps.base import Map
+from retrograde.engine.maps.convolution import ConvolutionMap, TransposedMap
+from retrograde.engine.maps.linear import LinearMap
+from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Call, Needs
 from retrograde.kernels.geometry import Geometry
 from retrograde.maths import perforate as maths
@@ -18,22 +22,63 @@ from retrograde.methods.perforate.pool import Pool
 
 GROUPED = Geometry((2,), (1,), (2,), False, (0,), 2)
 SQUARE = Geometry((1, 2), (1, 0), (1, 1), False, (0, 0), 1)
+TURNED = Geometry((2,), (1,), (1,), True, (1,), 2)
+ALL = Needs(True, True, True)
 
-KINDS: dict[str, tuple[Geometry | None, tuple[int, ...], tuple[int, ...], Callable[..., Tensor]]] = {
-    "linear": (None, (4, 5), (30, 5), F.linear),
-    "conv1d_grouped": (
-        GROUPED,
+
+@dataclass(frozen=True)
+class Kind:
+    """A map under test.
+
+    Attributes:
+        map: the map.
+        weight: shape of its weight, for 4 outputs.
+        x: shape of an input.
+        product: torch's own.
+        spread: (4,) laid along the weight's outputs.
+    """
+
+    map: Map
+    weight: tuple[int, ...]
+    x: tuple[int, ...]
+    product: Callable[..., Tensor]
+    spread: Callable[[Tensor], Tensor]
+
+
+KINDS = {
+    "linear": Kind(LinearMap(), (4, 5), (30, 5), F.linear, lambda c: c.view(4, 1)),
+    "linear_turned": Kind(
+        LinearMap(turned=True), (5, 4), (30, 5), lambda x, w, b: F.linear(x, w.T, b), lambda c: c.view(1, 4)
+    ),
+    "conv1d_grouped": Kind(
+        ConvolutionMap(GROUPED),
         (4, 3, 3),
         (6, 6, 11),
         lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1, dilation=2, groups=2),
+        lambda c: c.view(4, 1, 1),
     ),
-    "conv2d": (
-        SQUARE,
+    "conv2d": Kind(
+        ConvolutionMap(SQUARE),
         (4, 3, 2, 3),
         (5, 3, 4, 7),
         lambda x, w, b: F.conv2d(x, w, b, stride=(1, 2), padding=(1, 0)),
+        lambda c: c.view(4, 1, 1, 1),
+    ),
+    # Of the six inputs the first three make the first two outputs, the others the others.
+    "transposed1d_grouped": Kind(
+        TransposedMap(TURNED),
+        (6, 2, 3),
+        (6, 6, 5),
+        lambda x, w, b: F.conv_transpose1d(x, w, b, stride=2, padding=1, output_padding=1, groups=2),
+        lambda c: c.view(2, 2).repeat_interleave(3, 0).unsqueeze(-1),
     ),
 }
+
+
+def called(delta: Tensor, x: Tensor, weight: Tensor, map: Map) -> Call:
+    """A call of a layer without rules."""
+    flops = map.flops(x.shape, weight.shape, delta.shape)
+    return Call(delta, (x,), weight, x.shape, map, ALL, flops, True, LayerProgram("layer", (), 0), 0)
 
 
 def correlation(a: Tensor, delta: Tensor) -> Tensor:
@@ -46,9 +91,10 @@ def correlation(a: Tensor, delta: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_against_finite_differences(kind: str, activation: Activation) -> None:
     """dS/dθ of weight, bias and cascade, with batch means in the place of running ones; two candidates at once."""
-    geometry, weight_shape, x_shape, product = KINDS[kind]
+    found_kind = KINDS[kind]
+    weight_shape, product = found_kind.weight, found_kind.product
     double = torch.float64
-    x = batch(x_shape, 1, double)
+    x = batch(found_kind.x, 1, double)
     values = {
         "weight": 0.5 * batch((2, *weight_shape), 2, double),
         "bias": 0.5 * batch((2, 4), 3, double),
@@ -62,8 +108,9 @@ def test_gradient_against_finite_differences(kind: str, activation: Activation) 
         z = product(x, values["weight"][j], values["bias"][j])
         return maths.activate(z + values["cascade"][j, 0].view(-1, *[1] * spatial) * accepted, activation)
 
-    pool = Pool(**{k: v.clone() for k, v in values.items()}, activation=activation)
-    call = Call(delta, (x,), values["weight"][0], x.shape, geometry, 0, Needs(True, True, True), Counters())
+    copies = {k: v.clone() for k, v in values.items()}
+    pool = Pool(**copies, activation=activation, outputs=4, map=found_kind.map)
+    call = called(delta, x, values["weight"][0], found_kind.map)
     pool.observe(call, x, [accepted])
     pool.learn(rate=0.0, momentum=1.0)  # the first batch brings the means and signs
     for j in range(2):
@@ -75,7 +122,7 @@ def test_gradient_against_finite_differences(kind: str, activation: Activation) 
     count = state["sums"][0]
     deviation = state["moments"]["variance_delta"].sqrt()
     scale = {
-        "weight": deviation.view(-1, *[1] * (len(weight_shape) - 1)),
+        "weight": found_kind.spread(deviation),
         "bias": deviation,
         "cascade": deviation,
     }
@@ -166,8 +213,15 @@ def test_learning_raises_the_correlation() -> None:
     """Candidates find a direction of x that explains δ, from a start that explains almost nothing."""
     x = batch((256, 6))
     delta = torch.tanh(3 * x[:, :2]) + 0.1 * batch((256, 2), 2)
-    pool = Pool(0.01 * batch((3, 2, 6), 3), torch.zeros(3, 2), torch.zeros(3, 0, 2), "tanh")
-    call = Call(delta, (x,), torch.zeros(2, 6), x.shape, None, 0, Needs(True, True, True), Counters())
+    pool = Pool(
+        0.01 * batch((3, 2, 6), 3),
+        torch.zeros(3, 2),
+        torch.zeros(3, 0, 2),
+        "tanh",
+        outputs=2,
+        map=LinearMap(),
+    )
+    call = called(delta, x, torch.zeros(2, 6), LinearMap())
     start = None
     for _ in range(150):
         pool.observe(call, x, [])
@@ -180,6 +234,24 @@ def test_learning_raises_the_correlation() -> None:
     assert chosen["bias"].shape == (2,)
     assert chosen["cascade"].shape == (0, 2)
     assert chosen["weight"].abs().argmax(1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_best_weights_of_each_neuron(kind: str) -> None:
+    """A neuron's share of the weight is that of its best candidate, wherever it lies in the weight."""
+    found_kind = KINDS[kind]
+    weight = torch.stack([batch(found_kind.weight, seed) for seed in (1, 2, 3)])
+    pool = Pool(weight, batch((3, 4), 4), batch((3, 1, 4), 5), "tanh", outputs=4, map=found_kind.map)
+    best = torch.tensor([2, 0, 1, 0])
+    pool.moments.covariance[best, torch.arange(4)] = 1.0
+    pool.moments.variance_a.fill_(1.0)
+    pool.moments.variance_delta.fill_(1.0)
+    score, chosen = pool.best()
+    assert score.tolist() == [1.0] * 4
+    which = found_kind.spread(best).expand(found_kind.weight)
+    assert torch.equal(chosen["weight"], weight.gather(0, which.unsqueeze(0))[0])
+    assert torch.equal(chosen["bias"], batch((3, 4), 4)[best, torch.arange(4)])
+    assert torch.equal(chosen["cascade"], batch((3, 1, 4), 5)[best, :, torch.arange(4)].T)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -30,9 +30,30 @@ def cnn() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), Residual(branch), nn.Flatten(), nn.Linear(4 * 36, 4))
 
 
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o), as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+rg.register_layer(Turned, rg.LinearKind(turned=True))
+
+
+def turned() -> nn.Module:
+    branch = nn.Sequential(nn.LayerNorm(8), Turned(8, 12), nn.Tanh(), Turned(12, 8))
+    return nn.Sequential(Turned(8, 8), Residual(branch), Turned(8, 4))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet": (resnet, (6, 8)),
     "cnn": (cnn, (6, 3, 8, 8)),
+    "turned": (turned, (6, 8)),
 }
 BUSY = DeepFocus(q_skip=0.6, q_full=0.2, p_max=0.3, warmup=2)
 
@@ -434,6 +455,32 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(rg.errors.OptionError, match="DeepFocus"):
         DeepFocus(**options)
+
+
+@pytest.mark.parametrize("width", [8, 256])
+def test_dithers_rounding_stays(width: int) -> None:
+    """In a LOW call δ̃ is Dither's, to the bit; what LOW adds is that the other operands are rounded too."""
+
+    def weight_grads(methods: list[rg.Method]) -> tuple[dict[str, Tensor], rg.Session]:
+        model = seeded(lambda: nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)))
+        session = rg.attach(model, methods, seed=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        train(model, optimizer, (width, width), 2)
+        return gradients(model, batch((width, width))), session
+
+    dither, low = rg.Dither(scale=1.0), DeepFocus(q_skip=0, q_full=0, low="int8", warmup=0)
+    alone, one = weight_grads([dither])
+    both, two = weight_grads([low, dither])
+    figures = two.metrics()["layers"]["2"]
+    assert figures["zeros"] == pytest.approx(one.metrics()["layers"]["2"]["zeros"])
+    assert figures["zeros"] > figures["own_zeros"] + 0.2
+    # dW of the last layer: the same δ̃ times x that is rounded; dx by no more than W's rounding.
+    difference = float((both["2.weight"] - alone["2.weight"]).norm() / alone["2.weight"].norm())
+    assert 0 < difference < 0.05
+    assert (
+        program(two.model[2]).total.weight_grad_discounted
+        < program(one.model[2]).total.weight_grad_discounted
+    )
 
 
 def test_composes_with_dither() -> None:

@@ -6,21 +6,37 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import retrograde as rg
 from cases import batch, gradients, program, seeded, train
 from retrograde.errors import OptionError, RetrogradeWarning
 
 
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o), as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+rg.register_layer(Turned, rg.LinearKind(turned=True))
+
+
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
         (partial(nn.Linear, 6, 5), (8, 6)),
+        (partial(Turned, 6, 5), (8, 6)),
         (partial(nn.Conv1d, 3, 4, 3, stride=2, padding=1), (2, 3, 8)),
         (partial(nn.ConvTranspose2d, 2, 3, 2, groups=1), (2, 2, 3, 3)),
     ],
-    ids=["linear", "conv1d", "transposed2d"],
+    ids=["linear", "turned", "conv1d", "transposed2d"],
 )
 @pytest.mark.filterwarnings("ignore:1000 backward passes")
 @pytest.mark.parametrize("dither", [rg.Dither(2.0), rg.Dither(0.5, bits=3)], ids=["int8", "three_bits"])
@@ -38,6 +54,25 @@ def test_unbiased_layer(make: partial[nn.Module], shape: tuple[int, ...], dither
         error = found.std(0) / len(draws) ** 0.5
         assert bool(error.max() > 0)
         assert bool(((found.mean(0) - value).abs() <= 4.5 * error + 1e-6).all()), name
+
+
+def test_turned_layers_dither_as_others() -> None:
+    """The same δ̃, forward pass in 8 bits or not: a turned layer's gradients are a linear layer's, transposed."""
+    for forward in ("exact", "int8"):
+        ends = []
+        for make in (nn.Linear, Turned):
+            layer = seeded(partial(nn.Linear, 6, 5))
+            if make is Turned:
+                plain, layer = layer, Turned(6, 5)
+                layer.load_state_dict({"weight": plain.weight.detach().T, "bias": plain.bias.detach()})
+            session = rg.attach(layer, rg.Dither(scale=1.0, forward=forward), seed=3)
+            found = gradients(layer, batch((64, 6)))
+            ends.append((found, session.metrics()["layers"]["(root)"]["zeros"]))
+        (one, zeros), (other, zeros_too) = ends
+        assert zeros == zeros_too > 0.2
+        torch.testing.assert_close(other["weight"].T, one["weight"])
+        torch.testing.assert_close(other["input"], one["input"])
+        torch.testing.assert_close(other["bias"], one["bias"])
 
 
 @pytest.mark.parametrize("target", [0.6, 0.9])

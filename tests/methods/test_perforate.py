@@ -2,8 +2,12 @@
 
 import copy
 import io
+import pickle
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,14 @@ import torch._dynamo
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
 from cases import (
     MODELS,
     Case,
+    Gradients,
     assert_bitwise,
     assert_same,
     batch,
@@ -28,12 +34,38 @@ from cases import (
     mlp,
     program,
     seeded,
+    transposed,
 )
+from retrograde.engine.layers import AttachedLayer
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.methods.perforate import Perforate
 from retrograde.methods.perforate.conductor import PerforateConductor
-from retrograde.methods.perforate.dendrites import DendriticConv2d, DendriticLinear
+from retrograde.methods.perforate.dendrites import Dendritic
 from retrograde.methods.perforate.rule import DendriteRule
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o), as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Told(Turned):
+    """The same, made known by a function that returns its operands."""
+
+
+def operands(layer: Told, x: Tensor) -> rg.Operands:
+    return rg.Operands(x, layer.weight.T, layer.bias)
+
+
+rg.register_layer(Turned, rg.LinearKind(turned=True))
+rg.register_layer(Told, operands)
 
 LEARNING = ("gradient", "perforated")
 KINDS = [
@@ -46,6 +78,23 @@ KINDS = [
     Case("conv2d_depthwise", conv(2, 4, 4, 3, groups=4, padding=1), (3, 4, 7, 8)),
     Case("conv2d_unbatched", conv(2, 4, 6, 3, padding=1), (4, 7, 8)),
     Case("conv3d", conv(3, 4, 6, 3, padding=1), (2, 4, 5, 6, 5)),
+    Case("transposed1d", transposed(1, 4, 6, 3, stride=2), (3, 4, 9)),
+    Case("transposed2d_groups", transposed(2, 4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 5, 6)),
+    Case(
+        "transposed2d_output_size",
+        transposed(2, 4, 6, 3, stride=2, padding=1),
+        (3, 4, 5, 6),
+        {"output_size": [10, 12]},
+    ),
+    Case("transposed2d_unbatched", transposed(2, 4, 6, 3, dilation=2, bias=False), (4, 5, 6)),
+    Case("transposed3d", transposed(3, 4, 6, 3, stride=2, output_padding=1), (2, 4, 3, 4, 3)),
+    Case("turned", partial(Turned, 6, 5), (7, 6)),
+    Case("told", partial(Told, 6, 5), (3, 4, 6)),
+]
+COPIED = [
+    Case("linear", partial(nn.Linear, 6, 5), (7, 6)),
+    Case("conv2d", conv(2, 4, 6, 3, padding=1), (3, 4, 7, 8)),
+    Case("transposed2d", transposed(2, 4, 6, 3, stride=2), (3, 4, 5, 6)),
 ]
 
 
@@ -58,16 +107,50 @@ def rule(layer: nn.Module) -> DendriteRule:
 
 
 def grow(session: rg.Session, sets: int = 1, spread: float = 0.3) -> None:
-    """`sets` dendrites in use with parameters and w of size `spread`; 0 leaves them as growth makes them."""
+    """`sets` more in use with parameters and w of size `spread`; 0 leaves them as growth makes them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetrogradeWarning)  # candidates that saw nothing: meant here
         for _ in range(sets):
             for r in conductor(session)._rules.values():
                 r.grow(1)
     if spread:
+        active = conductor(session).dendrites
         for i, (name, p) in enumerate(session.model.named_parameters()):
-            if "dendrite" in name:
+            # Unused capacity stays zero.
+            if "dendrite" in name and int(name.rpartition("_")[2]) < active:
                 p.data.copy_(spread * batch(p.shape, 50 + i, p.dtype))
+
+
+def wide(values: Tensor, layer: nn.Module) -> Tensor:
+    """(C,) shaped to multiply a layer's output."""
+    return values.view(-1, *[1] * (layer.weight.dim() - 2))
+
+
+def product(plain: nn.Module, values: Mapping[str, Tensor], x: Tensor, **call: Any) -> Tensor:
+    """The plain layer's map with other parameters."""
+    return torch.func.functional_call(plain, dict(values), (x,), call)
+
+
+def by_hand(
+    plain: nn.Module,
+    state: Mapping[str, Tensor],
+    sets: int,
+    x: Tensor,
+    f: Callable[[Tensor], Tensor] = torch.tanh,
+    **call: Any,
+) -> Tensor:
+    """Equations (1) to (3) with the plain layer itself as M_d, from the attached layer's state."""
+    keys = plain.state_dict().keys()
+    values: list[Tensor] = []
+    for d in range(sets):
+        z = product(plain, {k: state[f"dendrite_{k}_{d}"] for k in keys}, x, **call)
+        for e, a in enumerate(values):
+            z = z + wide(state[f"dendrite_cascade_{d}"][e], plain) * a
+        values.append(f(z))
+    y = product(plain, {k: state[k] for k in keys}, x, **call)
+    for d, a in enumerate(values):
+        y = y + wide(state[f"dendrite_output_{d}"], plain) * a
+    return y
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, shape: Any) -> None:
@@ -104,13 +187,54 @@ def test_plan() -> None:
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
         nn.Linear(4, 4),
         nn.Linear(4, 4),
+        Turned(4, 4),
     )
     model[3].weight.requires_grad_(False)
-    rows = {r.name: r for r in rg.make_plan(model, [Perforate(rule="perforated", where="[0-3]")]).rows}
-    assert rows["0"].status == "attached"
-    for name, why in {"1": "inherit", "2": "parametrised", "3": "frozen", "4": "where"}.items():
+    rows = {r.name: r for r in rg.make_plan(model, [Perforate(rule="perforated", where="[0-35]")]).rows}
+    assert all(rows[name].status == "attached" for name in ("0", "1", "5"))
+    for name, why in {"2": "weight that is computed", "3": "frozen", "4": "where"}.items():
         assert rows[name].status == "left"
         assert why in rows[name].why
+    rows = {r.name: r for r in rg.make_plan(model, [Perforate(where="3")]).rows}
+    assert rows["3"].status == "attached"
+
+
+def test_plan_names_the_new_keys() -> None:
+    """The row of a layer says which keys its part of the state gains: those, and no others, from the start."""
+    model = seeded(mlp)
+    before = set(model.state_dict())
+    session = rg.attach(model, Perforate(where="[02]"))
+    rows = {row.name: row for row in session.plan.rows}
+    for name in ("0", "2"):
+        added = {key.removeprefix(f"{name}.") for key in set(model.state_dict()) - before if key[0] == name}
+        told = re.findall(r"dendrite_\w+\*?", rows[name].why)
+        assert len(told) == 4
+        for key in added:
+            assert sum(fnmatchcase(key, pattern) for pattern in told) == 1
+        for pattern in told:
+            assert any(fnmatchcase(key, pattern) for key in added)
+    assert "dendrite" not in rows["4"].why
+    keys = list(model.state_dict())
+    grow(session, 2)
+    assert list(model.state_dict()) == keys
+
+
+def test_needs_the_input() -> None:
+    """Candidates read the layer's input; where Spectral keeps another thing in its place, attaching says so."""
+    model = seeded(mlp)
+    keys = list(model.state_dict())
+    methods = [Perforate(rule="perforated"), rg.Spectral(rank=3)]
+    for order in (methods, methods[::-1]):
+        with pytest.raises(
+            OptionError, match=r"'0': PerforatedRule reads.*SpectralRule keeps.*`only` and `skip`"
+        ):
+            rg.attach(model, order)
+        assert type(model[0]) is nn.Linear
+        assert list(model.state_dict()) == keys
+    session = rg.attach(model, [Perforate(), rg.Spectral(rank=3, warmup=0)])
+    grow(session)
+    run(model, torch.optim.SGD(model.parameters(), lr=0.05), 0, 3, (16, 8))
+    assert bool(torch.isfinite(model[2].dendrite_weight_0).all())
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -138,12 +262,12 @@ def test_growth_preserves_the_function(case: Case, learning: Any, autocast: bool
         layer.dendrite_output_1.data.zero_()
         for sets in (2, 3):
             layer.train()
-            trained, evaluated = layer(x), layer.eval()(x)
+            trained, evaluated = layer(x, **case.call), layer.eval()(x, **case.call)
             grow(session, 1, spread=0)
             assert rule(layer).active == sets
-            assert torch.equal(layer(x), evaluated)
-            assert torch.equal(layer.train()(x), trained)
-            assert layer(x).dtype == trained.dtype
+            assert torch.equal(layer(x, **case.call), evaluated)
+            assert torch.equal(layer.train()(x, **case.call), trained)
+            assert layer(x, **case.call).dtype == trained.dtype
     assert not bool(layer.dendrite_output_2.any())
     assert bool(layer.dendrite_weight_2.any())
 
@@ -156,43 +280,63 @@ def test_forward_and_fold(case: Case, learning: Any) -> None:
     session = rg.attach(layer, Perforate(rule=learning, max_dendrites=3, activation="sigmoid"))
     grow(session, 2)
     x = batch(case.shape)
-    plain = case.make()
-    keys = plain.state_dict().keys()
-    own = {k: getattr(layer, k) for k in keys}
-
-    def product(d: int) -> Tensor:
-        named = {k: getattr(layer, f"dendrite_{k}_{d}") for k in keys}
-        return torch.func.functional_call(plain, named, (x,))
-
-    def wide(value: Tensor) -> Tensor:
-        return value.view(-1, *[1] * (layer.weight.dim() - 2))
-
-    a0 = torch.sigmoid(product(0))
-    a1 = torch.sigmoid(product(1) + wide(layer.dendrite_cascade_1[0]) * a0)
-    expected = torch.func.functional_call(plain, own, (x,))
-    expected = expected + wide(layer.dendrite_output_0) * a0 + wide(layer.dendrite_output_1) * a1
-    torch.testing.assert_close(layer(x), expected)
+    expected = by_hand(case.make(), layer.state_dict(), 2, x, torch.sigmoid, **case.call)
+    torch.testing.assert_close(layer(x, **case.call), expected)
+    torch.testing.assert_close(layer.eval()(x, **case.call), expected)
     folded = session.fold()
-    torch.testing.assert_close(folded(x), expected)
-    assert not hasattr(folded, "dendrite_count")
+    torch.testing.assert_close(folded(x, **case.call), expected)
     assert not hasattr(folded, "dendrite_weight_2")
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), expected)
+    assert rule(layer).active == 2
+    for copied in (saved(layer), saved(folded)):
+        torch.testing.assert_close(copied(x, **case.call), expected)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_gradients(case: Case) -> None:
+    """Of the layer's own and of the dendrites' parameters, and of the input: autograd's, through the equations."""
+    layer, plain = case.make().double(), case.make().double()
+    session = rg.attach(layer, Perforate(max_dendrites=3))
+    grow(session, 2)
+    x = batch(case.shape, dtype=torch.float64)
+
+    def forward(y: Tensor, **call: Any) -> Tensor:
+        return by_hand(plain, dict(layer.named_parameters()), 2, y, **call)
+
+    found = gradients(layer, x, **case.call)
+    assert_same(found, gradients(layer, x, forward, **case.call), 1e-10)
+    assert {"weight", "input", "dendrite_weight_1", "dendrite_cascade_1", "dendrite_output_1"} <= found.keys()
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_overhead(case: Case, learning: Any) -> None:
+    """Each set in use costs one more forward product, and under the gradient rule two more backward products."""
+    layer = case.make()
+    session = rg.attach(layer, Perforate(rule=learning))
+    grow(session, 2)
+    gradients(layer, batch(case.shape), **case.call)
+    flops = session.flops()
+    assert flops.forward.dense > 0
+    assert flops.overhead == (3 if learning == "gradient" else 1) * 2 * flops.forward.dense
 
 
 def test_fold_without_dendrites() -> None:
-    """The plain layer, class, keys, hooks and all."""
+    """The plain layer, class, keys, attributes and all; the attached model stays as it is."""
     model = seeded(mlp)
     session = rg.attach(model, Perforate())
     folded = session.fold()
     assert type(folded[0]) is nn.Linear
     assert folded.state_dict().keys() == seeded(mlp).state_dict().keys()
-    assert not folded[0]._load_state_dict_post_hooks
+    assert folded[0].__dict__.keys() == nn.Linear(8, 16).__dict__.keys()
     grow(session)
-    assert type(session.fold()[0]) is DendriticLinear
-    assert type(model[0]).__name__ == "RetrogradeLinear"
+    folded = session.fold()
+    assert isinstance(folded[0], Dendritic)
+    assert type(folded[0]).__name__ == "DendriticLinear"
+    assert {key for key in folded.state_dict() if key.startswith("0.dendrite")} == {
+        f"0.dendrite_{part}_0" for part in ("weight", "bias", "output")
+    }
+    assert isinstance(model[0], AttachedLayer)
+    assert rule(model[0]).active == 1
 
 
 def test_folded_trains_by_its_rule() -> None:
@@ -201,14 +345,16 @@ def test_folded_trains_by_its_rule() -> None:
         session = rg.attach(layer, Perforate(rule=learning))
         grow(session)
         folded = session.fold()
-        assert type(folded) is DendriticConv2d
+        assert type(folded).__name__ == "DendriticConv2d"
+        assert isinstance(folded, Dendritic)
+        assert isinstance(folded, nn.Conv2d)
         assert "dendrites=1" in repr(folded)
         x = batch((2, 3, 6, 6))
         assert_same(gradients(folded, x), gradients(layer, x), 1e-6)
 
 
 def test_detach() -> None:
-    """Same objects, keys and hooks as before; dendrites that are lost are named."""
+    """Same objects and keys as before; dendrites that are lost are named."""
     model = seeded(mlp)
     before, keys = dict(model.named_parameters()), list(model.state_dict())
     session = rg.attach(model, Perforate())
@@ -216,12 +362,272 @@ def test_detach() -> None:
     session.detach()
     assert list(model.state_dict()) == keys
     assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}
-    assert not model[0]._load_state_dict_post_hooks
     session = rg.attach(model, Perforate())
     grow(session)
     with pytest.warns(RetrogradeWarning, match="fold"):
         session.detach()
     assert list(model.state_dict()) == keys
+
+
+@pytest.mark.filterwarnings("ignore:detaching takes")
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_detached_is_plain(case: Case) -> None:
+    """Class, attributes and function are the plain layer's again."""
+    layer, plain = seeded(case.make), seeded(case.make)
+    session = rg.attach(layer, Perforate())
+    grow(session, 2)
+    session.detach()
+    assert type(layer) is type(plain)
+    assert layer.__dict__.keys() == plain.__dict__.keys()
+    x = batch(case.shape)
+    assert torch.equal(layer(x, **case.call), plain(x, **case.call))
+
+
+# Copies, averages and states.
+
+
+def saved(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": saved,
+}
+
+
+def assert_equivalent(found: nn.Module, expected: nn.Module, x: Tensor) -> None:
+    """The same keys and values, function in training and evaluation, and gradients."""
+    assert list(found.state_dict()) == list(expected.state_dict())
+    assert_bitwise(found.state_dict(), expected.state_dict())
+    for mode in (False, True):
+        assert torch.equal(found.train(mode)(x), expected.train(mode)(x))
+    assert_same(moving(gradients(found, x)), moving(gradients(expected, x)), 1e-5)
+
+
+def moving(found: Gradients) -> Gradients:
+    """Without those of unused capacity: nothing, or zeros in a copy."""
+    return {name: value for name, value in found.items() if "dendrite" not in name or value.any()}
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+@pytest.mark.parametrize("make_copy", COPIES)
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_copies_compute_the_same(case: Case, make_copy: str, learning: Any) -> None:
+    """Before growth and after, copies of copies included; no copy is attached, and none follows later growth."""
+    model = nn.Sequential(case.make(), nn.Tanh())
+    session = rg.attach(model, Perforate(rule=learning, max_dendrites=2))
+    x = batch(case.shape)
+    kept: list[tuple[nn.Module, Tensor]] = []
+    for sets in (0, 1, 2):
+        one = COPIES[make_copy](model)
+        two = COPIES[make_copy](one)
+        for copied in (one, two):
+            assert not isinstance(copied[0], AttachedLayer)
+            assert "_retrograde" not in copied[0].__dict__
+            assert isinstance(copied[0], type(case.make()))
+            assert_equivalent(copied, model, x)
+        torch.testing.assert_close(one(x), torch.tanh(by_hand(case.make(), one[0].state_dict(), sets, x)))
+        for earlier, value in kept:
+            assert torch.equal(earlier(x), value)
+            assert not torch.equal(one(x), value)
+        kept.append((one, one(x)))
+        if sets < 2:
+            grow(session)
+    for earlier, _ in kept:
+        earlier.load_state_dict(model.state_dict())
+        assert_equivalent(earlier, model, x)
+
+
+def test_a_copy_trains_on() -> None:
+    """As a plain model would: an optimizer made for it moves it, and the attached one stays."""
+    model = seeded(mlp)
+    session = rg.attach(model, Perforate())
+    grow(session)
+    before = copy.deepcopy(model.state_dict())
+    copied = copy.deepcopy(model)
+    run(copied, torch.optim.SGD(copied.parameters(), lr=0.05), 0, 2, (16, 8))
+    assert_bitwise(model.state_dict(), before)
+    moved = {key for key, value in copied.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"0.weight", "0.dendrite_weight_0", "0.dendrite_output_0"} <= moved
+    assert not any(key.endswith(("_1", "_2", "count")) for key in moved)
+
+
+def latest(average: Tensor, value: Tensor, count: Any) -> Tensor:
+    return value
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("learning", LEARNING)
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_an_average_follows_growth(case: Case, learning: Any, buffers: bool) -> None:
+    """`AveragedModel` made before any dendrite, whose every update is the attached model's present state."""
+    model = nn.Sequential(case.make())
+    session = rg.attach(model, Perforate(rule=learning, max_dendrites=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    average = AveragedModel(model, avg_fn=latest, use_buffers=buffers)
+    x = batch(case.shape)
+    for step in range(6):
+        run(model, optimizer, step, step + 1, case.shape)
+        before = average(x)
+        if step in (2, 4):
+            grow(session)
+        average.update_parameters(model)
+        assert rule(model[0]).active == (0, 0, 1, 1, 2, 2)[step]
+        assert torch.equal(average(x), model.eval()(x))
+        assert torch.equal(average(x), model.train()(x))
+        assert not torch.equal(average(x), before)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("average", ["running mean", "exponential"])
+def test_real_averages(average: str, buffers: bool) -> None:
+    """torch's own averages: of every parameter, with the dendrites of the model that they follow."""
+    options: dict[str, Any] = {"multi_avg_fn": get_ema_multi_avg_fn(0.7)} if average == "exponential" else {}
+    model = nn.Sequential(nn.Linear(6, 5))
+    session = rg.attach(model, Perforate(max_dendrites=2))
+    averaged = AveragedModel(model, use_buffers=buffers, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = batch((7, 6))
+    for step in range(5):
+        run(model, optimizer, step, step + 1, (7, 6))
+        if step == 1:
+            grow(session)
+        averaged.update_parameters(model)
+    state = averaged.module[0].state_dict()
+    assert bool(state["dendrite_output_0"].any())
+    torch.testing.assert_close(averaged(x), by_hand(nn.Linear(6, 5), state, 1, x))
+
+
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_an_average_by_hand(case: Case) -> None:
+    """Over ``state_dict``: floating-point entries averaged, others taken; a copy that loads it has its function."""
+    model = case.make()
+    session = rg.attach(model, Perforate(max_dendrites=2))
+    copied = copy.deepcopy(model)
+    shadow = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = batch(case.shape)
+    for step, sets in enumerate((0, 1, 1, 2)):
+        run(model, optimizer, step, step + 1, case.shape)
+        if sets > rule(model).active:
+            grow(session)
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                shadow[key].lerp_(value, 0.5)
+            else:
+                shadow[key].copy_(value)
+        copied.load_state_dict(shadow)
+        torch.testing.assert_close(copied(x), by_hand(case.make(), shadow, sets, x))
+        assert not torch.allclose(copied(x), model(x), rtol=1e-3)
+    # The attached model takes the average too, as when a run ends.
+    model.load_state_dict(shadow)
+    assert torch.equal(model(x), copied(x))
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("learning", LEARNING)
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_a_plain_state_means_no_dendrites(case: Case, learning: Any, attached: bool) -> None:
+    """It loads strictly, into the attached model and into its copy, and gives the plain function."""
+    model = nn.Sequential(case.make(), nn.Tanh())
+    session = rg.attach(model, Perforate(rule=learning))
+    grow(session, 2)
+    loaded = model if attached else copy.deepcopy(model)
+    plain = nn.Sequential(seeded(case.make, 1), nn.Tanh())
+    x = batch(case.shape)
+    assert not torch.allclose(loaded(x), plain(x))
+    answer = loaded.load_state_dict(plain.state_dict(), strict=True)
+    assert answer.missing_keys == answer.unexpected_keys == []
+    for mode in (False, True):
+        assert torch.equal(loaded.train(mode)(x), plain.train(mode)(x))
+    found, expected = gradients(loaded, x), gradients(plain, x)
+    assert_same(moving(found), expected, 1e-6)
+    if attached:
+        assert session.metrics()["perforate"]["dendrites"] == 0
+        assert type(session.fold()[0]) is type(plain[0])
+        grow(session, spread=0)
+        assert rule(model[0]).active == 1
+        assert torch.equal(model(x), plain(x))
+
+
+def test_a_plain_state_for_some_layers() -> None:
+    """A layer that no dendrites were asked for has no part in it; whatever else is missing is an error as ever."""
+    model = seeded(mlp)
+    session = rg.attach(model, Perforate(where=("0", "2")))
+    grow(session)
+    state = model.state_dict()
+    model.load_state_dict(state)
+    assert [rule(model[i]).active for i in (0, 2)] == [1, 1]
+    # The state of a model in which the first layer alone had dendrites.
+    model.load_state_dict({k: v for k, v in state.items() if not k.startswith("2.dendrite")})
+    assert [rule(model[i]).active for i in (0, 2)] == [1, 0]
+    for absent in ("0.dendrite_output_1", "0.weight", "4.bias"):
+        with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{absent}\""):
+            model.load_state_dict({k: v for k, v in state.items() if k != absent})
+    plain = seeded(mlp).state_dict()
+    del plain["2.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "2.weight"'):
+        model.load_state_dict(plain)
+
+
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_an_attached_state_in_a_plain_model(case: Case) -> None:
+    """torch's own error, which names the dendrites; a folded model takes no more."""
+    model = nn.Sequential(case.make())
+    session = rg.attach(model, Perforate(max_dendrites=2))
+    plain = nn.Sequential(case.make())
+    for sets in (0, 1):
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"0\.dendrite_weight_0"'):
+            plain.load_state_dict(model.state_dict())
+        if not sets:
+            grow(session)
+    answer = plain.load_state_dict(model.state_dict(), strict=False)
+    assert all("dendrite" in key for key in answer.unexpected_keys)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"0\.dendrite_weight_1"'):
+        session.fold().load_state_dict(model.state_dict())
+
+
+def encoder() -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.filterwarnings("ignore:detaching takes")
+def test_transformer_encoder() -> None:
+    """torch's fused evaluation, padded batches included, does not go past dendrites; attention is declined."""
+    model = seeded(encoder)
+    session = rg.attach(model, Perforate())
+    rows = {row.name: row for row in session.plan.rows}
+    assert [rows[f"layers.1.{n}"].status for n in ("linear1", "linear2")] == ["attached", "attached"]
+    for name in ("layers.0.self_attn", "layers.0.self_attn.out_proj"):
+        assert rows[name].status == "left"
+        assert "MultiheadAttention" in rows[name].why
+    grow(session)
+    x, padded = batch((3, 5, 8)), torch.zeros(3, 5, dtype=torch.bool)
+    padded[1, 3:] = True
+    model.eval()
+    for mask in (None, padded):
+        expected = model(x, src_key_padding_mask=mask)
+        rest = slice(None) if mask is None else ~mask
+        for evaluated in (model, copy.deepcopy(model), saved(model), session.fold()):
+            with torch.no_grad():
+                found = evaluated(x, src_key_padding_mask=mask)
+            torch.testing.assert_close(found[rest], expected[rest])
+        # Without dendrites it is another function: the comparison can fail.
+        plain = seeded(encoder).eval()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if "dendrite" not in k})
+        assert not torch.allclose(plain(x, src_key_padding_mask=mask)[rest], expected[rest], rtol=0.01)
+    assert not model.use_nested_tensor
+    session.detach()
+    assert model.use_nested_tensor
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
 
 
 def test_perforated_stops_error() -> None:
@@ -299,6 +705,11 @@ def test_compiled_checkpointed_accumulated(name: str, learning: Any) -> None:
     assert_same(gradients(model, x, fast), eager, 1e-5)
     saved = gradients(model, x, lambda y: checkpoint(model, y, use_reentrant=False))
     assert_same(saved, eager, 1e-6)
+    model.eval()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(torch.compile(copied, fullgraph=True, backend="aot_eager")(x), model(x))
+    model.train()
     if name == "mlp":
         halves = gradients(model, x, lambda y: torch.cat([model(part) for part in y.split(5)]))
         assert_same(halves, eager, 1e-5)
@@ -399,6 +810,95 @@ def test_dendrite_phase_freezes_the_network() -> None:
     assert session.metrics()["perforate"]["dendrites"] == 1
     run(model, optimizer, 9, 11, SHAPE)
     assert all(bool(model[i].dendrite_output_0.any()) for i in (0, 3, 7))
+
+
+@pytest.mark.parametrize("learning", LEARNING)
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_every_kind_goes_through_the_phases(case: Case, learning: Any) -> None:
+    """Plateau, growth, and training on: new dendrites learn, and the fold computes what the attached layer does."""
+    layer = seeded(case.make)
+    options = {**SHORT, "patience": 1, "candidate_patience": 1}
+    session = rg.attach(layer, Perforate(rule=learning, **options), seed=2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
+
+    def train(steps: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            torch.sin(layer(batch(case.shape, 100 + step), **case.call)).square().mean().backward()
+            optimizer.step()
+
+    train(2)
+    session.report(val=1.0)
+    session.report(val=0.0)
+    if learning == "perforated":
+        assert conductor(session).phase == "dendrite"
+        train(4)
+        session.report(val=0.0)
+        session.report(val=0.0)
+        assert 0.01 < session.metrics()["layers"]["(root)"]["correlation"] <= 1 + 1e-6
+    assert (conductor(session).phase, rule(layer).active) == ("neuron", 1)
+    assert not bool(layer.dendrite_output_0.any())
+    train(3)
+    assert bool(layer.dendrite_output_0.all())
+    x = batch(case.shape)
+    found = layer.eval()(x, **case.call)
+    torch.testing.assert_close(found, by_hand(case.make(), layer.state_dict(), 1, x, **case.call))
+    torch.testing.assert_close(session.fold()(x, **case.call), found)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_candidates_climb_by_the_gradient(case: Case) -> None:
+    """What a backward call adds for them is autograd's derivative of Σ sign(C)/σ_δ (δ − δ̄) a, in every parameter."""
+    layer, plain = seeded(case.make).double(), case.make().double()
+    session = rg.attach(layer, Perforate(rule="perforated", candidates=2), seed=2)
+    grow(session)
+    conductor(session)._grow()
+    pool = rule(layer)._pool  # type: ignore[attr-defined]
+    x = batch(case.shape, dtype=torch.float64)
+    delta = batch(layer(x, **case.call).shape, 2, torch.float64)
+    layer(x, **case.call).backward(delta)
+    torch.optim.SGD(layer.parameters(), lr=0.05).step()
+    assert int(pool.moments.steps) == 1
+    layer(x, **case.call).backward(delta)
+    keys = plain.state_dict().keys()
+    first = {k: getattr(layer, f"dendrite_{k}_0").detach() for k in keys}
+    a0 = torch.tanh(product(plain, first, x, **case.call))
+    moments = pool.moments
+    for j in range(2):
+        leaves = {name: value[j].clone().requires_grad_() for name, value in pool.values.items()}
+        z = product(plain, {k: leaves[k] for k in keys}, x, **case.call)
+        a = torch.tanh(z + wide(leaves["cascade"][0], plain) * a0)
+        centred = (delta - wide(moments.mean_delta, plain)) * wide(moments.direction()[j], plain)
+        expected = torch.autograd.grad((centred * a).sum(), list(leaves.values()))
+        for name, value in zip(leaves, expected, strict=True):
+            assert bool(value.any())
+            torch.testing.assert_close(pool._gradient[name][j], value)
+
+
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_each_neuron_takes_its_best_candidate(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output by output: the new dendrite of a neuron computes what that neuron's candidate did."""
+    layer, plain = seeded(case.make), case.make()
+    session = rg.attach(layer, Perforate(rule="perforated", candidates=3), seed=2)
+    grow(session)
+    conductor(session)._grow()
+    pool = rule(layer)._pool  # type: ignore[attr-defined]
+    channels = layer.dendrite_output_0.numel()
+    index = torch.arange(channels) % 3
+    scores = torch.nn.functional.one_hot(index, 3).T.float()
+    monkeypatch.setattr(type(pool.moments), "score", lambda moments: scores)
+    x, keys = batch(case.shape), plain.state_dict().keys()
+    _, best = pool.best()
+    found = product(plain, {k: best[k] for k in keys}, x, **case.call)
+    axis = found.dim() - 1 - (layer.weight.dim() - 2)
+    for j in range(3):
+        one = product(plain, {k: pool.values[k][j] for k in keys}, x, **case.call)
+        mine = index == j
+        torch.testing.assert_close(
+            found.movedim(axis, 0)[mine], one.movedim(axis, 0)[mine], rtol=1e-4, atol=1e-7
+        )
+        assert torch.equal(best["cascade"][:, mine], pool.values["cascade"][j][:, mine])
+        assert not torch.allclose(found.movedim(axis, 0)[~mine], one.movedim(axis, 0)[~mine], rtol=1e-2)
 
 
 def test_detach_in_a_dendrite_phase() -> None:
@@ -550,12 +1050,18 @@ def test_resumes_bit_for_bit(stop: int, learning: Any) -> None:
 
 def test_loading_brings_the_dendrites() -> None:
     """A model's state alone, loaded into a freshly attached model, computes the saved function."""
-    one, two = seeded(mlp), seeded(mlp, 1)
+    one = seeded(mlp)
     session = rg.attach(one, Perforate())
-    rg.attach(two, Perforate())
     grow(session, 2)
-    two.load_state_dict(one.state_dict())
-    assert torch.equal(one(batch((16, 8))), two(batch((16, 8))))
+    for assign in (False, True):
+        two = seeded(mlp, 1)
+        fresh = rg.attach(two, Perforate())
+        two.load_state_dict(copy.deepcopy(one.state_dict()), assign=assign)
+        assert [rule(two[i]).active for i in (0, 2, 4)] == [2, 2, 2]
+        assert torch.equal(one(batch((16, 8))), two(batch((16, 8))))
+        grow(fresh, spread=0)
+        assert two[0]._dendrite_state.count == 3
+        assert torch.equal(one(batch((16, 8))), two(batch((16, 8))))
 
 
 def test_fixed_period_without_reports() -> None:
@@ -637,7 +1143,7 @@ def test_non_finite_error_is_passed_over() -> None:
     assert 0 < figures["correlation"] <= 1
 
 
-def test_another_method_keeps_the_input() -> None:
+def test_frozen_while_attached() -> None:
     """A layer whose input is not there in the backward pass is named, not passed over."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     session = rg.attach(model, Perforate(rule="perforated", patience=1))
@@ -666,10 +1172,10 @@ def worker(rank: int, folder: str) -> None:
     torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
     options = {**SHORT, "max_dendrites": 3}
     session = rg.attach(model, Perforate(rule="perforated", **options))
-    model[0].dendrite_weight_2.data.fill_(1.0)
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     phases: list[str] = []
+    idle: list[bool] = []
     for step in range(14):
         optimizer.zero_grad()
         torch.sin(parallel(batch((16, 8), seed=10 * step + rank))).square().mean().backward()
@@ -678,11 +1184,12 @@ def worker(rank: int, folder: str) -> None:
         mean = 1.0 if step == 6 else -float(step)
         session.report(val=mean + (3.0 * step if rank else -3.0 * step))
         phases.append(conductor(session).phase)
+        idle.append(model[0].dendrite_weight_2.grad is None)
     result = {
         "state": model.state_dict(),
         "phases": phases,
         "used": model[0].dendrite_output_0.detach().clone(),
-        "idle": model[0].dendrite_weight_2.detach().clone(),
+        "idle": idle,
     }
     torch.save(result, f"{folder}/rank{rank}.pt")
 
@@ -693,7 +1200,8 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["phases"] == two["phases"]
     assert "dendrite" in one["phases"]
-    assert int(one["state"]["0.dendrite_count"]) >= 1
+    assert one["state"]["0.dendrite_weight_0"].any()
     assert_bitwise(two["state"], one["state"])
     assert bool(one["used"].any())
-    assert torch.equal(one["idle"], torch.ones_like(one["idle"]))
+    # Neither decay nor momentum moves what has no gradient.
+    assert all(one["idle"])

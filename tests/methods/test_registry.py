@@ -1,12 +1,14 @@
-"""Methods by name, ours and a third party's."""
+"""Methods and peers by name, ours and a third party's."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import retrograde as rg
 from retrograde.errors import OptionError
+from retrograde.lab import peers
 from retrograde.methods import registry
 
 
@@ -21,13 +23,20 @@ class Foreign(rg.Method):
         return "nothing to do"
 
 
+@dataclass(frozen=True)
+class Rival(peers.Peer):
+    """What another package brings to be compared with."""
+
+    strength: int = 1
+
+
 class Entry:
     """Stands for importlib.metadata.EntryPoint."""
 
-    dist = None
-
-    def __init__(self, name: str, target: Any) -> None:
-        self.name, self.value, self._target = name, f"package:{name}", target
+    def __init__(self, name: str, target: Any, package: str = "") -> None:
+        self.name, self._target = name, target
+        self.value = f"{package or 'package'}:{name}"
+        self.dist = SimpleNamespace(name=package) if package else None
 
     def load(self) -> Any:
         if isinstance(self._target, Exception):
@@ -35,10 +44,9 @@ class Entry:
         return self._target
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry) -> None:
-    monkeypatch.setattr(
-        registry, "entry_points", lambda group: list(entries) if group == registry.GROUP else []
-    )
+def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry, group: str = registry.GROUP) -> None:
+    wanted = group
+    monkeypatch.setattr(registry, "entry_points", lambda group: list(entries) if group == wanted else [])
 
 
 def test_ours() -> None:
@@ -62,6 +70,43 @@ def test_broken_entry_points(target: Any, monkeypatch: pytest.MonkeyPatch) -> No
     install(monkeypatch, Entry("broken", target))
     with pytest.raises(OptionError, match=r"method 'broken' \(entry point package:broken\)"):
         registry.available()
+
+
+def test_errors_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Entry("broken", ImportError("no module"), "acme"))
+    with pytest.raises(
+        OptionError, match=r"\(entry point acme:broken of the package acme\).*package acme\.$"
+    ):
+        registry.available()
+
+
+def test_two_packages_with_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same entry may be listed twice; two different ones are refused, naming both."""
+    install(monkeypatch, Entry("foreign", Foreign, "acme"), Entry("foreign", Foreign, "acme"))
+    assert list(registry.available()) == ["foreign"]
+    install(monkeypatch, Entry("foreign", Foreign, "acme"), Entry("foreign", Foreign, "other"))
+    with pytest.raises(OptionError, match=r"two methods 'foreign': .*package acme and .*package other\."):
+        registry.available()
+
+
+def test_third_party_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers come as methods do, and are loaded one by one: a broken one is no matter until it is asked for."""
+    entries = Entry("rival", Rival), Entry("broken", ImportError("no module"), "acme"), Entry("odd", Foreign)
+    install(monkeypatch, *entries, group=peers.GROUP)
+    assert peers.names() == ("broken", "odd", "rival")
+    assert peers.make("rival", {"strength": "4"}) == Rival(4)
+    with pytest.raises(OptionError, match=r"peer 'broken' \(entry point acme:broken of the package acme\)"):
+        peers.find("broken")
+    with pytest.raises(OptionError, match=r"peer 'odd' .* not a dataclass derived from .*\.Peer"):
+        peers.find("odd")
+    with pytest.raises(OptionError, match=r"no peer 'rivl'. Did you mean 'rival'"):
+        peers.find("rivl")
+
+
+def test_every_peer_of_ours_is_found() -> None:
+    assert {"sam", "muon", "meprop", "lora"} <= set(peers.names())
+    for name in peers.names():
+        assert issubclass(peers.find(name), peers.Peer)
 
 
 @pytest.mark.parametrize(

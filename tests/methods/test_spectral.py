@@ -30,7 +30,6 @@ from retrograde.accounting.memory import saved_bytes
 from retrograde.errors import AttachError, NoEffectError, OptionError
 from retrograde.maths import spectral
 from retrograde.methods.spectral import Spectral
-from retrograde.methods.spectral.projection import as_matrix, from_matrix
 
 Make = Callable[[], nn.Module]
 ALWAYS = partial(Spectral, rank=3, warmup=0, residual="none", every=2, skip_head=False)
@@ -66,6 +65,28 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=0.01)
 
 
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o), as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+rg.register_layer(Turned, rg.LinearKind(turned=True))
+
+
+def projected(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """``G U Uᵀ`` by the basis that the layer's rule has now."""
+    map = program(layer).map
+    basis = next(r for r in program(layer).rules if hasattr(r, "projecting"))._inputs.basis
+    return map.from_matrix(spectral.project_rows(map.matrix(gradient), basis), gradient.shape)
+
+
 def projecting(make: Make, shape: tuple[int, ...], method: rg.Method, steps: int = 2) -> nn.Module:
     """An attached model, trained until it projects."""
     model = seeded(make)
@@ -79,6 +100,8 @@ LAYERS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "linear": (partial(nn.Linear, 9, 5), (7, 9)),
     "linear_3d": (partial(nn.Linear, 9, 5, bias=False), (3, 4, 9)),
     "linear_1d": (partial(nn.Linear, 9, 5), (9,)),
+    "turned": (partial(Turned, 9, 5), (7, 9)),
+    "turned_3d": (partial(Turned, 9, 5), (3, 4, 9)),
     "conv1d": (conv(1, 4, 8, 3, stride=2, padding=1), (3, 4, 11)),
     "conv1d_dilation": (conv(1, 4, 8, 3, dilation=2, padding=2, groups=2), (3, 4, 11)),
     "conv2d": (conv(2, 4, 8, 3, padding=1), (3, 4, 7, 8)),
@@ -102,18 +125,15 @@ def test_product_is_the_projected_gradient(name: str) -> None:
     plain.load_state_dict(layer.state_dict())
     assert rule(layer).projecting
     expected = gradients(plain, batch(shape, seed=50))
-    basis, geometry = rule(layer)._inputs.basis, rule(layer)._geometry
     whole = expected["weight"]
-    expected["weight"] = from_matrix(
-        spectral.project_rows(as_matrix(whole, geometry), basis), whole, geometry
-    )
+    expected["weight"] = projected(layer, whole)
     found = gradients(layer, batch(shape, seed=50))
     assert_same(found, expected, 1e-5)
     # Something was left out, or the comparison would be one of G with itself.
     assert (whole - expected["weight"]).norm() > 1e-3 * whole.norm()
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d_groups", "transposed2d_groups"])
+@pytest.mark.parametrize("name", ["linear", "turned", "conv2d", "conv2d_groups", "transposed2d_groups"])
 def test_gradient_error_within_the_bound(name: str) -> None:
     """On the rows that the basis comes from, group by group, the error is within equation (3)."""
     make, shape = LAYERS[name]
@@ -129,13 +149,13 @@ def test_gradient_error_within_the_bound(name: str) -> None:
     z = layer(x)
     z.retain_grad()
     z.square().sum().backward()
-    geometry, rows = rule(layer)._geometry, program(layer).statistics.rows
-    error = as_matrix(layer.weight.grad - whole, geometry)
+    map, rows = program(layer).map, program(layer).statistics.rows
+    error = map.matrix(layer.weight.grad - whole)
     assert torch.linalg.matrix_norm(error).max() > 0
     for group, e in enumerate(error):
         values = torch.linalg.eigvalsh(rows[group].T @ rows[group]).flip(0)
         # D as the bound wants it solves DᵀX = G row by row; its norm is at least that of the δ which autograd saw.
-        d = torch.linalg.lstsq(rows[group].T, as_matrix(whole, geometry)[group].T).solution
+        d = torch.linalg.lstsq(rows[group].T, map.matrix(whole)[group].T).solution
         norm = torch.linalg.matrix_norm(e)
         assert norm <= spectral.error_bound(d, values, 3) * (1 + 1e-4)
 
@@ -224,17 +244,49 @@ def test_saved_bytes_of_a_convolution() -> None:
 
 
 def test_flops() -> None:
-    """A projected call costs 2nk(d + o) + 2kdo in place of 2ndo; the refresh is the method's own work."""
+    """A projected product costs 2nko in place of 2ndo; narrowing, widening and refreshes are the method's own."""
     n, d, o, k = 64, 32, 24, 4
     model = projecting(partial(nn.Linear, d, o), (n, d), ALWAYS(rank=k, every=100))
     before = model.session.flops()
     # Five iterations from cold and the eigenpairs: C Q six times, at 4ndk, and QR at 6dk². Mean and variance: 4nd.
-    assert before.overhead == 6 * (4 * n * d * k + 6 * d * k * k) + 4 * n * d
+    refresh = 6 * (4 * n * d * k + 6 * d * k * k) + 4 * n * d
+    # The second of the two steps projected: x U, and the product by Uᵀ.
+    assert before.overhead == refresh + 2 * n * d * k + 2 * k * d * o
     gradients(model, batch((n, d)))
     after = model.session.flops()
     assert after.weight_grad.dense - before.weight_grad.dense == 2 * n * d * o
-    assert after.weight_grad.executed - before.weight_grad.executed == 2 * n * k * (d + o) + 2 * k * d * o
-    assert after.overhead == before.overhead
+    assert after.weight_grad.executed - before.weight_grad.executed == 2 * n * k * o
+    assert after.weight_grad.needed - before.weight_grad.needed == 2 * n * k * o
+    assert after.overhead - before.overhead == 2 * n * d * k + 2 * k * d * o
+    assert after.input_grad.executed - before.input_grad.executed == 2 * n * d * o
+
+
+COSTS: dict[str, tuple[int, int, int]] = {
+    # Of the product with δ, of x U and of the product by Uᵀ, each 2 for a multiply-add, at rank 3.
+    "turned": (2 * 7 * 5 * 3, 2 * 7 * 9 * 3, 2 * 9 * 5 * 3),
+    # 6 positions; patches of 12; 8 outputs.
+    "conv1d": (2 * 3 * 6 * 8 * 3, 2 * 3 * 6 * 12 * 3, 2 * 8 * 12 * 3),
+    # 5 × 5 positions; two groups of patches of 18 and of 3 outputs.
+    "conv2d_groups": (2 * 3 * 25 * 6 * 3, 2 * 3 * 25 * 2 * 18 * 3, 2 * 6 * 18 * 3),
+    # 5 × 6 pixels; two groups of 4 inputs and of 3 outputs at 9 places.
+    "transposed2d_groups": (2 * 3 * 30 * 6 * 9 * 3, 2 * 3 * 30 * 8 * 3, 2 * 8 * 3 * 9 * 3),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_flops_of_other_layers(name: str) -> None:
+    """The factor alone is the layer's product; what makes and widens it is the method's own."""
+    make, shape = LAYERS[name]
+    layer = projecting(make, shape, ALWAYS(every=1000))
+    before = layer.session.flops()
+    gradients(layer, batch(shape))
+    after = layer.session.flops()
+    factor, narrowing, widening = COSTS[name]
+    assert after.weight_grad.executed - before.weight_grad.executed == factor
+    assert after.weight_grad.discounted - before.weight_grad.discounted == factor
+    assert after.overhead - before.overhead == narrowing + widening
+    dense = after.weight_grad.dense - before.weight_grad.dense
+    assert dense == after.forward.dense - before.forward.dense > factor
 
 
 @pytest.mark.parametrize("make_optimizer", [sgd, adam])
@@ -543,11 +595,7 @@ def test_together_with_dither() -> None:
         assert sessions[0].metrics()["zeros"] > sessions[0].metrics()["own_zeros"]
         for name, layer in both.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                r, key = next(r for r in program(layer).rules if hasattr(r, "projecting")), f"{name}.weight"
-                g = as_matrix(expected[key], r._geometry)
-                expected[key] = from_matrix(
-                    spectral.project_rows(g, r._inputs.basis), expected[key], r._geometry
-                )
+                expected[f"{name}.weight"] = projected(layer, expected[f"{name}.weight"])
         assert_same(found, expected, 1e-5)
 
 

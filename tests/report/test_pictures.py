@@ -95,6 +95,26 @@ def test_each_phase_change_is_marked_once(make_run: Make, tmp_path: Path) -> Non
     assert [note["text"] for note in layout["annotations"]] == ["0", "2", "4"]
 
 
+def test_phases_are_found_by_what_is_recorded(make_run: Make, tmp_path: Path) -> None:
+    """Whatever the method is called that recorded them."""
+    folder = make_run("a", "Everything", epochs=2)
+    rewrite(folder, somebody={"marks": [{"step": 10, "phase": "dendrite", "dendrites": 0}]})
+    (mark,) = marks(read(folder))
+    assert (mark.step, mark.phase) == (10, "dendrite")
+    assert TITLES[3] in pictures(tmp_path / "runs")
+
+
+def test_correlation_alone_is_not_decorrelates(make_run: Make, tmp_path: Path) -> None:
+    """Perforate calls a number of its own so."""
+    folder = make_run("a", "Everything", epochs=2)
+    for layer, shown in (
+        ({"correlation": 0.2}, False),
+        ({"correlation": 0.2, "correlation_input": 0.4}, True),
+    ):
+        rewrite(folder, layers={"1": layer})
+        assert (TITLES[0] in pictures(tmp_path / "runs")) is shown
+
+
 def test_phases_name_the_seed_they_are_drawn_for(seeded: Path) -> None:
     assert pictures(seeded)[TITLES[3]].note.endswith("Drawn for one seed, 0.")
 

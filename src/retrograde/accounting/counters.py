@@ -13,7 +13,7 @@ class Counters:
     Attributes:
         calls: backward passes through the layer.
         entries: entries of δ seen.
-        own_zeros: zeros that δ arrived with.
+        own_zeros: zeros that δ arrived with; between counts, as many as at the last one.
         zeros: zeros of δ̃, after the methods.
         fallbacks: calls in which a method stepped aside for a stated reason (non-finite or zero-variance δ).
         skipped: calls whose weight gradient a gate dropped.
@@ -23,8 +23,8 @@ class Counters:
 
     calls: int = 0
     entries: int = 0
-    own_zeros: int = 0
-    zeros: int = 0
+    own_zeros: float = 0
+    zeros: float = 0
     fallbacks: int = 0
     skipped: int = 0
     overhead: float = 0.0
@@ -46,6 +46,14 @@ class Counters:
 
     def __sub__(self, other: "Counters") -> "Counters":
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def add(self, product: str, dense: float, needed: float, executed: float, discounted: float) -> None:
+        """Add the FLOPs of one product: ``"forward"``, ``"input_grad"`` or ``"weight_grad"``."""
+        mine = self.__dict__
+        mine[f"{product}_dense"] += dense
+        mine[f"{product}_needed"] += needed
+        mine[f"{product}_executed"] += executed
+        mine[f"{product}_discounted"] += discounted
 
     def copy(self) -> "Counters":
         """An independent copy."""

@@ -3,33 +3,13 @@
 - *dense*: what plain backpropagation multiplies (dense-equivalent).
 - *needed*: multiply-adds whose δ operand is not zero.
 - *executed*: what the kernel in use did; `Flops.overhead` holds the methods' own work beside it.
-- *discounted*: executed, with low-precision products counted at `DISCOUNTS`.
+- *discounted*: executed, with low-precision products counted at `retrograde.kernels.work.DISCOUNTS`.
 
 Two FLOPs for each multiply-add, as in `torch.utils.flop_counter`.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import prod
 from typing import Any
-
-from retrograde.kernels.geometry import Geometry
-
-DISCOUNTS = {"float64": 1.0, "float32": 1.0, "bfloat16": 0.5, "float16": 0.5, "int8": 0.25}
-"""Weight of one FLOP by the precision that the product ran in. An assumption, stated wherever it is used."""
-
-
-def linear_flops(rows: int, outputs: int, inputs: int) -> int:
-    """FLOPs of any one of ``x Wᵀ``, ``δ W`` and ``δᵀ x``: they cost the same."""
-    return 2 * rows * outputs * inputs
-
-
-def convolution_flops(
-    input_shape: Sequence[int], weight_shape: Sequence[int], output_shape: Sequence[int], geometry: Geometry
-) -> int:
-    """FLOPs of any one of a convolution's three products; padding is counted as if it were data, as torch does."""
-    positions = input_shape if geometry.transposed else output_shape
-    return 2 * prod(positions) * prod(weight_shape[1:])
 
 
 @dataclass
@@ -78,7 +58,7 @@ class Flops:
 
     @property
     def discounted(self) -> float:
-        """Executed FLOPs at the precision discounts of `DISCOUNTS`, with the overhead."""
+        """Executed FLOPs at the precision discounts, with the overhead."""
         return self._sum("discounted") + self.overhead
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import bench, machine
 from retrograde.lab.bench import Row
 from retrograde.lab.files import write_json
+from retrograde.lab.overhead import Overhead, overhead
 from retrograde.methods.registry import available, suggest
 
 SCHEMA = 1
@@ -32,14 +33,15 @@ class Bench:
     """Time backward passes side by side: ours, torch's in float32, and torch's under bfloat16 autocast.
 
     kernels: both products of one layer's backward pass, from the gradient at its output on, by every kernel.
-    layers: forward and backward pass of a dithered layer. steps: whole training steps of small models by every method.
+    layers: forward and backward pass of a dithered layer, and what attaching costs small ones.
+    steps: whole training steps of small models by every method.
 
     Contestants take turns, round by round. torch under autocast is what a user would otherwise pick.
 
     Attributes:
         what: what to time.
         models: of steps; default: all.
-        methods: of steps; default: all, dither at two scales.
+        methods: of steps; default: all, each at its defaults and at the settings that it names for benchmarks.
         rounds: timed rounds; default: as many as end within about two minutes on two cores.
         quick: fewer shapes and rounds, smaller batches: about twenty seconds.
         output: write the result as JSON too, with the machine and the commit.
@@ -64,6 +66,7 @@ class Bench:
             rows = measure(
                 rounds, lambda what, done, total: bar.update(task, completed=done, total=total, note=what)
             )
+            extra = self._overhead(rounds)
         result = {
             "schema": SCHEMA,
             "what": self.what,
@@ -72,6 +75,7 @@ class Bench:
             "machine": machine.describe(torch.device("cpu")),
             "commit": machine.commit(),
             "rows": [asdict(row) for row in rows],
+            **({"overhead": [asdict(row) for row in extra]} if extra else {}),
         }
         if self.output is not None:
             write_json(self.output, result)
@@ -79,6 +83,8 @@ class Bench:
             output.print_json(result)
         else:
             output.print_table(_table(self.what, rows, rounds))
+            if extra:
+                output.print_table(_overhead_table(extra, rounds))
         return 0
 
     def _check(self) -> None:
@@ -105,6 +111,12 @@ class Bench:
         models = {name: known[name] for name in _known("model", self.models, known)}
         return functools.partial(bench.steps, models, _known("method", self.methods, available()))
 
+    def _overhead(self, rounds: int) -> list[Overhead]:
+        if self.what != "layers":
+            return []
+        eager = overhead(rounds)
+        return eager if self.quick else [*eager, *overhead(rounds, (1,), compiled=True)]
+
     def _command(self) -> str:
         words = ["retrograde", "bench", self.what]
         for flag, values in (("--models", self.models), ("--methods", self.methods)):
@@ -127,10 +139,10 @@ def _table(what: str, rows: Sequence[Row], rounds: int) -> Table:
     caption = {
         "kernels": "dx and dW from δ on: statistics, noise, indexing and packing included",
         "layers": f"forward and backward pass, dithered at scale {bench.SCALE:g}",
-        "steps": (
-            "whole steps with Adam; methods that warm up do so in an untimed first step; perforate has not grown yet"
-        ),
+        "steps": "whole steps with Adam; methods that warm up do so in an untimed first step",
     }[what]
+    late = [name for name in _methods(rows) if available()[name].whole_run]
+    caption += f"; not begun so early in a run: {', '.join(late)}" if late else ""
     ratio = "ratio of the medians" if what == "steps" else "median ratio"
     table = output.new_table(
         f"{caption}; ×: times as fast, {ratio} with quartiles of {rounds} interleaved rounds; torch's own time, "
@@ -159,6 +171,27 @@ def _table(what: str, rows: Sequence[Row], rounds: int) -> Table:
             *_ratio(row.speedup_bf16, row.spread_bf16),
         )
     return table
+
+
+def _overhead_table(rows: Sequence[Overhead], rounds: int) -> Table:
+    table = output.new_table(
+        "forward and backward pass of layers too small to save anything; ×: time, median ratio to plain, quartiles of "
+        f"{rounds} interleaved rounds; bare function: a Python autograd function that computes the same"
+    )
+    for name in ("layer", "threads", "run"):
+        table.add_column(name, overflow="fold")
+    for name in ("µs", "× plain", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        threads = f"{row.threads}, compiled" if row.compiled else str(row.threads)
+        ratio = _ratio(row.ratio, row.spread)
+        table.add_row(row.layer, threads, row.run, f"{row.microseconds:.1f}", *ratio)
+    return table
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    """Names of the methods in steps, whose labels begin with them."""
+    return list(dict.fromkeys(row.method.partition("(")[0] for row in rows if row.model and row.method))
 
 
 def _op(row: Row) -> str:

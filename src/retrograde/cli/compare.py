@@ -19,7 +19,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import peers
 from retrograde.lab.claims.adhoc import BASELINE, comparison
-from retrograde.lab.claims.advice import NEED_WHOLE_RUNS, Advice, advise, points, times
+from retrograde.lab.claims.advice import Advice, advise, points, times
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.result import Result, write_result
@@ -130,7 +130,8 @@ class Advise:
                 f"advise: length={self.length} is too short to judge by. Give 20 steps or more."
             )
         recipe = _recipe(given, self.fields, self.model, self.data)
-        names = self.methods or [name for name in available() if name not in NEED_WHOLE_RUNS]
+        late = {name: method.whole_run for name, method in available().items() if method.whole_run}
+        names = self.methods or [name for name in available() if name not in late]
         chosen = _methods(given, names)
         short = [_short(one, self.length) for one in chosen]
         probe = recipe.model_copy(update={"evaluations": self._readings(recipe)})
@@ -146,7 +147,7 @@ class Advise:
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "methods": methods}
         if self.write is not None:
             self.write.write_text(to_toml(fields), encoding="utf-8")
-        left_out = {} if self.methods else NEED_WHOLE_RUNS
+        left_out = {} if self.methods else late
         if self.json:
             output.print_json(
                 {

@@ -21,14 +21,6 @@ from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "deepfocus": {"warmup": 40},
-    "dither": {"scale": 1.0},
-    "perforate": {"patience": 2, "limit": 6, "max_dendrites": 2},
-    "spectral": {"warmup": 20, "every": 20},
-}
-"""Options for a run of a few hundred steps; a method that is not named here runs at its defaults."""
-
 COMBINATION = ("decorrelate", "dither")
 """Methods that the demonstration also attaches together."""
 
@@ -85,8 +77,8 @@ class Demo:
 
 
 def _contestants() -> list[dict[str, dict[str, Any]]]:
-    alone = [{name: SETTINGS.get(name, {})} for name in available()]
-    return [*alone, {name: SETTINGS.get(name, {}) for name in COMBINATION}]
+    settings = {name: dict(method.short_run) for name, method in available().items()}
+    return [*({name: options} for name, options in settings.items()), {n: settings[n] for n in COMBINATION}]
 
 
 def _clear(folder: Path) -> None:

@@ -15,9 +15,6 @@ Autograd runs the backward of a block's last call first, layers included, before
 tier is one value for each block.
 """
 
-import hashlib
-import itertools
-import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -25,12 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
+from retrograde.engine import boundary
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Grant, Tier
-from retrograde.errors import AttachError, DoubleBackwardError
-from retrograde.maths.philox import mix_key
-
-_handles = itertools.count()
-_programs: "weakref.WeakValueDictionary[int, BlockProgram]" = weakref.WeakValueDictionary()
+from retrograde.errors import DoubleBackwardError
+from retrograde.maths.philox import key_of, mix_key
 
 _LIBRARY = torch.library.Library("retrograde", "FRAGMENT")
 _LIBRARY.define("block_backward(Tensor delta, Tensor(a!) token) -> Tensor")
@@ -39,7 +34,10 @@ _LIBRARY.define("block_backward(Tensor delta, Tensor(a!) token) -> Tensor")
 class Layer(Protocol):
     """What a block needs of the programs of the layers inside."""
 
-    total: Counters
+    @property
+    def total(self) -> Counters:
+        """Sums since attaching."""
+        ...
 
     def pass_by(self, dense: Counters, ratio: float) -> None:
         """Count calls that a block pruned: `ratio` times those that `dense` holds."""
@@ -51,7 +49,7 @@ class BlockProgram:
 
     Args:
         block: what and where it is.
-        rule: decides; the block's slot 4.
+        rule: decides what a call is worth.
         seed: the session's seed.
         layers: programs of all attached layers inside.
         outer: the next block around this one.
@@ -77,25 +75,12 @@ class BlockProgram:
         self.tiers = dict.fromkeys(Tier, 0)
         self._layers = tuple(layers)
         self._outer = outer
-        self._block_key = int.from_bytes(hashlib.blake2b(block.name.encode(), digest_size=8).digest())
+        self._block_key = key_of(block.name)
         # What one executed call counts at each layer inside, for δ of `_profile_entries` entries.
         self._profile: list[Counters] = []
         self._profile_entries = 0
         self._before: list[Counters] | None = None
-        handle = next(_handles)
-        _programs[handle] = self
-        self.token = torch.tensor([handle, 0])
-
-    @staticmethod
-    def find(token: Tensor) -> "BlockProgram":
-        """The program that `token` names."""
-        program = _programs.get(int(token[0]))
-        if program is None:
-            raise AttachError(
-                "a backward pass reached a block whose session is gone: it was detached, or no reference to the "
-                "attached model is left. Run the forward pass again after detaching."
-            )
-        return program
+        self.token = boundary.token(self)
 
     @property
     def pruned(self) -> bool:
@@ -103,13 +88,13 @@ class BlockProgram:
         return self.block.kind == "branch" and self.grant.tier is Tier.SKIP
 
     def gate(self, delta: Tensor) -> Grant:
-        """Slot 4: what this call is worth. Everything inside reads `grant` afterwards."""
-        self.token[1] += 1
+        """What this call is worth. Everything inside reads `grant` afterwards."""
         if self._outer is not None and self._outer.pruned:
             # Compiled code comes here with the zeros of a pruned block around: no decision is due, nothing is counted.
             self.grant = Grant(Tier.SKIP)
             return self.grant
-        self._measure_profile()
+        if self._before is not None:
+            self._measure_profile()
         key = mix_key(self.seed, self.step, self._block_key, self.calls)
         self.grant = self.rule.gate(BlockCall(delta, key, self.step, self.total))
         self.calls += 1
@@ -122,13 +107,13 @@ class BlockProgram:
             ratio = delta.numel() / self._profile_entries if self._profile_entries else 0.0
             for layer, dense in zip(self._layers, self._profile, strict=False):
                 layer.pass_by(dense, ratio)
-        elif self._layers:
+        elif self._layers and not self._profile:
             self._before = [layer.total.copy() for layer in self._layers]
             self._profile_entries = delta.numel()
         return self.grant
 
     def _measure_profile(self) -> None:
-        """Between two calls of the block: what the last executed one counted at the layers inside."""
+        """After the first executed call of the block: what it counted at the layers inside."""
         if self._before is not None:
             self._profile = [
                 layer.total - before for layer, before in zip(self._layers, self._before, strict=True)
@@ -140,7 +125,7 @@ class BlockProgram:
         return {id(module) for member in self.block.members for module in member.modules()}
 
     def after_step(self) -> None:
-        """Slot 8, then the next step begins."""
+        """The rule's `local`, then the next step begins."""
         self._measure_profile()
         self.rule.local()
         self.step += 1
@@ -203,7 +188,7 @@ class Blocks:
         self._chains = [program for program in self._programs if program.block.kind == "chain"]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gradients of skipped parameters away; after slot 7, which may have touched them."""
+        """Take the gradients of skipped parameters away; before rules look at them."""
         # Looked up by module at every step: sharding replaces parameters.
         chained = {
             (id(module), id(parameter)): _idle(program)
@@ -224,7 +209,7 @@ class Blocks:
             idle[key].grad = None
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Slot 8 of the blocks whose first trainable parameter is this optimizer's."""
+        """`local` of the blocks whose first trainable parameter is this optimizer's."""
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for program in self._programs:
             parameters = (p for member in program.block.members for p in member.parameters())
@@ -238,10 +223,11 @@ def _idle(program: BlockProgram) -> bool:
 
 def _weights(layer: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
     """What a layer's weight gradient reaches, with its owner: the weight, or what a parametrisation makes it from."""
+    name = layer.__dict__["_retrograde"].names[0] or "weight"
     parametrised = getattr(layer, "parametrizations", None)
-    if parametrised is not None and "weight" in parametrised:
-        return [(m, p) for m in parametrised["weight"].modules() for p in m.parameters(recurse=False)]
-    weight = layer._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    if parametrised is not None and name in parametrised:
+        return [(m, p) for m in parametrised[name].modules() for p in m.parameters(recurse=False)]
+    weight = layer._parameters.get(name)  # pyright: ignore[reportPrivateUsage]
     return [] if weight is None else [(layer, weight)]
 
 
@@ -280,7 +266,7 @@ class _BlockBoundary(torch.autograd.Function):
 
 
 def _run(delta: Tensor, token: Tensor) -> Tensor:
-    grant = BlockProgram.find(token).gate(delta)
+    grant: Grant = boundary.named(token, "block").gate(delta)
     # An op may not return its input.
     return torch.zeros_like(delta) if grant.tier is Tier.SKIP else delta * grant.scale
 

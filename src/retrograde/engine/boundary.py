@@ -1,167 +1,141 @@
-"""The autograd boundary: where slots 3 to 6 run and work is counted, one `torch.autograd.Function` for each layer kind.
+"""The autograd boundary of a product: where a layer's backward slots run, one function and one op for all maps.
 
-The backward pass is one registered op for each kind, opaque to compilers: what happens inside may depend on data, and
-is the same arithmetic eager and compiled. The op declares the layer's token mutated, which keeps compiler passes from
-removing, merging or reordering calls.
+Eager execution calls the layer's program straight. Compiled code, and whoever watches ops (torch's FLOP counter), sees
+one registered op, opaque to compilers: what happens inside may depend on data, and is the same arithmetic. The op
+declares the layer's token mutated, which keeps compiler passes from removing, merging or reordering calls.
 """
 
+import itertools
 import time
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from retrograde.accounting.flops import convolution_flops, linear_flops
-from retrograde.engine.program import Gradients, LayerProgram
-from retrograde.engine.slots import Needs, Operands
-from retrograde.errors import DoubleBackwardError
-from retrograde.kernels.geometry import Geometry
-
-_LIBRARY = torch.library.Library("retrograde", "DEF")
-_LIBRARY.define(
-    "linear_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
-    " SymInt[] input_shape, bool[] needs, bool fixed_layout) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "convolution_backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token,"
-    " SymInt[] input_shape, bool[] needs, bool fixed_layout, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
-    " bool transposed, SymInt[] output_padding, int groups) -> (Tensor, Tensor, Tensor)",
-)
+from retrograde.engine.maps.base import Gradients, Map, map_of
+from retrograde.errors import AttachError, DoubleBackwardError
 
 
-def apply(operands: Operands, program: LayerProgram, rows: Tensor | None) -> Tensor:
-    """``z = W x̂ + b`` whose backward pass `program` runs; casts to the autocast dtype first.
+class Program(Protocol):
+    """What the boundary asks of a layer's program."""
 
-    Args:
-        operands: of the product, slot 1 behind them.
-        program: of the layer.
-        rows: rows for the layer's statistics, handed on to the backward pass.
-    """
-    x, weight, bias = operands.x, operands.weight, operands.bias
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-    if operands.geometry is None:
-        return _LinearBoundary.apply(x, weight, bias, rows, program)  # pyright: ignore[reportReturnType]
-    return _ConvolutionBoundary.apply(x, weight, bias, rows, program, operands.geometry)  # pyright: ignore[reportReturnType]
+    name: str
+    token: Tensor
+    clocked: float
 
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, map: Map
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The z of a call, and what is kept for its backward pass."""
+        ...
 
-def multiply(operands: Operands) -> Tensor:
-    """The same product without a boundary."""
-    if operands.geometry is None:
-        return F.linear(operands.x, operands.weight, operands.bias)
-    return _convolution(operands.x, operands.weight, operands.bias, operands.geometry)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Autocast leaves float64 alone, and so do we.
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+    def backward(
+        self,
+        delta: Tensor,
+        saved: Sequence[Tensor],
+        rows: Tensor | None,
+        weight: Tensor,
+        input_shape: Sequence[int],
+        map: Map,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """Gradients of a call; `needs` says of input, weight and bias whether autograd asks for theirs."""
+        ...
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    return torch.convolution(
-        x, weight, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
-    )
+# An op takes tensors and numbers only, so a layer's op finds its program by number; weakly, to keep nothing alive.
+_programs: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+_handles = itertools.count()
 
 
-class _LinearBoundary(torch.autograd.Function):
-    """``(…, i) → (…, o)``."""
+def token(program: Any) -> Tensor:
+    """What names `program` in compiled code: a tensor, so that code is shared between layers."""
+    handle = next(_handles)
+    _programs[handle] = program
+    return torch.tensor([handle])
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, program: LayerProgram
-    ) -> Tensor:
-        z, kept = program.multiply(x, weight, bias)
-        ctx.save_for_backward(weight, rows, *kept)
-        ctx.set_materialize_grads(False)
-        ctx.program, ctx.input_shape = program, x.shape
-        return z
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        (delta,) = grad_outputs
-        if delta is None:
-            return None, None, None, None, None
-        _refuse_double_backward(ctx.program)
-        weight, rows, *saved = ctx.saved_tensors
-        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-        found = torch.ops.retrograde.linear_backward(
-            delta,
-            saved,
-            rows,
-            weight,
-            ctx.program.token,
-            ctx.input_shape,
-            needs,
-            torch.compiler.is_compiling(),
+def named(token: Tensor, what: str) -> Any:
+    """The program that `token` names."""
+    program = _programs.get(int(token[0]))
+    if program is None:
+        raise AttachError(
+            f"a backward pass reached a {what} whose session is gone: it was detached, or no reference to the attached "
+            "model is left. Run the forward pass again after detaching."
         )
-        return *_asked(found, needs), None, None
+    return program
 
 
-class _ConvolutionBoundary(torch.autograd.Function):
-    """``(N, C_in, spatial…) → (N, C_out, spatial'…)``, plain or transposed, in groups or not."""
+class Boundary(torch.autograd.Function):
+    """``z = W x + b`` whose backward pass is a program's."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102  as of `torch.autograd.Function`
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         rows: Tensor | None,
-        program: LayerProgram,
-        geometry: Geometry,
+        program: Program,
+        map: Map,
     ) -> Tensor:
-        kept = program.keep(x) if weight.requires_grad else ()
+        z, kept = program.multiply(x, weight, bias, map)
         ctx.save_for_backward(weight, rows, *kept)
         ctx.set_materialize_grads(False)
-        ctx.program, ctx.input_shape, ctx.geometry = program, x.shape, geometry
-        return _convolution(x, weight, bias, geometry)
+        ctx.program, ctx.map, ctx.input_shape = program, map, x.shape
+        return z
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         (delta,) = grad_outputs
         if delta is None:
             return None, None, None, None, None, None
-        _refuse_double_backward(ctx.program)
         weight, rows, *saved = ctx.saved_tensors
-        needs = [bool(need) for need in ctx.needs_input_grad[:3]]
-        g = ctx.geometry
-        found = torch.ops.retrograde.convolution_backward(
-            delta,
-            saved,
-            rows,
-            weight,
-            ctx.program.token,
-            ctx.input_shape,
-            needs,
-            torch.compiler.is_compiling(),
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.transposed,
-            g.output_padding,
-            g.groups,
-        )
-        return *_asked(found, needs), None, None, None
+        needs, program, map = ctx.needs_input_grad, ctx.program, ctx.map
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch.is_grad_enabled():
+            # Gradients are only recorded in a backward pass that was run with create_graph=True.
+            raise DoubleBackwardError(
+                f"a gradient of a gradient was asked for (create_graph=True) through layer {program.name!r}: the "
+                "backward passes of retrograde's methods are estimates and have no derivative. Compute that term "
+                "inside `with session.paused():`, forward pass included, where plain autograd runs."
+            )
+        if compiling or torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+            asked = list(needs[:3])
+            found = torch.ops.retrograde.backward(
+                delta, saved, rows, weight, program.token, ctx.input_shape, asked, map.name, map.numbers
+            )
+            dx, dw, db = (g if need else None for g, need in zip(found, asked, strict=True))
+            return dx, dw, db, None, None, None
+        start = time.perf_counter()
+        dx, dw, db = program.backward(delta, saved, rows, weight, ctx.input_shape, map, needs)
+        program.clocked += time.perf_counter() - start
+        return dx, dw, db, None, None, None
 
 
-def _refuse_double_backward(program: LayerProgram) -> None:
-    # Gradients are only recorded in a backward pass that was run with create_graph=True.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise DoubleBackwardError(
-            f"a gradient of a gradient was asked for (create_graph=True) through layer {program.name!r}: the backward "
-            "passes of retrograde's methods are estimates and have no derivative. Compute that term inside "
-            "`with session.paused():`, forward pass included, where plain autograd runs."
-        )
+# What `torch.autograd.Function.apply` calls when it has looked for transforms of `torch.func`; that look takes as long
+# as a small product.
+_straight: Any = super(torch.autograd.Function, Boundary).apply  # pyright: ignore[reportAttributeAccessIssue]
+_transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-def _asked(found: Sequence[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(gradient if need else None for gradient, need in zip(found, needs, strict=True))
+def apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, program: Program, map: Map
+) -> Tensor:
+    """`Boundary`, by the shortest way there is."""
+    if torch.compiler.is_compiling() or _transforming():
+        return Boundary.apply(x, weight, bias, rows, program, map)  # pyright: ignore[reportReturnType]
+    return _straight(x, weight, bias, rows, program, map)
+
+
+_LIBRARY = torch.library.Library("retrograde", "FRAGMENT")
+_LIBRARY.define(
+    "backward(Tensor delta, Tensor[] saved, Tensor? rows, Tensor weight, Tensor(a!) token, SymInt[] input_shape,"
+    " bool[] needs, str map, SymInt[] numbers) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _run(
@@ -172,33 +146,15 @@ def _run(
     token: Tensor,
     input_shape: Sequence[int],
     needs: Sequence[bool],
-    fixed_layout: bool,
-    geometry: Geometry | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    program = LayerProgram.find(token)
+    map: str,
+    numbers: Sequence[int],
+) -> tuple[Tensor, ...]:
+    program: Program = named(token, "layer")
     start = time.perf_counter()
-    found: Gradients = program.backward(delta, saved, rows, weight, input_shape, geometry, Needs(*needs))
+    found = program.backward(delta, saved, rows, weight, torch.Size(input_shape), map_of(map, numbers), needs)
     program.clocked += time.perf_counter() - start
-    # An op cannot return None: what was not asked for comes back empty. A compiler is promised contiguous results;
-    # eager execution takes them as the kernels lay them out.
-    return tuple(  # pyright: ignore[reportReturnType]
-        delta.new_empty(0) if g is None else g.contiguous() if fixed_layout else g
-        for g in (found.input, found.weight, found.bias)
-    )
-
-
-def _run_convolution(
-    delta: Tensor,
-    saved: Sequence[Tensor],
-    rows: Tensor | None,
-    weight: Tensor,
-    token: Tensor,
-    input_shape: Sequence[int],
-    needs: Sequence[bool],
-    fixed_layout: bool,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(delta, saved, rows, weight, token, input_shape, needs, fixed_layout, Geometry.of(*geometry))
+    # An op cannot return None: what was not asked for comes back empty. A compiler is promised contiguous results.
+    return tuple(delta.new_empty(0) if g is None else g.contiguous() for g in found)
 
 
 def _fake(
@@ -209,15 +165,10 @@ def _fake(
     token: Tensor,
     input_shape: Sequence[int],
     needs: Sequence[bool],
-    fixed_layout: bool,
-    stride: Sequence[int] = (),
-    padding: Sequence[int] = (),
-    dilation: Sequence[int] = (),
-    transposed: bool = False,
-    output_padding: Sequence[int] = (),
-    groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    map: str,
+    numbers: Sequence[int],
+) -> tuple[Tensor, ...]:
+    outputs = map_of(map, numbers).outputs(weight.shape)
     return (
         delta.new_empty(tuple(input_shape)) if needs[0] else delta.new_empty(0),
         weight.new_empty(tuple(weight.shape)) if needs[1] else delta.new_empty(0),
@@ -225,17 +176,12 @@ def _fake(
     )
 
 
-_LIBRARY.impl("linear_backward", _run, "CompositeExplicitAutograd")
-_LIBRARY.impl("convolution_backward", _run_convolution, "CompositeExplicitAutograd")
-torch.library.register_fake("retrograde::linear_backward", _fake, lib=_LIBRARY)
-torch.library.register_fake("retrograde::convolution_backward", _fake, lib=_LIBRARY)
+_LIBRARY.impl("backward", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("retrograde::backward", _fake, lib=_LIBRARY)
 
 
-# torch's FLOP counter sees the dense-equivalent work of our ops, as it sees that of aten's.
-
-
-@register_flop_formula(torch.ops.retrograde.linear_backward)
-def _linear_formula(  # pyright: ignore[reportUnusedFunction]
+@register_flop_formula(torch.ops.retrograde.backward)
+def _formula(  # pyright: ignore[reportUnusedFunction]
     delta_shape: Sequence[int],
     saved: Any,
     rows: Any,
@@ -243,27 +189,9 @@ def _linear_formula(  # pyright: ignore[reportUnusedFunction]
     token: Any,
     input_shape: Sequence[int],
     needs: Sequence[bool],
-    fixed_layout: bool,
-    *args: Any,
-    out_shape: Any = None,
+    map: str,
+    numbers: Sequence[int],
     **kwargs: Any,
 ) -> int:
-    return linear_flops(torch.Size(delta_shape[:-1]).numel(), *weight_shape) * (needs[0] + needs[1])
-
-
-@register_flop_formula(torch.ops.retrograde.convolution_backward)
-def _convolution_formula(  # pyright: ignore[reportUnusedFunction]
-    delta_shape: Sequence[int],
-    saved: Any,
-    rows: Any,
-    weight_shape: Sequence[int],
-    token: Any,
-    input_shape: Sequence[int],
-    needs: Sequence[bool],
-    fixed_layout: bool,
-    *geometry: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    flops = convolution_flops(input_shape, weight_shape, delta_shape, Geometry.of(*geometry))
-    return flops * (needs[0] + needs[1])
+    """torch's FLOP counter sees the dense-equivalent work of our op, as it sees that of aten's."""
+    return map_of(map, numbers).flops(input_shape, weight_shape, delta_shape) * (needs[0] + needs[1])

@@ -11,8 +11,6 @@ Found without being told:
 Other branches are named by the user.
 """
 
-import copy
-import copyreg
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.engine.blocks import BlockProgram, cross
-from retrograde.engine.layers import AttachedLayer
+from retrograde.engine.layers import AttachedLayer, copied, reduced
 from retrograde.engine.slots import Block
 from retrograde.errors import DetachError, OptionError, PatternError
 
@@ -179,16 +177,10 @@ class AttachedBlock(nn.Module):
         return cross(y, program)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        base = _swapped_from(self)
-        plain = base.__new__(base)
-        memo[id(self)] = plain
-        plain.__dict__.update(copy.deepcopy(_plain_state(self), memo))
-        return plain
+        return copied(self, _swapped_from(self), _plain_state(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The standard library's reconstructor: whoever loads the file needs no retrograde.
-        reconstruct = copyreg._reconstructor  # pyright: ignore[reportAttributeAccessIssue]
-        return reconstruct, (_swapped_from(self), object, None), _plain_state(self)
+        return reduced(_swapped_from(self), _plain_state(self), protocol)
 
 
 class AttachedTransformer(AttachedBlock):

@@ -1,8 +1,11 @@
 """The clock: optimizer steps drive the methods, so a training loop has nothing to call."""
 
+import contextlib
+import sys
+import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,18 +13,22 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from retrograde.engine.blocks import Blocks
-from retrograde.engine.program import LayerProgram
+from retrograde.engine.program import LayerProgram, autocasting
 from retrograde.engine.slots import Conductor
 from retrograde.errors import AttachError, NoEffectError, RetrogradeWarning
 
 _IDLE_STEPS = 3
 
+Attached = Sequence[tuple[nn.Module, LayerProgram]]
+
 
 class Clock:
     """Calls the programs of the layers whose parameters an optimizer owns, before and after each of its steps.
 
-    Ownership is looked up by parameter identity at every step, so sharding, added parameter groups and several
-    optimizers over one model are followed. A step that ``GradScaler`` skips never reaches the hooks.
+    Ownership is by parameter identity, and whatever could change it is looked at in every step, so sharding, added
+    parameter groups, replaced parameters and several optimizers over one model are followed. A step that ``GradScaler``
+    skips never reaches the hooks. Where a step is given a closure, which computes the gradient, what is due before the
+    step happens when the closure has run.
 
     Args:
         attached: the layers with their programs.
@@ -34,7 +41,7 @@ class Clock:
 
     def __init__(
         self,
-        attached: Sequence[tuple[nn.Module, LayerProgram]],
+        attached: Attached,
         conductors: Sequence[Conductor],
         optimizer: torch.optim.Optimizer | None,
         strict: bool,
@@ -44,49 +51,71 @@ class Clock:
         self._conductors = conductors
         self._blocks = blocks
         self._strict = strict
-        self._outermost: torch.optim.Optimizer | None = None
-        self._stepping: list[tuple[nn.Module, LayerProgram]] = []
+        self._known: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, Any, Attached]] = (
+            weakref.WeakKeyDictionary()
+        )
         if optimizer is not None and attached and not self._owned(optimizer):
             raise AttachError(
                 "the optimizer that attach was given owns no parameter of an attached layer, so its steps would drive "
                 "nothing. Make it over the parameters of the attached model."
             )
         self._only = None if optimizer is None else weakref.ref(optimizer)
+        self._outermost = threading.local()
         _listen(self)
 
     def stop(self) -> None:
         """Hear no more steps."""
         _running.discard(self)
 
-    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Module, LayerProgram]]:
+    def _owned(self, optimizer: torch.optim.Optimizer) -> Attached:
         """The layers whose first trainable parameter (the weight, if it trains) is this optimizer's."""
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        firsts = ((layer, program, _first_trainable(layer)) for layer, program in self._attached)
-        return [(layer, program) for layer, program, first in firsts if id(first) in mine]
+        theirs = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        mine = [id(_first_trainable(layer, program.names[0])) for layer, program in self._attached]
+        known = self._known.get(optimizer)
+        if known is not None and known[0] == theirs and known[1] == mine:
+            return known[2]
+        parameters = set(theirs)
+        found = [pair for pair, first in zip(self._attached, mine, strict=True) if first in parameters]
+        self._known[optimizer] = theirs, mine, found
+        return found
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step that begins counts: no other one is under way around it, in this thread."""
+        if self._only is not None and self._only() is not optimizer:
+            return False
+        # Some optimizers step another one inside their own step (sharpness-aware, lookahead): the outer one counts.
+        outer = getattr(self._outermost, "optimizer", None)
+        outer = None if outer is None else outer()
+        if outer is not None and _depth(outer) > (outer is optimizer):
+            for layer, program in self._owned(outer):
+                program.remember(layer, outer)
+            return False
+        # One that owns nothing here is no step of ours, and others inside it are.
+        if self._owned(optimizer):
+            self._outermost.optimizer = weakref.ref(optimizer)
+        return True
+
+    def end(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step that ends is one that counted."""
+        outer = getattr(self._outermost, "optimizer", None)
+        if outer is None or outer() is not optimizer or _depth(optimizer) > 1:
+            return False
+        self._outermost.optimizer = None
+        return True
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer is about to step."""
-        if self._only is not None and self._only() is not optimizer:
-            return
-        # Some optimizers step another one inside their own step (sharpness-aware, lookahead): the outer one counts.
-        if self._outermost is None:
-            self._outermost = optimizer
-        if self._outermost is not optimizer:
-            return
-        self._stepping = self._owned(optimizer)
-        for layer, program in self._stepping:
+        """The gradients are there, and the optimizer is about to use them."""
+        # Blocks first: what they take away, no rule should see.
+        if self._blocks is not None:
+            self._blocks.before_step(optimizer)
+        for layer, program in self._owned(optimizer):
             program.before_step(layer, optimizer)
         for conductor in self._conductors:
             conductor.before_step(optimizer)
-        if self._blocks is not None:
-            self._blocks.before_step(optimizer)
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped."""
-        if self._outermost is not optimizer:
-            return
-        self._outermost = None
-        owned, self._stepping = self._stepping, []
+        owned = self._owned(optimizer)
         idle = not any(program.calls for _, program in owned)
         if idle:
             self._refuse_idleness([program for _, program in owned])
@@ -100,7 +129,7 @@ class Clock:
 
     def _refuse_idleness(self, programs: list[LayerProgram]) -> None:
         """One step without gradients may initialise an optimizer's state; several in a row are a run without effect."""
-        if not programs or any(p.excused for p in programs):
+        if not programs or any(p.may_idle for p in programs):
             return
         idle = min(p.idle_steps for p in programs) + 1
         what = (
@@ -115,11 +144,15 @@ class Clock:
             raise NoEffectError(what + " (strict=False turns this error into the warning alone.)")
 
 
-def _first_trainable(layer: nn.Module) -> nn.Parameter | None:
+def _first_trainable(layer: nn.Module, weight: str) -> nn.Parameter | None:
     # Asked at every step: `parameters()` walks through submodules, which plain layers do not have.
-    own = layer._parameters.values()  # pyright: ignore[reportPrivateUsage]
-    found = next((p for p in own if p is not None and p.requires_grad), None)
-    return found if found is not None else next((p for p in layer.parameters() if p.requires_grad), None)
+    own = layer._parameters  # pyright: ignore[reportPrivateUsage]
+    for parameter in (own.get(weight), *own.values()):
+        if parameter is not None and parameter.requires_grad:
+            return parameter
+    if not layer._modules:  # pyright: ignore[reportPrivateUsage]
+        return None
+    return next((p for p in layer.parameters() if p.requires_grad), None)
 
 
 # Clocks come and go, by garbage collection too, which may strike while torch walks through its hooks: so the process
@@ -135,11 +168,61 @@ def _listen(clock: Clock) -> None:
         _hooks.append(register_optimizer_step_post_hook(_tell_after))
 
 
-def _tell_before(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-    for clock in list(_running):
-        clock.before(optimizer)
+def _tell_before(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    clocks = [clock for clock in list(_running) if clock.begin(optimizer)]
+    if not clocks:
+        return None
+
+    def due() -> None:
+        with torch.no_grad(), _own_precision():
+            for clock in clocks:
+                clock.before(optimizer)
+
+    # The first of `args` is the optimizer itself.
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _followed(args[1], due), *args[2:]), kwargs
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _followed(kwargs["closure"], due)}
+    due()
+    return None
+
+
+def _followed(closure: Callable[..., Any], due: Callable[[], None]) -> Callable[..., Any]:
+    """`closure`, and then what is due."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        found = closure(*args, **kwargs)
+        due()
+        return found
+
+    return run
 
 
 def _tell_after(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-    for clock in list(_running):
-        clock.after(optimizer)
+    with _own_precision():
+        for clock in list(_running):
+            if clock.end(optimizer):
+                clock.after(optimizer)
+
+
+def _depth(optimizer: torch.optim.Optimizer) -> int:
+    """How many steps of `optimizer` are under way in this thread: one that raised never told its end."""
+    frame, depth = sys._getframe(), 0  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        # torch's wrapper around every optimizer's step.
+        depth += frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return depth
+
+
+def _own_precision() -> contextlib.AbstractContextManager[object]:
+    """Without autocast, where a user steps inside it."""
+    if not autocasting():
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack

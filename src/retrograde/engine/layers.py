@@ -1,65 +1,20 @@
-"""Which layers can be attached, and the class swap that attaches them."""
+"""The class swap that attaches a layer, and which layers can be attached."""
 
 import copy
 import copyreg
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from retrograde.engine import boundary
-from retrograde.engine.blocks import cross
+from retrograde.engine.maps import attention, convolution, linear
+from retrograde.engine.maps.base import LayerKind, kind_of
 from retrograde.engine.program import LayerProgram
-from retrograde.engine.slots import Operands
-from retrograde.errors import DetachError, OptionError
-from retrograde.kernels.geometry import Geometry
+from retrograde.errors import DetachError
 
-Kind = Literal["linear", "convolution"]
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How to read a layer type as a linear-like map.
-
-    Attributes:
-        layer_type: the class whose own ``forward`` is understood.
-        kind: the boundary that runs it.
-        operands: ``(layer, *forward arguments) → Operands``.
-    """
-
-    layer_type: type[nn.Module]
-    kind: Kind
-    operands: Callable[..., Operands]
-
-
-_KINDS: dict[type[nn.Module], LayerKind] = {}
-
-
-def register_layer(
-    layer_type: type[nn.Module], operands: Callable[..., Operands], *, kind: Kind = "linear"
-) -> None:
-    """Teach retrograde a layer type of another library.
-
-    Args:
-        layer_type: a module class whose forward pass is ``z = W x + b`` or a convolution.
-        operands: called with the layer and the arguments of its ``forward``; returns the `Operands` of the product.
-            It runs under autograd, so the weight may be computed (transposed, say) from the layer's parameters.
-        kind: ``"linear"`` or ``"convolution"`` (whose operands carry a `Geometry`).
-
-    Example:
-        The transposed linear layer of GPT-2::
-
-            rg.register_layer(Conv1D, lambda layer, x: rg.Operands(x, layer.weight.T, layer.bias))
-    """
-    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"register_layer needs a class of torch.nn.Module, not {layer_type!r}.")
-    if kind not in ("linear", "convolution"):
-        raise OptionError(f"register_layer knows the kinds 'linear' and 'convolution', not {kind!r}.")
-    _KINDS[layer_type] = LayerKind(layer_type, kind, operands)
+__all__ = ["AttachedLayer", "attention", "convolution", "find_kind", "linear", "swap_in", "swap_out"]
 
 
 def find_kind(layer: nn.Module) -> LayerKind | str | None:
@@ -69,17 +24,16 @@ def find_kind(layer: nn.Module) -> LayerKind | str | None:
     """
     own = type(layer)._retrograde_base if isinstance(layer, AttachedLayer) else type(layer)  # pyright: ignore[reportAttributeAccessIssue]
     for cls in own.__mro__:
-        known = _KINDS.get(cls)
-        if known is None:
+        kind = kind_of(cls)
+        if kind is None:
             continue
         if "forward" in layer.__dict__:
             return "its forward was replaced on the object, which hides the class's: undo that, then attach"
         for method in ("forward", "_conv_forward"):
             if getattr(own, method, None) is not getattr(cls, method, None):
-                return (
-                    f"subclass of {cls.__name__} with a {method}() of its own: teach it with register_layer"
-                )
-        return known
+                return f"subclass of {cls.__name__} with a {method}() of its own: make it known with register_layer"
+        reason = kind.refuse(layer)
+        return kind.bound(layer) if reason is None else reason
     return None
 
 
@@ -87,49 +41,44 @@ class AttachedLayer(nn.Module):
     """Mixin of every attached layer: runs the layer's program in place of its own forward.
 
     Outside training, and while paused, the layer's own forward runs, so evaluation, export and tracing see the plain
-    layer. Copies and pickles are plain layers.
+    layer. Copies and pickles are plain layers with the same keys, which compute the same.
     """
 
     _retrograde: LayerProgram
     _retrograde_kind: LayerKind
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass; shapes as of the plain layer."""
         program = self._retrograde
-        training = self.training and program.active and torch.is_grad_enabled()
-        if not (training or program.changes_forward):
-            return cast(Tensor, super().forward(*args, **kwargs))
-        operands = self._retrograde_kind.operands(self, *args, **kwargs)
-        unbatched = operands.geometry is not None and operands.x.dim() == len(operands.geometry.stride) + 1
-        if unbatched:
-            operands = replace(operands, x=operands.x.unsqueeze(0))
-        transformed = program.transform(operands)
-        if training:
-            z = boundary.apply(transformed, program, program.sample(operands))
-        else:
-            z = boundary.multiply(transformed)
-        z = program.extend(operands.x, z)
-        if training and program.exit is not None:
-            z = cross(z, program.exit)
-        return z.squeeze(0) if unbatched else z
+        if self.training and program.active and torch.is_grad_enabled():
+            return self._retrograde_kind.forward(self, program.product, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        base = _swapped_from(self, self._retrograde.name)
-        plain = base.__new__(base)
-        memo[id(self)] = plain
-        plain.__dict__.update(copy.deepcopy(_plain_state(self), memo))
-        folded = self._retrograde.fold(plain)
-        memo[id(self)] = folded
-        return folded
+        return copied(self, _swapped_from(self, self._retrograde.name), _plain_state(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        plain, state = _swapped_from(self, self._retrograde.name), _plain_state(self)
-        if self._retrograde.changes_forward:
-            folded = copy.deepcopy(self)
-            plain, state = type(folded), folded.__dict__
-        # The standard library's reconstructor: whoever loads the file needs no retrograde.
-        reconstruct = copyreg._reconstructor  # pyright: ignore[reportAttributeAccessIssue]
-        return reconstruct, (plain, object, None), state
+        return reduced(_swapped_from(self, self._retrograde.name), _plain_state(self), protocol)
+
+
+def copied(
+    module: nn.Module, plain: type[nn.Module], state: dict[str, Any], memo: dict[int, Any]
+) -> nn.Module:
+    """A deep copy of a swapped module, of its plain class."""
+    made = plain.__new__(plain)
+    memo[id(module)] = made
+    made.__dict__.update(copy.deepcopy(state, memo))
+    return made
+
+
+def reduced(plain: type[nn.Module], state: dict[str, Any], protocol: Any) -> Any:
+    """How a swapped module is pickled: as one of its plain class, so that whoever loads it needs no retrograde."""
+    if plain.__reduce_ex__ is not object.__reduce_ex__:
+        made = plain.__new__(plain)
+        made.__dict__.update(state)
+        return made.__reduce_ex__(protocol)
+    reconstruct = copyreg._reconstructor  # pyright: ignore[reportAttributeAccessIssue]
+    return reconstruct, (plain, object, None), state
 
 
 def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:
@@ -145,14 +94,11 @@ def swap_out(layers: Mapping[str, nn.Module]) -> None:
     """Give the layers, by name, their own classes back: all of them, or none when one cannot."""
     bases = {name: _swapped_from(layer, name) for name, layer in layers.items()}
     for name, layer in layers.items():
-        _restore(layer, bases[name])
-
-
-def _restore(layer: nn.Module, base: type[nn.Module]) -> None:
-    for rule in layer.__dict__["_retrograde"].rules:
-        rule.release(layer)
-    layer.__class__ = base
-    del layer.__dict__["_retrograde"], layer.__dict__["_retrograde_kind"]
+        rules = layer.__dict__["_retrograde"].rules
+        layer.__class__ = bases[name]
+        del layer.__dict__["_retrograde"], layer.__dict__["_retrograde_kind"]
+        for rule in reversed(rules):
+            rule.release(layer)
 
 
 def _swapped_from(layer: nn.Module, name: str) -> type[nn.Module]:
@@ -176,62 +122,3 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _plain_state(layer: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in layer.__dict__.items() if k not in ("_retrograde", "_retrograde_kind")}
-
-
-def _linear(layer: nn.Linear, input: Tensor) -> Operands:
-    return Operands(input, layer.weight, layer.bias)
-
-
-def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor) -> Operands:
-    # Read anew in every forward pass, as torch does: segmentation models change dilation and padding after building.
-    kernel = layer.weight.shape[2:]
-    none = (0,) * len(kernel)
-    stride, dilation = _each(layer.stride, kernel), _each(layer.dilation, kernel)
-    if layer.padding_mode != "zeros":
-        # (left, right) for each dimension, last dimension first: torch computes them when the layer is built.
-        sides = list(layer._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage]
-        input, padding = F.pad(input, sides, mode=layer.padding_mode), none
-    elif layer.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        padding = tuple(total // 2 for total in totals)
-        odd = [total % 2 for total in totals]
-        if any(odd):
-            input = F.pad(input, [side for extra in reversed(odd) for side in (0, extra)])
-    elif layer.padding == "valid":
-        padding = none
-    else:
-        padding = _each(layer.padding, kernel)
-    geometry = Geometry(stride, padding, dilation, False, none, layer.groups)
-    return Operands(input, layer.weight, layer.bias, geometry)
-
-
-def _each(value: Any, kernel: Sequence[int]) -> tuple[int, ...]:
-    """A setting of a convolution for each spatial dimension; users may have set one number for all."""
-    return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
-
-
-def _transposed(
-    layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-    input: Tensor,
-    output_size: list[int] | None = None,
-) -> Operands:
-    kernel = layer.weight.shape[2:]
-    stride, dilation, padding = (_each(v, kernel) for v in (layer.stride, layer.dilation, layer.padding))
-    extra = layer._output_padding(  # pyright: ignore[reportPrivateUsage]
-        input,
-        output_size,
-        list(stride),
-        list(padding),
-        list(kernel),
-        len(kernel),
-        list(dilation),
-    )
-    geometry = Geometry(stride, padding, dilation, True, tuple(extra), layer.groups)
-    return Operands(input, layer.weight, layer.bias, geometry)
-
-
-register_layer(nn.Linear, _linear)
-for _convolution_type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register_layer(_convolution_type, _convolution, kind="convolution")
-for _transposed_type in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register_layer(_transposed_type, _transposed, kind="convolution")

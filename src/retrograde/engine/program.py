@@ -1,57 +1,43 @@
 """The program of one attached layer: its rules sorted into slots, its random keys, its counts."""
 
-import hashlib
-import itertools
 import math
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
-from retrograde.accounting.flops import DISCOUNTS, convolution_flops, linear_flops
-from retrograde.engine.blocks import BlockProgram
-from retrograde.engine.rows import sample_rows
-from retrograde.engine.slots import Call, Grant, Needs, Operands, Rule, Step, Tier
+from retrograde.engine import boundary, ranks
+from retrograde.engine.blocks import BlockProgram, cross
+from retrograde.engine.maps.base import Gradients, Map
+from retrograde.engine.slots import Call, Grant, Needs, Rule, Step, Tier
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
-from retrograde.errors import AttachError, OptionError, RetrogradeWarning, StateError
+from retrograde.engine.tally import Tally
+from retrograde.errors import OptionError, RetrogradeWarning, StateError
 from retrograde.kernels.delta import Delta
-from retrograde.kernels.dispatch import Done, Products
-from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.dispatch import SMALL, Products
 from retrograde.kernels.int8 import Quantised
-from retrograde.maths.philox import mix_key
+from retrograde.kernels.work import DISCOUNTS, DTYPE_DISCOUNTS, Work
+from retrograde.maths.philox import key_of, mix_key
+
+if TYPE_CHECKING:
+    from retrograde.engine.clock import Clock
 
 _PASSES_WITHOUT_STEP = 1000
 _ROUNDING_FLOPS = 6
 """For each entry of an operand that a forward pass in 8 bits rounds: largest magnitude, scaling and rounding, twice."""
-_handles = itertools.count()
-# An op takes tensors and numbers only, so a layer's op finds its program by number; weakly, to keep nothing alive.
-_programs: "weakref.WeakValueDictionary[int, LayerProgram]" = weakref.WeakValueDictionary()
+_FULL = Grant(Tier.FULL)
+# Whether autocast is on for any device, which takes less time to say.
+autocasting: Any = torch._C._is_any_autocast_enabled  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """What one backward call returns; None where autograd asked for nothing."""
-
-    input: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Work:
-    """FLOPs of one product of a call: all, those with a non-zero, and the discount of the layer's own precision."""
-
-    dense: float
-    needed: float
-    discount: float
+def ordered(rules: Mapping[str, Rule]) -> tuple[Rule, ...]:
+    """Rules by method name, as slots run them."""
+    return tuple(rules[name] for name in sorted(rules, key=lambda name: (rules[name].precedence, name)))
 
 
 class LayerProgram:
@@ -59,14 +45,16 @@ class LayerProgram:
 
     Args:
         name: full name of the layer in the model.
-        kind: ``"linear"`` or ``"convolution"``.
-        rules: the methods' rules for this layer; their order is kept within a slot.
+        rules: the methods' rules for this layer, as `ordered` returns them.
         seed: the session's seed.
+        names: of the layer's weight and bias.
     """
 
-    def __init__(self, name: str, kind: str, rules: Sequence[Rule], seed: int) -> None:
+    def __init__(
+        self, name: str, rules: Sequence[Rule], seed: int, names: tuple[str, str] = ("weight", "bias")
+    ) -> None:
         self.name = name
-        self.kind = kind
+        self.names = names
         self.rules = tuple(rules)
         self.seed = seed
         for rule in self.rules:
@@ -76,43 +64,37 @@ class LayerProgram:
         """The innermost block around the layer, or its own when it is a chain; its grant is the tier to begin with."""
         self.exit: BlockProgram | None = None
         """The block that ends at this layer's output."""
-        self.clock: object = None
-        """Kept by the layers, so that a model trains on when nobody keeps the session."""
-        self.excused = False
+        self.clock: Clock | None = None
+        """Kept by the layers, so that a model trains on when nothing keeps the session."""
+        self.map: Map | None = None
+        """How the layer multiplied in its last backward call."""
+        self.may_idle = False
+        """Whether a step without a backward pass is as the user wants it: the session was paused."""
         self.step = 0
         self.calls = 0
         self.idle_steps = 0
         self._passes, self._last_pass = 0, -1
-        self.total = Counters()
+        self.tally = Tally()
         self.clocked = 0.0
         """Seconds of the backward calls so far: on a GPU, of launching them. No part of the state."""
         self.clocked_steps = 0
         """Optimizer steps that these seconds belong to."""
-        self.kernels: Counter[str] = Counter()
-        """Products by the kernel that computed them."""
-        self._at_step = Counters()
-        self._layer_key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+        self._treated: tuple[weakref.ref[Tensor], int] | None = None
+        self._layer_key = key_of(name)
+        self._key_of: tuple[tuple[int, ...], int] = (), 0
         self._fill_slots()
         self.statistics = _shared_statistics(self.rules)
         # A plain flag, not a question about the step: compiled code is guarded by what forward reads.
         self.sampling = self.statistics is not None
-        handle = next(_handles)
-        _programs[handle] = self
-        # [handle, backward calls]: read on the host by the layer's op, which declares it mutated.
-        self.token = torch.tensor([handle, 0])
+        self.token = boundary.token(self)
 
     def _fill_slots(self) -> None:
         def filling(slot: str) -> tuple[Rule, ...]:
             return tuple(rule for rule in self.rules if rule.fills(slot))
 
-        self._input, self._output = filling("input"), filling("output")
-        self._gate, self._delta, self._observe = filling("gate"), filling("delta"), filling("observe")
-        self._grad, self._local, self._fold = filling("grad"), filling("local"), filling("fold")
-        for rule in {*self._input, *self._output}.difference(self._fold):
-            raise OptionError(
-                f"{type(rule).__name__} changes the forward pass of layer {self.name!r} (slot `input` or `output`) but "
-                "does not fill `fold`: copies, pickles and folded models would compute another function. Fill `fold`."
-            )
+        self._output, self._gate, self._delta = filling("output"), filling("gate"), filling("delta")
+        self._observe, self._grad, self._local = filling("observe"), filling("grad"), filling("local")
+        self._fold = filling("fold")
         save, product = filling("save"), filling("product")
         if save != product or len(save) > 1:
             names = ", ".join(sorted({type(rule).__name__ for rule in (*save, *product)}))
@@ -122,7 +104,16 @@ class LayerProgram:
                 "method can. Attach one of them to this layer; `only` and `skip` choose layers."
             )
         self._save = save[0] if save else None
-        self.int8 = self.kind == "linear" and any(rule.int8_forward for rule in self.rules)
+        self._plain = not (save or self._gate or self._delta or self._observe)
+        """Whether no rule acts in the backward pass."""
+        reading = next((rule for rule in self.rules if rule.needs_input), None)
+        if reading is not None and self._save not in (None, reading):
+            raise OptionError(
+                f"layer {self.name!r}: {type(reading).__name__} reads the layer's input in the backward pass, and "
+                f"{type(self._save).__name__} keeps something else in its place. Attach one of them to this layer; "
+                "`only` and `skip` choose layers."
+            )
+        self.int8 = any(rule.int8_forward for rule in self.rules)
         """Whether the forward product runs in 8 bits."""
         if self.int8 and self._save is not None:
             raise OptionError(
@@ -131,60 +122,41 @@ class LayerProgram:
                 "attach one of them to this layer; `only` and `skip` choose layers."
             )
 
-    @property
-    def changes_forward(self) -> bool:
-        """Whether the attached layer computes another function than its plain class."""
-        return bool(self._input or self._output)
+    # Forward.
 
-    @staticmethod
-    def find(token: Tensor) -> "LayerProgram":
-        """The program that `token` names."""
-        program = _programs.get(int(token[0]))
-        if program is None:
-            raise AttachError(
-                "a backward pass reached a layer whose session is gone: it was detached, or no reference to the "
-                "attached model is left. Run the forward pass again after detaching."
-            )
-        return program
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, map: Map) -> Tensor:
+        """``z = W x + b`` with the program in its backward pass, and what rules make of it."""
+        own = x
+        if (torch.compiler.is_compiling() or autocasting()) and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+            bias = None if bias is None else _autocast(bias, dtype)
+        rows = self._sample(own, weight, map) if self.sampling else None
+        z = boundary.apply(x, weight, bias, rows, self, map)
+        for rule in self._output:
+            z = rule.output(own, z, map)
+        return z if self.exit is None else cross(z, self.exit)
 
-    # Forward: slots 1 to 3.
-
-    def transform(self, operands: Operands) -> Operands:
-        """Slot 1."""
-        for rule in self._input:
-            operands = rule.input(operands)
-        return operands
-
-    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Slot 3."""
-        return (x,) if self._save is None else self._save.save(x)
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Slots 6, forward, and 3 of a linear layer: z, and what is kept for the backward pass."""
-        learns = weight.requires_grad
-        if not self.int8:
-            return F.linear(x, weight, bias), self.keep(x) if learns else ()
-        z, x_values, x_scale, *rounded_weight = torch.ops.retrograde.int8_linear(x, weight, bias)
-        return z, (*rounded_weight, x_values, x_scale) if learns else tuple(rounded_weight)
-
-    def sample(self, operands: Operands) -> Tensor | None:
-        """Rows of x for the input statistics, kept for the backward pass in the steps that bring them.
-
-        Args:
-            operands: as they came, before slot 1: what statistics follow must not depend on what is made of them.
-        """
-        if self.statistics is None or not self.sampling:
+    def _sample(self, x: Tensor, weight: Tensor, map: Map) -> Tensor | None:
+        """Rows of x for the input statistics, kept for the backward pass in the steps that bring them."""
+        if self.statistics is None:
             return None
         with torch.no_grad():
-            return sample_rows(operands.x, operands.weight, operands.geometry, self.statistics.spec.rows)
+            # Detached: rows may be a view of x, which would keep its graph, and whoever computes with them record one.
+            return map.rows(x.detach(), weight, self.statistics.spec.rows)
 
-    def extend(self, x: Tensor, z: Tensor) -> Tensor:
-        """Slot 2, on the layer's own input."""
-        for rule in self._output:
-            z = rule.output(x, z)
-        return z
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, map: Map
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """z, and what is kept for the backward pass; inside the boundary."""
+        learns = weight.requires_grad
+        if not self.int8:
+            kept = () if not learns else (x,) if self._save is None else self._save.save(x, weight, map)
+            return map.forward(x, weight, bias), kept
+        z, x_values, x_scale, *rounded = torch.ops.retrograde.int8_linear(x, map.factor(weight), bias)
+        return z, (*rounded, x_values, x_scale) if learns else tuple(rounded)
 
-    # Backward: slots 4 to 6.
+    # Backward.
 
     def backward(
         self,
@@ -193,78 +165,119 @@ class LayerProgram:
         rows: Tensor | None,
         weight: Tensor,
         input_shape: Sequence[int],
-        geometry: Geometry | None,
-        needs: Needs,
+        map: Map,
+        needs: Sequence[bool],
     ) -> Gradients:
         """Gradients of one call; see `Call` for the arguments."""
-        self.token[1] += 1
-        if needs.weight or needs.bias:
+        self.map = map
+        if needs[1] or needs[2]:
             self._expect_steps()
-        grant = self._block_grant(delta)
-        if grant is None:
-            # Counted by the block, as where autograd never comes here.
-            return Gradients(
-                delta.new_zeros(tuple(input_shape)) if needs.input else None,
-                torch.zeros_like(weight) if needs.weight else None,
-                delta.new_zeros(_bias_size(weight, geometry)) if needs.bias else None,
-            )
-        key = mix_key(self.seed, self.step, self._layer_key, _rank(), self.calls)
-        self.calls += 1
-        rounded: list[Quantised] = []
+        if rows is not None and self.statistics is not None:
+            self.statistics.collect(rows)
+        flops = map.flops(input_shape, weight.shape, delta.shape)
+        small = flops < 2 * SMALL or delta.device.type != "cpu"
+        number = self.calls
+        if self._plain and small and self.block is None and saved:
+            self.calls = number + 1
+            if self.tally.counting(self.step, number) or not delta.numel():
+                own, discount = Delta(delta), DTYPE_DISCOUNTS[weight.dtype]
+                own.count()
+                self.tally.add(flops, (discount, discount), needs, needs[1], own, own)
+            else:
+                self.tally.note(flops, delta, weight.dtype, needs)
+            return map.gradients(delta, saved[0], weight, needs)
+        own, needs = Delta(delta), Needs(*needs[:3])
+        grant = _FULL
+        if self.block is not None:
+            if self.block.block.kind == "chain":
+                grant = self.block.gate(delta)
+            elif self.block.pruned:
+                # Counted by the block, as where autograd never comes here.
+                return (
+                    delta.new_zeros(tuple(input_shape)) if needs.input else None,
+                    torch.zeros_like(weight) if needs.weight else None,
+                    delta.new_zeros(map.outputs(weight.shape)) if needs.bias else None,
+                )
+            else:
+                # A branch's scale is in δ already.
+                grant = Grant(self.block.grant.tier)
+        self.calls = number + 1
+        call = Call(delta, saved, weight, input_shape, map, needs, flops, small, self, number, grant.tier)
         if self.int8:
-            pairs = zip(saved[::2], saved[1::2], strict=True)
-            rounded = [Quantised(values, scale, weight.dtype) for values, scale in pairs]
-            saved = [x.dense().view(tuple(input_shape)) for x in rounded[1:]] if self._observe else ()
-        call = Call(delta, saved, weight, input_shape, geometry, key, needs, self.total, grant.tier)
-        call.int8_weight, call.int8_x = (*rounded, None, None)[:2]
+            self._unpack(call)
         for rule in self._gate:
             call.tier = min(call.tier, rule.gate(call))
-        arrived = quantised = Delta(call.delta)
+        quantised = own
         for rule in self._delta:
             quantised = rule.delta(call, quantised)
-        if self.statistics is not None and rows is not None:
-            self.statistics.collect(rows)
         for rule in self._observe:
             rule.observe(call, quantised)
-        keep_weight = needs.weight and call.tier is not Tier.SKIP
-        work = self._count(call, arrived, quantised, keep_weight)
-        call.products = Products(quantised, call.allowed, needs.input + keep_weight)
-        weight_grad = self._weight_grad(call, quantised, work, keep_weight) if needs.weight else None
-        if weight_grad is not None and grant.scale != 1:
-            weight_grad = weight_grad * grant.scale
-        return Gradients(
-            self._input_grad(call, work) if needs.input else None,
-            weight_grad,
-            # The bias gradient is a sum over what arrived: exact, and free.
-            _bias_grad(call) if needs.bias else None,
-        )
+        learns = needs.weight and call.tier is not Tier.SKIP
+        self.tally.look(own, quantised, counting=self.tally.counting(self.step, number))
+        dx: Tensor | None
+        dw: Tensor | None
+        db: Tensor | None = None
+        input_work = weight_work = None
+        bare = call.low_weight is None and call.low_input is None and self._save is None
+        if small and bare and quantised.step is None and (call.saved or not learns):
+            x = call.saved[0] if call.saved else weight.new_empty(()).expand(tuple(input_shape))
+            asked = needs.input, learns, needs.bias and quantised is own
+            dx, dw, db = map.gradients(quantised.values, x, weight, asked)
+        else:
+            call.products = Products(quantised, call.min_precision, needs.input + learns, call.rounded)
+            # dW first: one call of torch may then compute both.
+            weight_work = self._weight_grad(call, quantised) if learns else None
+            if needs.input:
+                operand = map.factor(weight) if call.low_weight is None else call.low_weight
+                input_work = map.input_grad(call.products, operand, input_shape)
+            dx = None if input_work is None else input_work.value
+            dw = None if weight_work is None else weight_work.value
+        discount = DTYPE_DISCOUNTS[weight.dtype]
+        forward = DISCOUNTS["int8"] if self.int8 else discount
+        self.tally.add(flops, (forward, discount), needs, learns, own, quantised, input_work, weight_work)
+        if dw is not None and grant.scale != 1:
+            dw = dw * grant.scale
+        if needs.weight and not learns:
+            dw = torch.zeros_like(weight)
+        if needs.bias and db is None:
+            # A sum over what arrived: exact, and free.
+            db = map.bias_grad(delta)
+        return dx, dw, db
 
-    def _block_grant(self, delta: Tensor) -> Grant | None:
-        """What the layer's block grants this call; None where the whole block is pruned."""
-        if self.block is None:
-            return Grant(Tier.FULL)
-        if self.block.block.kind == "chain":
-            return self.block.gate(delta)
-        # A branch's scale is in δ already.
-        return None if self.block.pruned else Grant(self.block.grant.tier)
+    @property
+    def total(self) -> Counters:
+        """Sums over the calls since attaching."""
+        return self.tally.total
+
+    def key(self, call: int) -> int:
+        """64-bit random key of a call of this step."""
+        parts = self.seed, self.step, self._layer_key, ranks.rank()
+        if parts != self._key_of[0]:
+            self._key_of = parts, mix_key(*parts)
+        return mix_key(call, start=self._key_of[1])
+
+    def _unpack(self, call: Call) -> None:
+        """What a forward pass in 8 bits kept: W and x as levels."""
+        kept, dtype = call.saved, call.weight.dtype
+        call.low_weight = Quantised(kept[0], kept[1], dtype)
+        self.total.overhead += _ROUNDING_FLOPS * call.weight.numel()
+        call.saved = ()
+        if len(kept) > 2:
+            x = Quantised(kept[2], kept[3], dtype)
+            call.low_input = x
+            self.total.overhead += _ROUNDING_FLOPS * math.prod(call.input_shape)
+            # For whoever observes: dense, as it was rounded.
+            call.saved = (x.dense().view(tuple(call.input_shape)),) if self._observe else ()
+
+    def _weight_grad(self, call: Call, delta: Delta) -> Work:
+        if self._save is not None:
+            return self._save.product(call, delta)
+        return call.map.weight_grad(call.products, call.operand, call.weight)
 
     def pass_by(self, dense: Counters, ratio: float) -> None:
-        """Count calls that a block pruned: their forward pass ran, their backward pass did not.
-
-        Args:
-            dense: what an executed call of the block counted at this layer.
-            ratio: size of the pruned call relative to that one.
-        """
+        """Count calls that a block pruned, see `Tally.pass_by`."""
         self.calls += dense.calls
-        total = self.total
-        total.calls += dense.calls
-        total.skipped += dense.calls
-        total.forward_dense += dense.forward_dense * ratio
-        total.forward_needed += dense.forward_needed * ratio
-        total.forward_executed += dense.forward_executed * ratio
-        total.forward_discounted += dense.forward_discounted * ratio
-        total.input_grad_dense += dense.input_grad_dense * ratio
-        total.weight_grad_dense += dense.weight_grad_dense * ratio
+        self.tally.pass_by(dense, ratio)
 
     def _expect_steps(self) -> None:
         # A layer may be called many times within one backward pass: passes are what is counted.
@@ -276,120 +289,74 @@ class LayerProgram:
         if self._passes == _PASSES_WITHOUT_STEP:
             warnings.warn(
                 f"{self._passes} backward passes went through layer {self.name!r} without a step of an optimizer that "
-                "owns its weight: whatever the methods learn is not learnt. Use a torch.optim.Optimizer over the "
-                "model's parameters, or pass `optimizer=` to attach.",
+                "owns its weight: the methods' own state (scales, bases, thresholds) is never updated. Use a "
+                "torch.optim.Optimizer over the model's parameters, or pass `optimizer=` to attach.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
 
-    def _input_grad(self, call: Call, work: "_Work") -> Tensor:
-        products, weight = call.products, call.int8_weight
-        if call.geometry is None:
-            found, done = products.linear_input_grad(
-                call.weight if weight is None else weight, call.input_shape
-            )
-        else:
-            found, done = products.convolution_input_grad(call.weight, call.input_shape, call.geometry)
-        executed, discounted = self._executed(call, work, done)
-        self.total.input_grad_executed += executed
-        self.total.input_grad_discounted += discounted
-        return found
+    # The clock.
 
-    def _weight_grad(self, call: Call, delta: Delta, work: "_Work", wanted: bool) -> Tensor:
-        if not wanted:
-            return torch.zeros_like(call.weight)
-        products, x = call.products, call.int8_x
-        if self._save is not None:
-            found, done = self._save.product(call, delta), Done()
-        elif call.geometry is None:
-            found, done = products.linear_weight_grad(call.saved[0] if x is None else x)
-        else:
-            found, done = products.convolution_weight_grad(call.saved[0], call.weight, call.geometry)
-        executed, discounted = self._executed(call, work, done)
-        self.total.weight_grad_executed += executed
-        self.total.weight_grad_discounted += discounted
-        return found
-
-    def _executed(self, call: Call, work: "_Work", done: Done) -> tuple[float, float]:
-        """FLOPs that a product did, and discounted for its precision."""
-        self.kernels[done.kernel] += 1
-        executed = work.needed if done.skips_zeros else work.dense
-        rounded = [p for p in (call.precision, done.precision) if p is not None]
-        return executed, executed * min([work.discount, *(DISCOUNTS[p] for p in rounded)])
-
-    def _count(self, call: Call, own: Delta, delta: Delta, weight_wanted: bool) -> "_Work":
-        """Count what a call must do; what it does is counted with each product."""
-        total, entries = self.total, call.delta.numel()
-        total.calls += 1
-        total.skipped += call.needs.weight and not weight_wanted
-        if not entries:
-            return _Work(0.0, 0.0, 1.0)
-        if call.geometry is None:
-            dense = linear_flops(call.delta.shape[:-1].numel(), *call.weight.shape)
-        else:
-            dense = convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
-        needed = dense * (1 - delta.zeros / entries)
-        discount = DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
-        total.entries += entries
-        total.own_zeros += own.zeros
-        total.zeros += delta.zeros
-        total.forward_dense += dense
-        total.forward_needed += dense
-        total.forward_executed += dense
-        total.forward_discounted += dense * (DISCOUNTS["int8"] if self.int8 else discount)
-        if self.int8:
-            total.overhead += _ROUNDING_FLOPS * (math.prod(call.input_shape) + call.weight.numel())
-        if call.needs.input:
-            total.input_grad_dense += dense
-            total.input_grad_needed += needed
-        if call.needs.weight:
-            total.weight_grad_dense += dense
-        if weight_wanted:
-            total.weight_grad_needed += needed
-        return _Work(dense, needed, discount)
-
-    # The clock: slots 7 and 8.
+    def read(self) -> None:
+        """Fetch what lies on a GPU."""
+        self.tally.read()
+        for rule in self.rules:
+            rule.read()
 
     def kernel_shares(self) -> dict[str, float]:
         """Share of the products since attaching by the kernel that computed them."""
-        return {f"kernel_{name}": count / self.kernels.total() for name, count in self.kernels.items()}
+        kernels = self.tally.kernels
+        return {f"kernel_{name}": count / kernels.total() for name, count in kernels.items()}
 
     def before_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Slot 7."""
-        if self._grad:
-            step = Step(layer, self.step, optimizer, self.total - self._at_step)
-            for rule in self._grad:
-                rule.grad(step)
+        """Rules' `grad`, once for a gradient: one that an optimizer refused is not treated again."""
+        if not self._grad:
+            return
+        step = Step(layer, self.step, optimizer, self)
+        weight = step.weight
+        gradient = None if weight is None else weight.grad
+        if gradient is not None and self._treated is not None:
+            known, version = self._treated
+            if known() is gradient and version == gradient._version:  # pyright: ignore[reportPrivateUsage]
+                return
+        for rule in self._grad:
+            rule.grad(step)
+        gradient = None if weight is None else weight.grad
+        self._treated = None if gradient is None else (weakref.ref(gradient), gradient._version)  # pyright: ignore[reportPrivateUsage]
+
+    def remember(self, layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """A step inside a step begins: what the outer one did to the weights is no part of it."""
+        for rule in self._grad:
+            rule.remember(Step(layer, self.step, optimizer, self))
 
     def pause(self, paused: bool) -> None:
         """Let the plain layer run (True), or the program again (False)."""
         self.active = not paused
-        self.excused = True
+        self.may_idle = True
 
     def after_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer, *, idle: bool) -> None:
-        """Slot 8, then the next step begins; `idle` when no layer of this optimizer ran a backward pass."""
-        refreshed = False
-        if self.statistics is not None and self.statistics.refresh():
-            refreshed = True
+        """Rules' `local`, then the next step begins; `idle` when no layer of this optimizer ran a backward pass."""
+        self._treated = None
+        self.tally.read()
+        refreshed = self.statistics is not None and self.statistics.refresh()
+        if refreshed and self.statistics is not None:
             self.total.overhead += self.statistics.flops
         if self._local:
-            step = Step(layer, self.step, optimizer, self.total - self._at_step, refreshed)
+            step = Step(layer, self.step, optimizer, self, refreshed)
             for rule in self._local:
                 rule.local(step)
-        self._at_step = self.total.copy()
-        self.idle_steps = self.idle_steps + 1 if idle and not self.excused else 0
+        self.tally.end_step()
+        self.idle_steps = self.idle_steps + 1 if idle and not self.may_idle else 0
         # A pause excuses the steps that it touches: plain autograd ran, as was asked.
-        self.excused = not self.active
+        self.may_idle = not self.active
         self.clocked_steps += self.calls > 0
         self.step += 1
         self.calls = self._passes = 0
-        self._decide_sampling()
-
-    def _decide_sampling(self) -> None:
-        self.sampling = self.statistics is not None and self.statistics.due(self.step)
+        if self.statistics is not None:
+            self.sampling = self.statistics.due(self.step)
 
     def fold(self, layer: nn.Module) -> nn.Module:
-        """Slot 9, on a plain copy of the layer."""
+        """On a plain copy of the layer."""
         for rule in self._fold:
             layer = rule.fold(layer)
         return layer
@@ -401,9 +368,7 @@ class LayerProgram:
         return {
             "step": self.step,
             "calls": self.calls,
-            "total": self.total.to_dict(),
-            "at_step": self._at_step.to_dict(),
-            "kernels": dict(self.kernels),
+            **self.tally.state_dict(),
             "statistics": self.statistics.state_dict() if self.statistics else None,
             "rules": [rule.state_dict() for rule in self.rules],
         }
@@ -416,11 +381,10 @@ class LayerProgram:
                 "attached. Attach the methods that the state was saved with."
             )
         self.step, self.calls = int(state["step"]), int(state["calls"])
-        self.kernels = Counter(state["kernels"])
-        self.total, self._at_step = Counters(**state["total"]), Counters(**state["at_step"])
+        self.tally.load_state_dict(state)
         if self.statistics is not None:
             self.statistics.load_state_dict(state["statistics"])
-        self._decide_sampling()
+            self.sampling = self.statistics.due(self.step)
         for rule, saved in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(saved)
 
@@ -437,18 +401,6 @@ def _shared_statistics(rules: Sequence[Rule]) -> InputStatistics | None:
     return statistics
 
 
-def _bias_size(weight: Tensor, geometry: Geometry | None) -> int:
-    if geometry is None or not geometry.transposed:
-        return weight.shape[0]
-    return weight.shape[1] * geometry.groups
-
-
-def _bias_grad(call: Call) -> Tensor:
-    if call.geometry is None:
-        return call.delta.reshape(call.delta.shape[:-1].numel(), call.delta.shape[-1]).sum(0)
-    return call.delta.sum([0, *range(2, call.delta.dim())])
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Autocast leaves float64 alone, and so do we.
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

@@ -1,22 +1,26 @@
 """The slot protocol: what a method may do at one layer.
 
-`docs/design.md` shows where each slot sits in the layer's program and how the methods fill them.
+A slot is a method of `Rule`. `docs/design.md` shows where each sits in the layer's program and who fills it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
+from retrograde.engine.maps.base import LayerKind, Map
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
-from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised
+from retrograde.kernels.work import Work
+
+if TYPE_CHECKING:
+    from retrograde.engine.program import LayerProgram
 
 
 class Tier(IntEnum):
@@ -30,25 +34,7 @@ class Tier(IntEnum):
     """Nothing reduced."""
 
 
-@dataclass(frozen=True)
-class Operands:
-    """What the layer's product is made of; slot 1 may transform any of it.
-
-    Attributes:
-        x: input, (…, i) for a linear layer, (N, C_in, spatial…) for a convolution, padded where needed.
-        weight: (o, i), or the convolution's kernel in torch's layout.
-        bias: (o,) or None.
-        geometry: None for a linear layer.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    geometry: Geometry | None = None
-
-
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients autograd asked for in a call."""
 
     input: bool
@@ -56,43 +42,65 @@ class Needs:
     bias: bool
 
 
-@dataclass
+@dataclass(slots=True, repr=False)
 class Call:
-    """One application of a layer in one backward pass: what slots 4 to 6 see.
+    """One application of a layer in one backward pass: what the slots of the backward pass see.
 
     Attributes:
         delta: δ, gradient at the layer's output, as it arrived.
-        saved: what slot 3 kept; empty when no weight gradient is needed. After a forward pass in 8 bits, x̂ as it was
-            rounded, where a rule observes.
-        int8_weight: the weight in 8 bits, where the forward pass or a rule rounded it: dx comes from it.
-        int8_x: x̂ in 8 bits, as rows (n, i), where the forward pass or a rule rounded it: dW comes from it.
-        products: slot 6, both backward products with δ̃; set when slot 5 is done.
+        saved: what the slot `save` kept: the layer's own input, unless a rule says otherwise; empty when no weight
+            gradient is needed.
         weight: the weight that the forward pass multiplied.
-        input_shape: shape of x̂.
-        geometry: None for a linear layer.
-        key: 64-bit random key of this call.
+        input_shape: shape of the layer's input.
+        map: how the layer multiplies; see `retrograde.engine.maps.base.Map`.
         needs: gradients asked for.
-        counters: the layer's sums; a rule adds its fallbacks and overhead.
+        flops: of one dense product.
+        small: whether products are so small that only torch's own kernels come into question.
+        program: the layer's.
+        number: of the call within its step.
         tier: what the layer's block and the gates have granted so far.
-        allowed: the least precision that kernels may round the other operands of δ̃'s products to.
-        precision: what a rule has rounded the operands of the backward products to (a key of
-            `retrograde.accounting.flops.DISCOUNTS`); None for the weight's own dtype.
+        min_precision: the least precision that kernels may round the other operands of δ̃'s products to.
+        rounded: the precision that a rule has rounded these operands to; None for the weight's own dtype.
+        low_weight: W as `Map.factor` lays it out, rounded by the forward pass or by a rule: dx comes from it.
+        low_input: ``saved[0]`` rounded likewise: dW comes from it.
+        products: both backward products with δ̃; set when δ̃ is known.
     """
 
     delta: Tensor
     saved: Sequence[Tensor]
     weight: Tensor
     input_shape: Sequence[int]
-    geometry: Geometry | None
-    key: int
+    map: Map
     needs: Needs
-    counters: Counters
+    flops: float
+    small: bool
+    program: "LayerProgram"
+    number: int
     tier: Tier = Tier.FULL
-    allowed: str = "float32"
-    precision: str | None = None
-    int8_weight: Quantised | None = None
-    int8_x: Quantised | None = None
+    min_precision: str = "float32"
+    rounded: str | None = None
+    low_weight: Tensor | Quantised | None = None
+    low_input: Tensor | Quantised | None = None
     products: Products = field(init=False)
+
+    @property
+    def key(self) -> int:
+        """64-bit random key of this call."""
+        return self.program.key(self.number)
+
+    @property
+    def counters(self) -> Counters:
+        """The layer's sums; a rule adds its fallbacks."""
+        return self.program.total
+
+    @property
+    def operand(self) -> Tensor | Quantised:
+        """What δ̃ᵀ multiplies: ``saved[0]``, as it was rounded where it was."""
+        return self.saved[0] if self.low_input is None else self.low_input
+
+    def spend(self, flops: float) -> None:
+        """Count FLOPs of the method's own."""
+        self.program.total.overhead += flops
 
 
 @dataclass(frozen=True)
@@ -147,23 +155,46 @@ class Grant:
     scale: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
-    """One optimizer step, as slots 7 and 8 see it.
+    """One optimizer step, as `Rule.grad` and `Rule.local` see it.
 
     Attributes:
         layer: the attached layer.
         index: steps of this layer so far, from 0.
-        refreshed: whether the statistics of the layer's input are new in this step.
         optimizer: the optimizer that owns the layer's parameters.
-        counters: what the layer's backward calls since the last step counted.
+        refreshed: whether the statistics of the layer's input are new in this step.
     """
 
     layer: nn.Module
     index: int
     optimizer: torch.optim.Optimizer
-    counters: Counters
+    program: "LayerProgram"
     refreshed: bool = False
+
+    @property
+    def map(self) -> Map | None:
+        """How the layer multiplied in its last backward call; None before the first."""
+        return self.program.map
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter that the layer multiplies; None where it is computed."""
+        return self.layer._parameters.get(self.program.names[0])  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The parameter that the layer adds."""
+        return self.layer._parameters.get(self.program.names[1])  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def zeros(self) -> float | None:
+        """Share of zeros in δ̃ since the last step; None where there was no backward pass."""
+        return self.program.tally.zeros_of_step()
+
+    def spend(self, flops: float) -> None:
+        """Count FLOPs of the method's own."""
+        self.program.total.overhead += flops
 
 
 @dataclass(frozen=True)
@@ -173,36 +204,50 @@ class Site:
     Attributes:
         name: full name in the model.
         layer: the layer itself.
-        kind: ``"linear"`` or ``"convolution"``.
+        map: how it multiplies, as it is set now.
+        weight: the parameter that it multiplies; None where the weight is computed in every forward pass.
+        bias: the parameter that it adds.
+        kind: what reads the layer.
         tied: whether another layer shares a parameter of this one.
         last: whether it is the last of several layers that were chosen: the head, as a rule.
+        fused_by: modules around it that multiply by its weight themselves in evaluation, without calling it.
     """
 
     name: str
     layer: nn.Module
-    kind: str
+    map: Map
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    kind: LayerKind
     tied: bool = False
     last: bool = False
+    fused_by: tuple[nn.Module, ...] = ()
 
 
 class Rule:
     """What one method does at one layer. Override the slots that the method needs; the others cost nothing.
 
-    Rules keep their state in plain attributes and tensors, change it only in the backward pass (slots 4 to 6) and
-    in the step hooks (slots 7 and 8), never in the forward pass, which activation checkpointing runs twice.
+    Rules keep their state in plain attributes and tensors, change it only in the backward pass (`gate` to
+    `product`) and in the step hooks (`grad`, `local`), never in the forward pass, which checkpointing runs twice.
     """
+
+    precedence: ClassVar[int] = 0
+    """Within a slot rules run by precedence, then by their methods' names: the user's order means nothing."""
+
+    needs_input: ClassVar[bool] = False
+    """Whether ``call.saved`` must hold the layer's own input: no other rule may then fill `save`."""
 
     needs_statistics: StatisticsSpec | None = None
     """Set by a rule that reads `statistics`."""
 
     statistics: InputStatistics
-    """Statistics of the layer's input, given by the program to rules that need them, refreshed before slot 8."""
+    """Statistics of the layer's input, given by the program to rules that need them, refreshed before `local`."""
 
     seed: int = 0
     """The session's seed, given by the program."""
 
     int8_forward: bool = False
-    """Slots 3 and 6: the product of a linear layer's forward pass runs in 8 bits and leaves x̂ and W quantised
+    """The product of a linear layer's forward pass runs in 8 bits and leaves x and W quantised
     (`retrograde.kernels.int8`)."""
 
     remark: str = ""
@@ -213,57 +258,60 @@ class Rule:
         """Full name of the layer, for messages."""
 
     def prepare(self, layer: nn.Module) -> None:
-        """Once, when attaching: add the parameters and buffers that the forward pass needs to `layer`.
+        """Once, when attaching: add what the forward pass needs to `layer`.
 
-        They are part of ``model.state_dict()``; `Rule.release` takes them away again.
+        A rule that fills `output` also sets ``layer.__class__`` to a subclass that computes the same by itself:
+        evaluation, copies and pickles are of that class. `Rule.release` undoes both.
         """
 
     def release(self, layer: nn.Module) -> None:
         """Once, when detaching: undo `prepare`."""
 
-    def input(self, operands: Operands) -> Operands:
-        """Slot 1, forward, under autograd: transform the operands of the product."""
+    def output(self, x: Tensor, z: Tensor, map: Map) -> Tensor:
+        """Forward, under autograd: ``(x, z) → z'``."""
         raise NotImplementedError
 
-    def output(self, x: Tensor, z: Tensor) -> Tensor:
-        """Slot 2, forward, under autograd: ``(x, z) → z'``, x as it came, before slot 1."""
-        raise NotImplementedError
-
-    def save(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Slot 3, forward, inside the boundary: what is kept of x̂. Comes with `product`."""
+    def save(self, x: Tensor, weight: Tensor, map: Map) -> tuple[Tensor, ...]:
+        """Forward, inside the boundary: what is kept of x. Comes with `product`."""
         raise NotImplementedError
 
     def gate(self, call: Call) -> Tier:
-        """Slot 4, backward, first: the tier of this call. The lowest of all gates counts."""
+        """Backward, first: the tier of this call. The lowest of all gates counts."""
         raise NotImplementedError
 
     def delta(self, call: Call, delta: Delta) -> Delta:
-        """Slot 5, backward: δ → δ̃."""
+        """Backward: δ → δ̃. What another rule has turned into levels stays so."""
         raise NotImplementedError
 
     def observe(self, call: Call, delta: Delta) -> None:
-        """Between slots 5 and 6, backward: read δ (``call.delta``), δ̃ and what was saved; accumulate only."""
+        """Backward, between `delta` and `product`: read δ (``call.delta``), δ̃ and what was saved; accumulate only."""
         raise NotImplementedError
 
-    def product(self, call: Call, delta: Delta) -> Tensor:
-        """Slot 6, backward: the weight gradient from what `save` kept."""
+    def product(self, call: Call, delta: Delta) -> Work:
+        """Backward: the weight gradient from what `save` kept."""
         raise NotImplementedError
 
     def grad(self, step: Step) -> None:
-        """Slot 7, before the optimizer's step, after any all-reduce: change ``layer.weight.grad``."""
+        """Before the optimizer's step, after any all-reduce: change ``step.weight.grad``."""
         raise NotImplementedError
 
+    def remember(self, step: Step) -> None:
+        """Where an optimizer steps another one inside its own step: the inner step begins."""
+
     def local(self, step: Step) -> None:
-        """Slot 8, after the optimizer's step: the method's own learning."""
+        """After the optimizer's step: the method's own learning."""
         raise NotImplementedError
 
     def fold(self, layer: nn.Module) -> nn.Module:
-        """Slot 9: the plain module that computes alone what the attached one computes.
+        """On request: the plainest module that computes what the attached layer computes.
 
         Args:
             layer: a plain copy of the attached layer, to be changed in place or replaced by what is returned.
         """
         raise NotImplementedError
+
+    def read(self) -> None:
+        """Fetch what lies on a GPU; the host waits, so never in the backward pass."""
 
     def metrics(self) -> dict[str, float]:
         """The method's own figures for this layer, for logs and reports."""
@@ -282,7 +330,7 @@ class Rule:
 
 
 class BlockRule:
-    """Slot 4 for a whole block. State changes in the backward pass (`gate`) and after the step (`local`) only."""
+    """`gate` for a whole block. State changes in the backward pass (`gate`) and after the step (`local`) only."""
 
     def gate(self, call: BlockCall) -> Grant:
         """What this call is worth; the answer must be the same on all ranks."""
@@ -307,13 +355,16 @@ class Conductor:
     """What a method decides for a whole model rather than for one layer: phases, restarts, the best state so far."""
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer, any of the process, is about to step; the rules' own slot 7 has run."""
+        """An optimizer, any of the process, is about to step; the rules' `grad` has run."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer that owns attached parameters made a step; the rules' own slot 8 has run."""
+        """An optimizer that owns attached parameters made a step; the rules' `local` has run."""
 
     def validated(self, score: float) -> None:
         """The user reported a validation score, higher is better (`Session.report`)."""
+
+    def fold(self, model: nn.Module) -> None:
+        """On a folded copy of the model: undo what concerned more than single layers."""
 
     def metrics(self) -> dict[str, Any]:
         """The method's figures for the whole model, ready for JSON."""
@@ -330,6 +381,8 @@ class Conductor:
 class Method:
     """A method's configuration: a frozen dataclass that makes one `Rule` for each layer.
 
+    A field called ``warmup`` is understood as steps before the method begins: short runs and benchmarks shorten it.
+
     Attributes:
         name: the method's short name, as on the command line.
     """
@@ -339,6 +392,21 @@ class Method:
     saves_time: ClassVar[bool] = False
     """Whether a faster step is what the method is for, and its work in every call is the same: what it saves can then
     be forecast, and a layer where it would lose may be declined."""
+
+    adds_parameters: ClassVar[bool] = False
+    """Whether the model that is trained may have more parameters than the plain one: tables then show their number."""
+
+    short_run: ClassVar[Mapping[str, Any]] = {}
+    """Options with which a run of a few hundred steps shows what the method does, where the defaults are for longer
+    ones: ``retrograde demo`` takes them."""
+
+    whole_run: ClassVar[str] = ""
+    """Why a few hundred steps cannot judge the method; empty where they can. ``retrograde advise`` then leaves it out
+    and gives this reason."""
+
+    benchmarks: ClassVar[Mapping[str, Sequence[Mapping[str, Any]]]] = {}
+    """Options with which ``retrograde bench steps`` times the method beside its defaults, by the precision that the
+    model runs in: ``"float32"``, or ``"bfloat16"`` for autocast."""
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> "Conductor | None":
         """What decides for the whole model, if the method needs that.

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrograde.engine import ranks
+
 _MEAN_MOMENTUM = 0.5
 _COLD_ITERATIONS = 5
 _WARM_ITERATIONS = 2
@@ -107,16 +109,16 @@ class InputStatistics:
         # finite makes the mean so, which is shorter to read.
         good = mean is not None and bool(torch.isfinite(mean).all())
         here = torch.tensor(float(good), device=self._device(rows))
-        if float(across_ranks(here)) < 1 or rows is None or mean is None:
+        if float(ranks.mean(here)) < 1 or rows is None or mean is None:
             return False
         if not self.refreshes:
             self._window = max(1, min(self.spec.every, math.ceil(self.spec.rows / rows.shape[1])))
         self.rows = rows
-        mean = across_ranks(mean)
+        mean = ranks.mean(mean)
         self.mean = mean if self.mean is None else self.mean.lerp(mean, 1 - _MEAN_MOMENTUM)
         centred = rows - mean.unsqueeze(1)
         squares = torch.linalg.vector_norm(centred, dim=(1, 2)).square()
-        self.variance = across_ranks(squares / centred[0].numel())
+        self.variance = ranks.mean(squares / centred[0].numel())
         self.flops = 4.0 * rows.numel()
         if self.spec.rank:
             self._track(centred)
@@ -133,12 +135,12 @@ class InputStatistics:
 
         def times_covariance(q: Tensor) -> Tensor:
             self.flops += 4.0 * centred.numel() * k
-            return across_ranks(centred.mT @ (centred @ q) / m)
+            return ranks.mean(centred.mT @ (centred @ q) / m)
 
         before = self.basis
         if d <= 2 * k:
             self.flops += 2.0 * centred.numel() * d
-            values, vectors = torch.linalg.eigh(across_ranks(centred.mT @ centred / m))
+            values, vectors = torch.linalg.eigh(ranks.mean(centred.mT @ centred / m))
             basis = vectors[..., -k:].flip(-1)
         else:
             if before is None:
@@ -169,13 +171,3 @@ class InputStatistics:
         self._pending = list(state.pop("pending"))
         for name, value in state.items():
             setattr(self, name, value)
-
-
-def across_ranks(tensor: Tensor) -> Tensor:
-    """The mean over ranks; `tensor` itself in one process."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return tensor
-    tensor = tensor.contiguous()
-    distributed.all_reduce(tensor)
-    return tensor / distributed.get_world_size()

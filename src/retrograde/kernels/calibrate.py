@@ -11,7 +11,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from retrograde.kernels import convolution, int8, linear
-from retrograde.kernels.choose import OPERANDS, ConvolutionProblem, CostModel, Problem
+from retrograde.kernels.choose import OPERANDS, ConvolutionProblem, CostModel, Problem, kernels_for
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 
@@ -85,7 +85,7 @@ def _measure_linear(measured: _Measured, a: int, m: int, i: int, operands: Seque
             nonzeros = int(levels.count_nonzero())
             for operand in operands:
                 problem = Problem(a, m, i, nonzeros, levels=True, transposed=transposed, operand=operand)
-                for kernel in OPERANDS[operand]:
+                for kernel in kernels_for(operand):
                     # What multiplies zeros takes as long with any number of them.
                     if kernel in linear.SKIPPING or share == _SHARES[0]:
                         work = functools.partial(run, kernel, levels, 0.5, comes[operand])

@@ -28,9 +28,6 @@ _VERSION = 8
 _LANES = 16
 """Numbers in a vector register that convolutions fill."""
 
-_WORTH = 10_000_000
-"""Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""
-
 _LOG = logging.getLogger("retrograde")
 
 OPERANDS = {
@@ -38,7 +35,12 @@ OPERANDS = {
     "bfloat16": ("dense", "skip-bfloat16", "int8"),
     "int8": linear.KERNELS,
 }
-"""Kernels of a linear layer by how the dense operand comes: those that could be the fastest."""
+"""Our kernels of a linear layer by how the dense operand comes: those that could be the fastest."""
+
+
+def kernels_for(operand: str) -> tuple[str, ...]:
+    """Ours, and for a float32 operand the registered ones."""
+    return OPERANDS[operand] + (linear.registered() if operand == "float32" else ())
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,17 @@ class CostModel:
         return min(allowed, key=lambda kernel: self.seconds(kernel, problem))
 
 
-_models: dict[int, CostModel] = {}
+_models: dict[tuple[object, ...], CostModel] = {}
+"""By threads and registered kernels."""
 
 
 def model() -> CostModel:
     """The cost model of this machine at torch's present number of threads: cached, stored, or calibrated now."""
-    threads = torch.get_num_threads()
-    known = _models.get(threads)
+    which = torch.get_num_threads(), *linear.registered()
+    known = _models.get(which)
     if known is None:
         path = _path()
-        known = _models[threads] = _stored(path) or _calibrated(path)
+        known = _models[which] = _stored(path) or _calibrated(path)
     return known
 
 
@@ -183,7 +186,8 @@ def _stored(path: Path) -> CostModel | None:
 def _fits() -> dict[str, int]:
     """Every fit's number of terms."""
     found: dict[str, int] = {}
-    for operand, kernels in OPERANDS.items():
+    for operand in OPERANDS:
+        kernels = kernels_for(operand)
         for transposed, levels, kernel in itertools.product((False, True), (False, True), kernels):
             # An exact gradient meets operands in its own precision alone.
             if levels or operand == "float32":
@@ -198,10 +202,6 @@ def _fits() -> dict[str, int]:
 def _path() -> Path:
     versions = (torch.__version__, np.__version__)
     facts = (_VERSION, host.processor(), host.instructions(), torch.get_num_threads(), versions)
+    facts += linear.registered()
     digest = hashlib.sha256(repr((facts, host.settings())).encode()).hexdigest()[:16]
     return host.cache_folder("kernels") / f"{digest}.json"
-
-
-def worthwhile(products: int) -> bool:
-    """Whether a product of so many multiply-adds is large enough for the choice to matter."""
-    return products >= _WORTH

@@ -3,7 +3,14 @@
 Each gives the same bits on any number of threads.
 """
 
-from retrograde.kernels.cpu_elementwise import Levels, Statistics, count_zeros, nsd, statistics
+from retrograde.kernels.cpu_elementwise import (
+    Levels,
+    Statistics,
+    count_zeros,
+    dither,
+    nsd,
+    statistics,
+)
 from retrograde.kernels.cpu_linear import TILE, pack, product
 from retrograde.kernels.cpu_lists import Lists, lists
 from retrograde.kernels.cpu_threads import use_threads
@@ -14,6 +21,7 @@ __all__ = [
     "Lists",
     "Statistics",
     "count_zeros",
+    "dither",
     "lists",
     "nsd",
     "pack",

@@ -13,32 +13,39 @@ from numba import prange
 from torch import Tensor
 
 from retrograde.kernels.cpu_memory import flat, in_memory_order
-from retrograde.kernels.cpu_threads import jit, serial, use_threads
+from retrograde.kernels.cpu_threads import inlined, jit, serial, use_threads
 from retrograde.kernels.delta import Levels
 
 _BLOCK = 4096
 """Entries in a block: its noise stays in the first-level cache."""
+_INFINITE = 0x7F800000
+"""The pattern of an infinite float32; those of NaN are larger."""
+
+
+@inlined
+def _block(x: Any, bits: Any, b: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> None:
+    block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+    pattern = bits[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+    # Sums in float64: squares of small gradients would vanish in float32.
+    total, peak, none = 0.0, np.int32(0), np.int32(0)
+    for j in range(block.size):
+        total += block[j]
+        # Magnitudes compare as their bit patterns do, which vectorises; those of NaN are the largest.
+        magnitude = pattern[j] & np.int32(0x7FFFFFFF)
+        peak = max(peak, magnitude)
+        none += np.int32(magnitude == 0)
+    mean = total / block.size
+    square = 0.0
+    for j in range(block.size):
+        away = np.float64(block[j]) - mean
+        square += away * away
+    sums[b], squares[b], peaks[b], zeros[b] = total, square, peak, none
 
 
 @jit
 def _statistics(x: Any, bits: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> None:
     for b in prange(sums.size):
-        block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        pattern = bits[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        # Sums in float64: squares of small gradients would vanish in float32.
-        total, peak, none = 0.0, np.int32(0), np.int32(0)
-        for j in range(block.size):
-            total += block[j]
-            # Magnitudes compare as their bit patterns do, which vectorises; those of NaN are the largest.
-            magnitude = pattern[j] & np.int32(0x7FFFFFFF)
-            peak = max(peak, magnitude)
-            none += np.int32(magnitude == 0)
-        mean = total / block.size
-        square = 0.0
-        for j in range(block.size):
-            away = np.float64(block[j]) - mean
-            square += away * away
-        sums[b], squares[b], peaks[b], zeros[b] = total, square, peak, none
+        _block(x, bits, b, sums, squares, peaks, zeros)
 
 
 @serial
@@ -96,6 +103,21 @@ def count_zeros(tensor: Tensor) -> int:
     return int(zeros.sum())
 
 
+@inlined
+def _words(counter: Any, key0: Any, key1: Any, out: Any) -> None:
+    """Philox4x32-10: see retrograde.maths.philox."""
+    half = np.uint64(32)
+    c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
+    k0, k1 = np.uint32(key0), np.uint32(key1)
+    for _ in range(10):
+        # Products of 32-bit words: one instruction, where 64-bit ones take three.
+        p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
+        c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
+        c1, c3 = np.uint32(p1), np.uint32(p0)
+        k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
+    out[0], out[1], out[2], out[3] = c0, c1, c2, c3
+
+
 @jit
 def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any, largest: Any) -> None:
     half, eighth = np.uint64(32), np.uint32(8)
@@ -131,6 +153,58 @@ def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any
             none += np.int32(level == 0)
             most = max(most, abs(level))
         zeros[b], largest[b] = none, most
+
+
+@serial
+def _dither(x: Any, bits: Any, out: Any, scale: Any, limit: Any, key0: Any, key1: Any) -> Any:
+    """A small gradient in one call, on one thread: statistics, then δ̃ itself in place of its levels."""
+    blocks = (x.size + _BLOCK - 1) // _BLOCK
+    sums, squares = np.empty(blocks), np.empty(blocks)
+    peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
+    for b in range(blocks):
+        _block(x, bits, b, sums, squares, peaks, zeros)
+    std, pattern, own_zeros = _together(x.size, sums, squares, peaks, zeros)
+    if pattern >= np.int32(_INFINITE) or not std > 0:
+        return 0.0, pattern, own_zeros, np.int64(0), np.int32(0)
+    # The pattern of a float32: sign, exponent, mantissa.
+    exponent, mantissa = pattern >> 23, pattern & 0x7FFFFF
+    fraction = mantissa / 8388608.0
+    largest = math.ldexp(fraction, -126) if exponent == 0 else math.ldexp(1 + fraction, exponent - 127)
+    wide_step = max(scale * std, largest / limit)
+    step = np.float32(wide_step)
+    if not (step > 0 and step < np.inf):
+        return 0.0, pattern, own_zeros, np.int64(0), np.int32(0)
+    ceiling = np.float32(limit)
+    none, most = np.int64(0), np.int32(0)
+    noise = np.empty(4, np.uint32)
+    for i in range((x.size + 3) // 4):
+        _words(np.uint64(i), key0, key1, noise)
+        for lane in range(min(4, x.size - 4 * i)):
+            ratio = x[4 * i + lane] / step
+            whole = np.floor(ratio)
+            uniform = np.float32(np.int32(noise[lane] >> np.uint32(8))) * np.float32(2.0**-24)
+            if uniform < ratio - whole:
+                whole += np.float32(1)
+            level = min(max(whole, -ceiling), ceiling)
+            out[4 * i + lane] = level * step
+            none += level == 0
+            most = max(most, abs(np.int32(level)))
+    return wide_step, pattern, own_zeros, none, most
+
+
+def dither(delta: Tensor, scale: float, key: int, bits: int) -> tuple[Tensor, float, bool, int, int, int]:
+    """Statistics, step and rounding of a small float32 gradient in one call: what `nsd` gives, times its step.
+
+    Returns:
+        δ̃ (whatever was in memory where Δ is 0); Δ, 0 where δ does not vary or is not finite; whether it is finite;
+        zeros of δ and of δ̃; the largest level.
+    """
+    out = torch.empty(delta.shape)
+    entries, limit = flat(delta), float(2 ** (bits - 1) - 1)
+    step, pattern, own, zeros, largest = _dither(
+        entries, entries.view(np.int32), out.numpy().reshape(-1), scale, limit, key & 0xFFFFFFFF, key >> 32
+    )
+    return out, step, pattern < _INFINITE, own, zeros, largest
 
 
 def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:

@@ -1,25 +1,40 @@
 """The gradient at a layer's output, dense or as integer levels times one step."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+_SMALL = 1 << 15
+"""Entries below which torch counts zeros faster than a kernel of ours is called."""
 
-@dataclass(frozen=True)
+
 class Delta:
     """δ̃ = values × step, with the shape of the layer's output.
 
     Attributes:
         values: dense gradient, or integer levels (int8, or floating point for unbounded levels).
         step: the quantisation step of the levels; None for a dense gradient.
-        counted: number of zeros, where whoever made it has counted them.
+        counted: number of zeros, where somebody has counted them: a number, or on a GPU one that is still there.
+        assumed: the share of zeros to go by where nobody has.
+        quantised: whether δ̃ is multiples of a step, in whichever form: one quantiser is enough.
     """
 
-    values: Tensor
-    step: float | None = None
-    counted: int | None = None
+    __slots__ = ("assumed", "counted", "quantised", "step", "values")
+
+    def __init__(
+        self,
+        values: Tensor,
+        step: float | None = None,
+        counted: "int | Tensor | None" = None,
+        *,
+        quantised: bool = False,
+    ) -> None:
+        self.values = values
+        self.step = step
+        self.counted = counted
+        self.assumed = 0.0
+        self.quantised = quantised or step is not None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """δ̃ as an ordinary tensor of `dtype`."""
@@ -27,21 +42,32 @@ class Delta:
             return self.values.to(dtype)
         return self.values.to(dtype) * self.step
 
-    def tell(self, zeros: int) -> None:
-        """Take the number of zeros from whoever has read the entries anyway."""
-        self.__dict__["zeros"] = zeros
+    def count(self) -> "int | Tensor":
+        """Number of zero entries, counted once; on a GPU it stays there, so that the host need not wait."""
+        if self.counted is None:
+            values = self.values
+            if values.device.type != "cpu":
+                self.counted = values.numel() - values.count_nonzero()
+            elif values.numel() > _SMALL and values.dtype in (torch.float32, torch.int8):
+                from retrograde.kernels import cpu  # where it is needed: a compiler comes with it
 
-    @cached_property
+                self.counted = cpu.count_zeros(values)
+            else:
+                self.counted = values.numel() - int(values.count_nonzero())
+        return self.counted
+
+    @property
     def zeros(self) -> int:
-        """Number of zero entries."""
-        if self.counted is not None:
-            return self.counted
-        values = self.values
-        if values.device.type == "cpu" and values.dtype in (torch.float32, torch.int8):
-            from retrograde.kernels import cpu  # where it is needed: a compiler comes with it
+        """Number of zero entries. On a GPU the host waits for it."""
+        return int(self.count())
 
-            return cpu.count_zeros(values)
-        return values.numel() - int(values.bool().sum())
+    @property
+    def nonzero_share(self) -> float:
+        """Share of entries that are not zero: counted, where the count is at hand, or assumed."""
+        if isinstance(self.counted, int):
+            entries = self.values.numel()
+            return 1 - self.counted / entries if entries else 0.0
+        return 1 - self.assumed
 
 
 @dataclass(frozen=True)

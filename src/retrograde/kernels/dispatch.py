@@ -3,11 +3,12 @@
 The reference runs where nothing faster is known: on other devices, in other dtypes, for small products.
 """
 
+import functools
 import importlib.util
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from retrograde.kernels.cpu_memory import lies_channels_last
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised
+from retrograde.kernels.work import DTYPE_DISCOUNTS, Work, convolution_flops, discount
 from retrograde.maths import dither
 
 if TYPE_CHECKING:
@@ -24,30 +26,17 @@ if TYPE_CHECKING:
     from retrograde.kernels.cpu_convolution import Sparse
 
 _LADDER = {
-    "float32": ("dense", "skip"),
-    "bfloat16": ("dense", "skip", "bfloat16", "skip-bfloat16"),
-    "int8": ("dense", "skip", "bfloat16", "skip-bfloat16", "int8"),
+    "float32": (None,),
+    "bfloat16": (None, "bfloat16"),
+    "int8": (None, "bfloat16", "int8"),
 }
-"""Kernels by the least precision that the operands may be rounded to."""
+"""What kernels may round operands to, by the least precision that is allowed; None rounds nothing."""
 _OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 """Dense operands that kernels take."""
+SMALL = 10_000_000
+"""Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""
 _GRAIN = 64
 """Shares of non-zeros are told apart in steps of one part in so many: kernels for close ones are the same."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a product was computed.
-
-    Attributes:
-        kernel: its name.
-        precision: what it rounded its operands to; None for their own precision.
-        skips_zeros: whether only non-zeros were multiplied.
-    """
-
-    kernel: str = reference.NAME
-    precision: str | None = None
-    skips_zeros: bool = reference.SKIPS_ZEROS
 
 
 class Products:
@@ -57,53 +46,64 @@ class Products:
         delta: δ̃.
         precision: the least that operands may be rounded to: a key of `_LADDER`.
         wanted: how many of the two products will be asked for: they share the work of listing the non-zeros.
+        rounded: the precision that operands have been rounded to already, whatever they are stored in.
     """
 
-    def __init__(self, delta: Delta, precision: str = "float32", wanted: int = 2) -> None:
+    def __init__(
+        self, delta: Delta, precision: str = "float32", wanted: int = 2, rounded: str | None = None
+    ) -> None:
         self._delta = delta
-        self._allowed = _LADDER[precision] if delta.step is not None else _LADDER["float32"]
+        self._allowed = _LADDER[precision if delta.step is not None else "float32"]
         self._wanted = max(wanted, 1)
+        self._rounded = rounded
         self._lists: Lists | None = None
         self._compacted: Sparse | None = None
-        self._input_grad: tuple[Tensor, Done] | None = None
+        self._input_grad: Work | None = None
 
-    def linear_input_grad(
-        self, weight: Tensor | Quantised, input_shape: Sequence[int]
-    ) -> tuple[Tensor, Done]:
-        """`reference.linear_input_grad`, and how."""
-        kernel = self._linear_kernel(weight, transposed=False)
+    def linear_input_grad(self, weight: Tensor | Quantised, input_shape: Sequence[int]) -> Work:
+        """`reference.linear_input_grad`."""
+        products = self._delta.values.numel() * weight.shape[-1]
+        kernel = None if products < SMALL else self._linear_kernel(weight, transposed=False)
+        flops = 2.0 * products
         if kernel is None:
-            return reference.linear_input_grad(self._delta, _dense(weight), input_shape), Done()
-        found, done = self._linear(kernel, weight, transposed=False)
-        return found.view(tuple(input_shape)), done
+            found = reference.linear_input_grad(self._delta, _dense(weight), input_shape)
+            return self._work(found, reference.NAME, None, flops, weight.dtype)
+        found = self._linear(kernel, weight, transposed=False).view(tuple(input_shape))
+        return self._work(found, kernel, _linear_kernels(), flops, weight.dtype)
 
-    def linear_weight_grad(self, x: Tensor | Quantised) -> tuple[Tensor, Done]:
-        """`reference.linear_weight_grad`, and how; a quantised x comes as rows (n, i)."""
-        rows = x if isinstance(x, Quantised) else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        kernel = self._linear_kernel(rows, transposed=True)
+    def linear_weight_grad(self, x: Tensor | Quantised) -> Work:
+        """`reference.linear_weight_grad`; a quantised x comes as rows (n, i)."""
+        products = self._delta.values.numel() * x.shape[-1]
+        rows, flops = x, 2.0 * products
+        kernel = None
+        if products >= SMALL:
+            rows = x if isinstance(x, Quantised) else x.reshape(-1, x.shape[-1])
+            kernel = self._linear_kernel(rows, transposed=True)
         if kernel is None:
-            return reference.linear_weight_grad(self._delta, _dense(x)), Done()
-        return self._linear(kernel, rows, transposed=True)
+            found = reference.linear_weight_grad(self._delta, _dense(x))
+            return self._work(found, reference.NAME, None, flops, x.dtype)
+        found = self._linear(kernel, rows, transposed=True)
+        return self._work(found, kernel, _linear_kernels(), flops, x.dtype)
 
-    def convolution_input_grad(
-        self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry
-    ) -> tuple[Tensor, Done]:
-        """`reference.convolution_input_grad`, and how."""
+    def convolution_input_grad(self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry) -> Work:
+        """`reference.convolution_input_grad`."""
         if self._input_grad is not None:
             return self._input_grad
         kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry)
+        flops = convolution_flops(input_shape, weight.shape, self._delta.values.shape, geometry)
         if kernel is None:
-            return reference.convolution_input_grad(self._delta, weight, input_shape, geometry), Done()
+            found = reference.convolution_input_grad(self._delta, weight, input_shape, geometry)
+            return self._work(found, reference.NAME, None, flops, weight.dtype)
         from retrograde.kernels import convolution
 
         sparse = self._sparse(kernel, geometry)
         found = convolution.input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
-        return found, _done(kernel, convolution)
+        return self._work(found, kernel, convolution, flops, weight.dtype)
 
     def convolution_weight_grad(
         self, x: Tensor, weight: Tensor, geometry: Geometry, *, joint: bool = True
-    ) -> tuple[Tensor, Done]:
-        """`reference.convolution_weight_grad`, and how.
+    ) -> Work:
+        """`reference.convolution_weight_grad`.
 
         Args:
             x: the layer's input, or something narrower in its place.
@@ -112,28 +112,47 @@ class Products:
             joint: x and the weight are the layer's own, so that one call may compute dx too.
         """
         kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
+        flops = convolution_flops(x.shape, weight.shape, self._delta.values.shape, geometry)
         shared = joint and self._wanted > 1 and kernel in (None, "bfloat16")
         if shared and self._convolution_kernel("input", weight, weight, x.shape, geometry) == kernel:
-            return self._both(kernel, x, weight, geometry)
+            return self._both(kernel, x, weight, geometry, flops)
         if kernel is None:
-            return reference.convolution_weight_grad(self._delta, x, weight, geometry), Done()
+            found = reference.convolution_weight_grad(self._delta, x, weight, geometry)
+            return self._work(found, reference.NAME, None, flops, x.dtype)
         from retrograde.kernels import convolution
 
         sparse = self._sparse(kernel, geometry)
         found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, sparse)
-        return found, _done(kernel, convolution)
+        return self._work(found, kernel, convolution, flops, x.dtype)
 
-    def _both(self, kernel: str | None, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Done]:
+    def _both(self, kernel: str | None, x: Tensor, weight: Tensor, geometry: Geometry, flops: float) -> Work:
         """dW, and dx kept for when it is asked for: one call of torch shares what it does to δ̃."""
         if kernel is None:
-            (dx, dw), done = reference.convolution_grads(self._delta, x, weight, geometry), Done()
+            name, kernels = reference.NAME, None
+            dx, dw = reference.convolution_grads(self._delta, x, weight, geometry)
         else:
             from retrograde.kernels import convolution
 
+            name, kernels = kernel, convolution
             dx, dw = convolution.both(self._delta, x, weight, geometry)
-            done = _done(kernel, convolution)
-        self._input_grad = dx, done
-        return dw, done
+        self._input_grad = self._work(dx, name, kernels, flops, weight.dtype)
+        return self._work(dw, name, kernels, flops, x.dtype)
+
+    def _work(
+        self, value: Tensor, kernel: str, kernels: ModuleType | None, flops: float, dtype: torch.dtype
+    ) -> Work:
+        """By a kernel of `retrograde.kernels.linear` or of `retrograde.kernels.convolution`, or by the reference."""
+        needed = flops * self._delta.nonzero_share
+        factor = DTYPE_DISCOUNTS[dtype]
+        if kernels is None and self._rounded is None:
+            return Work(value, kernel, needed, flops, flops * factor)
+        executed, precision = flops, None
+        if kernels is not None:
+            precision = kernels.PRECISION.get(kernel)
+            executed = needed if kernel in kernels.SKIPPING else flops
+        if precision is not None or self._rounded is not None:
+            factor = min(factor, discount(precision, self._rounded))
+        return Work(value, kernel, needed, executed, executed * factor)
 
     def _linear_kernel(self, dense: Tensor | Quantised, *, transposed: bool) -> str | None:
         """The kernel for a product with `dense`; None for the reference."""
@@ -147,8 +166,6 @@ class Products:
         # Imported where they are needed: a compiler comes with them.
         from retrograde.kernels import choose
 
-        if not choose.worthwhile(a * m * i):
-            return None
         share = 1 / self._wanted
         problem = choose.Problem(a, m, i, self._nonzeros(), levels, transposed, share, operand)
         kernel = choose.model().best(problem, self._kernels(operand))
@@ -158,20 +175,23 @@ class Products:
         """Those that the precision allows; what has been rounded to 8 bits already loses nothing by any."""
         from retrograde.kernels import choose
 
+        if self._delta.values.dtype != torch.int8:
+            # Unbounded levels are no whole numbers of 8 bits.
+            return ("dense", "skip")
         if operand == "int8":
             return choose.OPERANDS[operand]
-        allowed = (*self._allowed, "skip-bfloat16") if operand == "bfloat16" else self._allowed
-        return tuple(kernel for kernel in choose.OPERANDS[operand] if kernel in allowed)
+        allowed = (*self._allowed, "bfloat16") if operand == "bfloat16" else self._allowed
+        precision = _linear_kernels().PRECISION
+        return tuple(k for k in choose.kernels_for(operand) if precision.get(k) in allowed)
 
-    def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> tuple[Tensor, Done]:
+    def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> Tensor:
         from retrograde.kernels import cpu, linear
 
         delta = self._delta
         matrix = delta.values.reshape(delta.values.shape[:-1].numel(), delta.values.shape[-1])
-        if kernel in linear.SKIPPING and self._lists is None:
+        if kernel in linear.LISTED and self._lists is None:
             self._lists = cpu.lists(matrix)
-        found = linear.run(kernel, matrix, delta.step, dense, transposed=transposed, lists=self._lists)
-        return found, _done(kernel, linear)
+        return linear.run(kernel, matrix, delta.step, dense, transposed=transposed, lists=self._lists)
 
     def _convolution_kernel(
         self, product: str, dense: Tensor, weight: Tensor, x_shape: Sequence[int], geometry: Geometry
@@ -179,6 +199,7 @@ class Products:
         values = self._delta.values
         if (
             values.dim() != 4
+            or values.numel() * math.prod(weight.shape[1:]) < SMALL
             or geometry.transposed
             or dense.dtype != torch.float32
             or not _known(values, dense)
@@ -186,9 +207,7 @@ class Products:
             return None
         from retrograde.kernels import choose, convolution
 
-        if not choose.worthwhile(values.numel() * weight[0].numel()) or not convolution.supports(
-            self._delta, dense, weight, x_shape, geometry
-        ):
+        if not convolution.supports(self._delta, dense, weight, x_shape, geometry):
             return None
         outputs, channels, height, width = weight.shape
         problem = choose.ConvolutionProblem(
@@ -202,7 +221,7 @@ class Products:
             channels_last=not values.is_contiguous(),
             share=1 / self._wanted,
         )
-        allowed = tuple(kernel for kernel in convolution.KERNELS if kernel in self._allowed)
+        allowed = tuple(k for k in convolution.KERNELS if convolution.PRECISION.get(k) in self._allowed)
         kernel = choose.model().best(problem, allowed)
         return None if kernel == "dense" else kernel
 
@@ -235,12 +254,110 @@ def _dense(operand: Tensor | Quantised) -> Tensor:
     return operand.dense() if isinstance(operand, Quantised) else operand
 
 
-def _done(kernel: str, kernels: ModuleType) -> Done:
-    """By a kernel of `retrograde.kernels.linear` or of `retrograde.kernels.convolution`."""
-    return Done(kernel, kernels.PRECISION.get(kernel), kernel in kernels.SKIPPING)
+def _linear_kernels() -> ModuleType:
+    from retrograde.kernels import linear  # where it is needed: a compiler comes with it
+
+    return linear
 
 
 # Dithering.
+
+
+@functools.cache
+def _numba() -> ModuleType:
+    from retrograde.kernels import cpu  # where it is needed: a compiler comes with it
+
+    return cpu
+
+
+class Rounded(NamedTuple):
+    """A dithered gradient; on a GPU the numbers are 0-dimensional tensors there, so that the host need not wait.
+
+    Attributes:
+        delta: δ̃; δ itself, or on a GPU its copy, where it does not vary or is not finite.
+        step: Δ; 0 for δ itself.
+        largest: magnitude of the largest level.
+        finite: whether every entry of δ is.
+    """
+
+    delta: Delta
+    step: float | Tensor
+    largest: int | Tensor
+    finite: bool | Tensor
+
+
+def dithered(
+    delta: Delta, scale: float, bits: int | None, key: int, *, small: bool, constant: bool = False
+) -> Rounded:
+    """δ rounded to multiples of Δ (`retrograde.maths.dither`); `delta` is told its zeros where they are counted.
+
+    Args:
+        delta: δ, with at least one entry.
+        scale: s of Δ = s · std(δ).
+        bits: width of the levels; None leaves them unbounded.
+        key: 64-bit key of the noise.
+        small: whether the products with δ̃ will be small, so that levels would save them nothing.
+        constant: whether a δ that does not vary is rounded too; not with `small`.
+    """
+    values = delta.values
+    if _waits(values):
+        return _dithered_there(delta, scale, bits, key, constant=constant)
+    if small and bits is not None and values.dtype is torch.float32:
+        out, step, finite, delta.counted, zeros, largest = _numba().dither(values, scale, key, bits)
+        if not step:
+            return Rounded(delta, 0.0, 0, finite)
+        if values.dim() == 4 and lies_channels_last(values):
+            out = out.contiguous(memory_format=torch.channels_last)
+        return Rounded(Delta(out, counted=zeros, quantised=True), step, largest, True)
+    std, peak = statistics(values, delta)
+    if not math.isfinite(peak) or (peak if constant else std) == 0:
+        return Rounded(delta, 0.0, 0, math.isfinite(peak))
+    step = dither.step_size(std if scale else 0.0, peak, scale, bits)
+    quantised, largest = nsd(values, step, key, bits)
+    return Rounded(quantised, step, largest, finite=True)
+
+
+def _waits(values: Tensor) -> bool:
+    """Whether the host would have to wait for a number that is computed from `values`."""
+    return not values.is_cpu
+
+
+def _dithered_there(delta: Delta, scale: float, bits: int | None, key: int, *, constant: bool) -> Rounded:
+    """`dithered` without a word to the host: δ̃ is dense, as torch's own products take it."""
+    values = delta.values
+    if bits is not None and _triton_takes(values):
+        from retrograde.kernels import cuda
+
+        found = cuda.dither(values, scale, bits, key, constant=constant)
+    else:
+        found = _dither_in_torch(values, scale, bits, key, constant=constant)
+    out, step, largest, finite, delta.counted, zeros = found
+    if lies_channels_last(values):
+        out = out.contiguous(memory_format=torch.channels_last)
+    return Rounded(Delta(out, counted=zeros, quantised=True), step, largest, finite)
+
+
+def _dither_in_torch(
+    values: Tensor, scale: float, bits: int | None, key: int, *, constant: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`retrograde.kernels.cuda.dither` for every device, dtype and width."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    low, high = torch.aminmax(wide)
+    peak = torch.maximum(-low, high)
+    varies = (peak if constant else high - low) > 0
+    # In units of the peak: squares of small gradients would vanish.
+    step = torch.std(wide / peak, correction=0) * peak * scale if scale else torch.zeros_like(peak)
+    if bits is not None:
+        step = torch.maximum(step, peak / dither.largest_level(bits))
+    if values.dtype in (torch.bfloat16, torch.float16):
+        near = step.to(values.dtype)
+        step = torch.where(near < step, (near.view(torch.int16) + 1).view(values.dtype), near).float()
+    finite = peak.isfinite()
+    rounds = finite & varies & (step > 0) & step.isfinite()
+    levels = reference.nsd(wide / torch.where(rounds, step, 1.0), 1.0, key, bits)
+    out = torch.where(rounds, levels * step, wide).to(values.dtype)
+    own, zeros = (each.numel() - each.count_nonzero() for each in (values, out))
+    return out, torch.where(rounds, step, 0.0), torch.where(rounds, levels.abs().max(), 0), finite, own, zeros
 
 
 def statistics(delta: Tensor, of: Delta | None = None) -> tuple[float, float]:
@@ -260,7 +377,7 @@ def statistics(delta: Tensor, of: Delta | None = None) -> tuple[float, float]:
 
     found = cpu.statistics(delta.float())
     if of is not None:
-        of.tell(found.zeros)
+        of.counted = found.zeros
     return found.std, found.peak
 
 
@@ -275,8 +392,10 @@ def nsd(delta: Tensor, step: float, key: int, bits: int | None) -> tuple[Delta, 
 
         found = cpu.nsd(delta.float(), step, key, bits)
     else:
-        levels = reference.nsd(delta, step, key, bits)
-        return Delta(levels, step), int(levels.abs().max())
+        quantised = Delta(reference.nsd(delta, step, key, bits), step)
+        # Whoever holds a share of zeros goes by every count.
+        quantised.count()
+        return quantised, int(quantised.values.abs().max())
     values = found.values
     if lies_channels_last(delta):
         values = values.contiguous(memory_format=torch.channels_last)
@@ -288,8 +407,14 @@ def _numba_takes(delta: Tensor) -> bool:
 
 
 def _triton_takes(delta: Tensor) -> bool:
-    if delta.device.type != "cuda" or not delta.numel() or importlib.util.find_spec("triton") is None:
+    if delta.device.type != "cuda" or not _has_triton():
         return False
     from retrograde.kernels import cuda
 
-    return cuda.supports(delta, delta)
+    return cuda.supports(delta)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    # Kept: where it is missing every path is searched, at every call.
+    return importlib.util.find_spec("triton") is not None

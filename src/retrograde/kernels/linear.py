@@ -9,22 +9,68 @@ Kernels, by what they round and what they visit:
 - ``int8``: everything, each column of D rounded to 8 bits, sums in int32.
 
 Levels are whole numbers of 8 bits, which bfloat16 holds exactly; so are the numbers of a D that an 8-bit forward pass
-left quantised.
+left quantised. `register_kernel` adds others.
 """
+
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from retrograde.errors import OptionError
 from retrograde.kernels import cpu, cpu_memory, cpu_quantise, int8
 from retrograde.kernels.int8 import Quantised
 
 KERNELS = ("dense", "skip", "bfloat16", "skip-bfloat16", "int8")
-SKIPPING = ("skip", "skip-bfloat16")
+"""Those of this module; `registered` names the others."""
+LISTED = ("skip", "skip-bfloat16")
+"""Those that take index lists."""
+SKIPPING = {*LISTED}
 """Those that visit the non-zeros alone."""
-PRECISION = {"bfloat16": "bfloat16", "skip-bfloat16": "bfloat16", "int8": "int8"}
+PRECISION: dict[str, str] = {"bfloat16": "bfloat16", "skip-bfloat16": "bfloat16", "int8": "int8"}
 """What a kernel rounds to; others leave the operand's own precision."""
 TILE = cpu.TILE
+
+_registered: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def register_kernel(
+    name: str,
+    run: Callable[[Tensor, Tensor], Tensor],
+    *,
+    precision: Literal["bfloat16", "int8"] | None = None,
+    skips: bool = False,
+) -> None:
+    """Add a kernel: it is calibrated beside the others, and takes the products for which it should be fastest.
+
+    Args:
+        name: of the kernel, in figures and benchmarks; a calibration is kept by it, so a faster one needs another.
+        run: ``(levels, dense) → levels @ dense`` for int8 levels (a, m), which may be a transposed view, and float32
+            (m, i); the result is float32, and its own to be overwritten.
+        precision: what it rounds `dense` to: it then takes only the products whose method allows that.
+        skips: whether it multiplies the non-zeros alone, for its FLOPs and for the terms of its time.
+
+    Raises:
+        OptionError: the name is taken, or the precision is none that a product can be rounded to.
+    """
+    if name in KERNELS or _registered.get(name, run) is not run:
+        raise OptionError(f"register_kernel: there is a kernel {name!r} already. Choose another name.")
+    if precision not in (None, "bfloat16", "int8"):
+        raise OptionError(
+            f"register_kernel: precision={precision!r} of {name!r} must be 'bfloat16', 'int8' or None."
+        )
+    _registered[name] = run
+    if precision is not None:
+        PRECISION[name] = precision
+    if skips:
+        SKIPPING.add(name)
+
+
+def registered() -> tuple[str, ...]:
+    """Names of the kernels that were added, in their order."""
+    return tuple(_registered)
 
 
 def run(
@@ -39,7 +85,7 @@ def run(
     """``G D``, shape (a, i), in the dtype of D.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of `KERNELS`, or a registered one, which takes levels and a float32 D.
         values: G, (a, m), or (m, a) when `transposed`: float32, or int8 levels.
         step: of the levels; None for a gradient that is no multiple of one.
         dense: D, (m, i).
@@ -48,12 +94,15 @@ def run(
     """
     scale = 1.0 if step is None else step
     factor = values.T if transposed else values
+    if kernel in _registered:
+        assert isinstance(dense, Tensor)
+        return _registered[kernel](factor, dense).mul_(scale)
     if kernel == "int8":
         return _int8(factor, scale, dense)
     if kernel == "bfloat16":
         return _bfloat16(factor, scale, dense)
     bare = dense.values if isinstance(dense, Quantised) else dense
-    if kernel in SKIPPING:
+    if kernel in LISTED:
         sparse = cpu.lists(values) if lists is None else lists
         if transposed:
             sparse = sparse.transposed()

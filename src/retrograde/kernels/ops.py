@@ -40,6 +40,7 @@ from retrograde.kernels.cpu_memory import lies_channels_last
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
+from retrograde.kernels.work import convolution_flops
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 """What the operands of a linear product may be rounded to."""
@@ -235,14 +236,14 @@ def _nsd(delta: Tensor, step: float, key: int, bits: int | None) -> Tensor:
 
 def _delta_matmul(values: Tensor, step: float | None, weight: Tensor, precision: str = "float32") -> Tensor:
     shape = _matmul_shape(values, step, weight, precision)
-    found, _ = _products("delta_matmul", values, step, precision).linear_input_grad(weight, shape)
-    return found.contiguous()
+    return (
+        _products("delta_matmul", values, step, precision).linear_input_grad(weight, shape).value.contiguous()
+    )
 
 
 def _delta_outer(values: Tensor, step: float | None, x: Tensor, precision: str = "float32") -> Tensor:
     _outer_shape(values, step, x, precision)
-    found, _ = _products("delta_outer", values, step, precision).linear_weight_grad(x)
-    return found.contiguous()
+    return _products("delta_outer", values, step, precision).linear_weight_grad(x).value.contiguous()
 
 
 def _convolution_input_grad(
@@ -250,9 +251,8 @@ def _convolution_input_grad(
 ) -> Tensor:
     name = "convolution_input_grad"
     _check_convolution(name, values, step, weight, input_shape, weight.shape, Geometry.of(*geometry))
-    found, _ = _products(name, values, step).convolution_input_grad(
-        weight, tuple(input_shape), Geometry.of(*geometry)
-    )
+    products = _products(name, values, step)
+    found = products.convolution_input_grad(weight, tuple(input_shape), Geometry.of(*geometry)).value
     return found.contiguous(memory_format=_order(values))
 
 
@@ -263,8 +263,8 @@ def _convolution_weight_grad(
     _check_convolution(name, values, step, x, x.shape, weight_shape, Geometry.of(*geometry))
     # The values of the weight play no part: only its shape is read.
     weight = x.new_empty(tuple(weight_shape))
-    found, _ = _products(name, values, step).convolution_weight_grad(x, weight, Geometry.of(*geometry))
-    return found.contiguous()
+    products = _products(name, values, step)
+    return products.convolution_weight_grad(x, weight, Geometry.of(*geometry)).value.contiguous()
 
 
 def _products(name: str, values: Tensor, step: float | None, precision: str = "float32") -> Products:
@@ -468,8 +468,7 @@ _register(
 )
 
 
-# torch's FLOP counter sees the dense-equivalent work: two FLOPs for each multiply-add, zeros and padding as if they
-# were data. The rule is that of retrograde.accounting, which builds on the kernels and so cannot be asked here.
+# torch's FLOP counter sees the dense-equivalent work.
 
 
 @register_flop_formula([torch.ops.retrograde.delta_matmul, torch.ops.retrograde.delta_outer])
@@ -488,7 +487,7 @@ def _input_grad_formula(  # pyright: ignore[reportUnusedFunction]
     *geometry: Any,
     **kwargs: Any,
 ) -> int:
-    return _convolution_flops(values_shape, input_shape, weight_shape, Geometry.of(*geometry))
+    return convolution_flops(input_shape, weight_shape, values_shape, Geometry.of(*geometry))
 
 
 @register_flop_formula(torch.ops.retrograde.convolution_weight_grad)
@@ -500,10 +499,4 @@ def _weight_grad_formula(  # pyright: ignore[reportUnusedFunction]
     *geometry: Any,
     **kwargs: Any,
 ) -> int:
-    return _convolution_flops(values_shape, input_shape, weight_shape, Geometry.of(*geometry))
-
-
-def _convolution_flops(
-    values_shape: Sequence[int], input_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry
-) -> int:
-    return 2 * prod(input_shape if geometry.transposed else values_shape) * prod(weight_shape[1:])
+    return convolution_flops(input_shape, weight_shape, values_shape, Geometry.of(*geometry))

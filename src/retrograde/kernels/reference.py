@@ -32,12 +32,13 @@ def linear_input_grad(delta: Delta, weight: Tensor, input_shape: Sequence[int]) 
         weight: (o, i).
         input_shape: (…, i).
     """
-    return _scaled(_factor(_rows(delta.values), delta, weight.dtype) @ weight, delta).view(tuple(input_shape))
+    found = _scaled(torch.mm(_factor(_rows(delta.values), delta, weight.dtype), weight), delta)
+    return found if len(input_shape) == 2 else found.view(tuple(input_shape))
 
 
 def linear_weight_grad(delta: Delta, x: Tensor) -> Tensor:
     """``dW = δ̃ᵀ x`` of shape (o, i), for δ̃ of shape (…, o) and x of shape (…, i)."""
-    return _scaled(_factor(_rows(delta.values), delta, x.dtype).T @ _rows(x), delta)
+    return _scaled(torch.mm(_factor(_rows(delta.values), delta, x.dtype).t(), _rows(x)), delta)
 
 
 def convolution_input_grad(
@@ -88,12 +89,13 @@ def _convolution_backward(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _factor(values: Tensor, delta: Delta, dtype: torch.dtype) -> Tensor:
     """δ̃'s factor in a product: the bare levels, exact even in bfloat16. Sums of levels would overflow float16."""
-    factor = values.to(dtype)
+    # Small layers are called often: each call that does nothing counts.
+    factor = values if values.dtype is dtype else values.to(dtype)
     return factor * delta.step if dtype == torch.float16 and delta.step is not None else factor
 
 

@@ -29,12 +29,6 @@ SHAPES: tuple[Shape, ...] = (
 )
 QUICK_SHAPES = (SHAPES[0], SHAPES[2])
 SPARSITIES = (0.8, 0.92, 0.98)
-SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "dither": ({"scale": 2.0}, {"scale": 4.0}, {"scale": 2.0, "forward": "int8"})
-}
-"""Options with which a method contends beside its defaults."""
-AUTOCAST: dict[str, tuple[dict[str, Any], ...]] = {"dither": ({"scale": 4.0},)}
-"""Options with which a method contends on top of bfloat16 autocast."""
 SCALE = 2.0
 """Of dithering in `layers`."""
 WARMUPS = 1
@@ -90,7 +84,7 @@ def workloads(part: int = 1) -> dict[str, Workload]:
 
 
 def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
-    """Contestants by label: at `SETTINGS`, at their defaults, and at `AUTOCAST`, each once.
+    """Contestants by label: at `Method.benchmarks` in float32, at their defaults, and under autocast, each once.
 
     Args:
         names: of methods.
@@ -98,11 +92,13 @@ def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
     """
     found: dict[str, Contestant] = {}
     for name in names:
-        shortened = {"warmup": warmup} if hasattr(make(name), "warmup") else {}
-        for precision, choices in (
-            ("float32", (*SETTINGS.get(name, ()), {})),
-            ("bfloat16", AUTOCAST.get(name, ())),
-        ):
+        method = make(name)
+        shortened = {"warmup": warmup} if hasattr(method, "warmup") else {}
+        chosen = {
+            "float32": (*method.benchmarks.get("float32", ()), {}),
+            "bfloat16": method.benchmarks.get("bfloat16", ()),
+        }
+        for precision, choices in chosen.items():
             for given in choices:
                 options = {**given, **shortened}
                 contestant = Contestant(make(name, options), precision)
@@ -214,7 +210,7 @@ def kernels(
             runs = contestants.products(shape, weight, x, delta, scale)
             times = interleave(runs, rounds, tick=counter.tick)
             chosen = {
-                name: _names(Counter(how.kernel for _, how in run()))
+                name: _names(Counter(work.kernel for work in run()))
                 for name, run in contestants.chosen(shape, weight, x, delta, scale).items()
             }
             for name in _contending(shape):
@@ -252,7 +248,7 @@ def steps(
     rounds: int,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Row]:
-    """Whole training steps with Adam, by every method at its defaults and at `SETTINGS`.
+    """Whole training steps with Adam, by every method at its defaults and at `Method.benchmarks`.
 
     Methods that warm up do so in the round that does not count.
     """

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
 from retrograde.kernels import dispatch
+from retrograde.kernels import work as kernel_work
 from retrograde.kernels.delta import Delta
-from retrograde.kernels.dispatch import Done, Products
+from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised, quantise_columns
 from retrograde.lab.measure import autocast, loss_of
@@ -62,7 +63,7 @@ class Linear:
         """Both by one kernel."""
         from retrograde.kernels import cpu, linear
 
-        lists = cpu.lists(delta.values) if kernel in linear.SKIPPING else None
+        lists = cpu.lists(delta.values) if kernel in linear.LISTED else None
         return (
             linear.run(kernel, delta.values, delta.step, weight, lists=lists),
             linear.run(kernel, delta.values, delta.step, x, transposed=True, lists=lists),
@@ -70,7 +71,7 @@ class Linear:
 
     def chosen(
         self, delta: Delta, x: Tensor | Quantised, weight: Tensor | Quantised
-    ) -> tuple[tuple[Tensor, Done], ...]:
+    ) -> tuple[kernel_work.Work, ...]:
         """Both by the kernels that are chosen for them, and which."""
         products = Products(delta, "int8")
         return products.linear_input_grad(weight, x.shape), products.linear_weight_grad(x)
@@ -127,7 +128,7 @@ class Convolution:
             convolution.weight_grad(kernel, delta, x, weight, g, sparse),
         )
 
-    def chosen(self, delta: Delta, x: Tensor, weight: Tensor) -> tuple[tuple[Tensor, Done], ...]:
+    def chosen(self, delta: Delta, x: Tensor, weight: Tensor) -> tuple[kernel_work.Work, ...]:
         """Both by the kernels that are chosen for them, and which."""
         products, g = Products(delta, "int8"), self._geometry()
         return (
@@ -147,7 +148,9 @@ def kernels_for(shape: Shape) -> tuple[str, ...]:
     """Names of the fixed kernels."""
     from retrograde.kernels import convolution, linear
 
-    return linear.KERNELS if isinstance(shape, Linear) else convolution.KERNELS
+    if isinstance(shape, Linear):
+        return (*linear.KERNELS, *linear.registered())
+    return convolution.KERNELS
 
 
 def operands(shape: Shape) -> tuple[nn.Module, Tensor, Tensor]:
@@ -214,7 +217,7 @@ def products(shape: Shape, weight: Tensor, x: Tensor, delta: Tensor, scale: floa
 
 def chosen(
     shape: Shape, weight: Tensor, x: Tensor, delta: Tensor, scale: float
-) -> dict[str, Callable[[], tuple[tuple[Tensor, Done], ...]]]:
+) -> dict[str, Callable[[], tuple[kernel_work.Work, ...]]]:
     """What is chosen, by name."""
     found = {"auto": lambda: shape.chosen(dithered(delta, scale), x, weight)}
     if isinstance(shape, Linear):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrograde.accounting.flops import DISCOUNTS
 from retrograde.accounting.memory import saved_bytes
+from retrograde.kernels.work import DISCOUNTS
 from retrograde.lab.data import Split, evaluation_batches
 from retrograde.session import Session
 

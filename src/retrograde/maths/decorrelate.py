@@ -6,7 +6,6 @@
     S = ZᵀZ/n,  C = S − diag(S),  V = diag(mean z² − 1)          (4)
     R ← (I − εG) R,  G = (1−κ) C + κ V                           (5)   full, "published"
                      G = (1−κ)/(d−1) C + 2κ V                    (6)   full, "normalized"
-    W R = W' R'  ⇒  W' = (W R) R'⁻¹                              (7)   the layer keeps its function
 
 Everything has a leading dimension for groups: W (g, o, d), U (g, d, k), rows (g, n, d).
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 _POWER_ITERATIONS = 10
 _SMALLEST_GAIN = 1e-3
-"""Of a direction that R shrinks a thousandfold float32 keeps four digits; beyond that (7) would not be exact."""
+"""No direction is shrunk more than a thousandfold: its weight would hardly move."""
 
 
 def gains(eigenvalues: Tensor, damping: Tensor) -> Tensor:
@@ -39,15 +38,6 @@ def gains(eigenvalues: Tensor, damping: Tensor) -> Tensor:
 def transform(weight: Tensor, basis: Tensor, gain: Tensor) -> Tensor:
     """``W R`` with R of equation (2): 4·o·d·k operations."""
     return torch.baddbmm(weight, (weight @ basis) * (gain - 1).unsqueeze(-2), basis.mT)
-
-
-def untransform(weight: Tensor, basis: Tensor, gain: Tensor) -> Tensor:
-    """``W R⁻¹`` with R of equation (2), exact even where rounding has left U not quite orthonormal (Woodbury)."""
-    wide, scale = basis.double(), (gain - 1).double()
-    inner = torch.eye(scale.shape[-1], dtype=wide.dtype, device=wide.device)
-    inner = inner + scale.unsqueeze(-1) * (wide.mT @ wide)
-    coefficients = torch.linalg.solve(inner, torch.diag_embed(scale))
-    return (weight.double() - (weight.double() @ wide) @ coefficients @ wide.mT).to(weight.dtype)
 
 
 def second_moment(mean: Tensor, basis: Tensor, eigenvalues: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:

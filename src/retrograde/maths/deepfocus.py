@@ -66,14 +66,10 @@ def int8_levels(x: Tensor, key: int) -> tuple[Tensor, float] | None:
     Returns:
         ``(levels, step)``, step = max|x|/127; None where x is all zeros (exact already) or not finite.
     """
-    step = int8_step(dither.statistics(x)[1])
-    return None if step is None else (dither.levels(x, step, uniform(key, x.shape, x.device), 8), step)
-
-
-def int8_step(peak: float) -> float | None:
-    """max|x|/127; None where x is all zeros (exact already), not finite, or so small that the step underflows."""
-    step = peak / INT8_LEVELS
-    return step if 0 < step < math.inf else None
+    step = dither.statistics(x)[1] / INT8_LEVELS
+    if not 0 < step < math.inf:
+        return None
+    return dither.levels(x, step, uniform(key, x.shape, x.device), 8), step
 
 
 def round_to_bfloat16(x: Tensor, key: int) -> Tensor:

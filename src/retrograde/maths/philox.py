@@ -6,6 +6,8 @@ threads, eager or compiled execution, or recomputation, and a resumed run draws 
 Reference: Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*, SC 2011.
 """
 
+from hashlib import blake2b
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,17 @@ _ROUNDS = 10
 _BLOCK = 1 << 16
 
 
-def mix_key(*parts: int) -> int:
+def mix_key(*parts: int, start: int = 0) -> int:
     """Fold integers, in order, into one 64-bit key (the splitmix64 finaliser over a chain).
 
     Args:
         parts: any integers, for example (seed, step, layer, rank, call).
+        start: the key of parts that come before these.
 
     Returns:
         An integer in [0, 2⁶⁴). Different tuples give unrelated keys.
     """
-    key = 0
+    key = start
     for part in parts:
         key = (key + 0x9E3779B97F4A7C15 + (part & _MASK64)) & _MASK64
         key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
@@ -90,3 +93,8 @@ def uniform(key: int, shape: torch.Size | tuple[int, ...], device: torch.device 
         for lane, word in enumerate(philox(key, counters)):
             block[:, lane] = word >> 8
     return result.mul_(2.0**-24).view(-1)[:size].view(shape)
+
+
+def key_of(name: str) -> int:
+    """A 64-bit key that depends on `name` alone, the same in every process."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())

@@ -1,10 +1,11 @@
 r"""Decorrelated backpropagation: every layer learns from an input whose features no longer move together.
 
-Beside its weight W a layer holds a decorrelating matrix R and a mean μ, learnt from its input alone:
+A layer y = A x + b is trained in other coordinates, in which its input is decorrelated:
 
-    y = W R (x − μ) + b = A x + (b − A μ),  A = W R      (1)   R₀ = I, μ₀ = 0; dW = dA Rᵀ by autograd
+    z = R (x − μ),  y = W z + b',   A = W R,  b' = b + A μ       (1)   R₀ = I, μ₀ = 0
 
-**Low rank** (default): U and λ are the k leading eigenpairs of the input's covariance, refreshed every T steps,
+R and μ are learnt from the input alone. **Low rank** (default): U and λ are the k leading eigenpairs of the input's
+covariance, refreshed every T steps,
 
     R = I + U diag(g − 1) Uᵀ                             (2)
     g = sqrt((λ_k + c) / (λ + c)),  c = damping · tr/d   (3)   λ_k: the least of the k; tr/d: the mean eigenvalue
@@ -14,30 +15,33 @@ Beside its weight W a layer holds a decorrelating matrix R and a mean μ, learnt
     R ← (I − εG) R,  G = (1−κ) C + κ V                   (4)   "normalized": G = (1−κ)/(d−1) C + 2κ V
     ε = lr / max(1, λ_max(S)), lr ≤ 0.5                  (5)   "normalized": divided by 2κ if that is above 1
 
-**Precondition**: no R in the layer; before each optimizer step ``dW ← dW (Σ + cI)^(−p)``, Σ = E[xxᵀ] in the low-rank
-form, scaled so that the directions outside U keep their gradient: dW (I + U diag(g^(2p) − 1) Uᵀ). With p = 1 plain SGD
-then moves A as (2) does.
+The layer holds A and b at all times: coordinates change around the optimizer's step alone. It is given the gradient of
+W, and the step s that it makes counts as one of W:
 
-Whenever R or μ changes, the layer keeps its function: W' = (W R) R'⁻¹ and b' = b + A(μ' − μ), exactly but for rounding.
+    dW = (dA − db μᵀ) Rᵀ                                 (6)   before the step
+    A ← γ A + s R,  s = P − γ A                          (7)   after it; P: what it left, γ: what weight decay left of A
+    b ← b − ΔA μ,   ΔA: what (7) changed                 (8)
 
-Convolutions: R acts on patches, of C_in/groups · kernel values, each group with its own R, one for all positions. The
-layer is always ``conv(x, A) + (b − A μ)``, which `fold` reproduces everywhere; it equals W R (x − μ) on whole patches,
-while at zero-padded borders the padding counts as an input of 0, not of μ. Transposed convolutions: R acts on the
-channels of a pixel, and a pixel's mean reaches an output through kernel/stride places on average, which is what
-``A μ`` sums. A layer without bias has none after `fold` either: it keeps μ = 0, and Σ = Cov + mean·meanᵀ takes the
-covariance's place.
+So forward pass, ``state_dict``, copies, averages and compiled code see an ordinary layer; a new R or μ changes no
+function, and a step that raises leaves an ordinary layer behind.
 
-Deviations from the paper: the low-rank form, centring, and updates that preserve the function are not in it; without
-them inputs far from zero diverge. In (4) R changes every T steps, not in each, with a step that λ_max bounds, and the
-variance of each feature has c = 0.001·tr/d (seen through R) added, without which the row of a silent feature grows
-for ever. The optimizer's moments are left as they are when W changes coordinates.
+**Precondition**: before each step ``dW ← dW (Σ + cI)^(−p)``, Σ = E[xxᵀ] in the low-rank form, scaled so that directions
+outside U keep their gradient: dW (I + U diag(g^(2p) − 1) Uᵀ). With p = 1 plain SGD then moves A as (7) does.
 
-R multiplies the rows x or the weight W of a linear layer, whichever are fewer: the two differ in rounding alone.
-Convolutions transform W: patches are never formed.
+Convolutions: R acts on patches, of C_in/groups · kernel values, each group with its own R, one for all positions. At
+zero-padded borders the padding counts as an input of 0, not of μ. Transposed convolutions: R acts on the channels of a
+pixel, and a pixel's mean reaches an output through kernel/stride places on average, which is what ``ΔA μ`` sums.
+A layer without a trained bias keeps μ = 0, and Σ = Cov + mean·meanᵀ takes the covariance's place.
 
-Cost for each call of n rows, W (o × d): 4·d·k operations (full: 2·d²) for each of 2·o rows of W and of its gradient, or
-of n rows of x and as many of its gradient if that is asked for, which then also keeps the n·d values of R x;
-every T steps about 16·n·d·k for the statistics of n rows and 8·o·d·k for W (full: 4·n·d² + 3·d³ + 2·o·d²).
+Deviations from the paper: the low-rank form and centring are not in it; without centring inputs far from zero diverge.
+In (4) R changes every T steps, not in each, with a step that λ_max bounds, and the variance of each feature has
+c = 0.001·tr/d (seen through R) added, without which the row of a silent feature grows for ever. The optimizer's moments
+are left as they are when R changes. Decoupled weight decay (`AdamW`, `Muon`) is exactly decay of A; decay inside the
+gradient (SGD's) is multiplied by R like the rest of the step. LBFGS is refused: its line search needs the loss's own
+gradient.
+
+Cost for each step, weight (o × d): 10·o·d·k operations (full: 4·o·d²), nothing for each row; every T steps about
+16·n·d·k for the statistics of n rows (full: 4·n·d² + 2·d³). Memory: o·k numbers during a step (full: o·d).
 
 Suggested settings: rank 32 every 32 steps with Adam at 1e-3. It helps most where inputs are correlated and nothing
 normalises them: multilayer perceptrons, networks without BatchNorm.
@@ -51,11 +55,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import OptionError
-from retrograde.methods.decorrelate_rules import KNOWN, FullRule, LowRankRule, PreconditionRule, Settings
+from retrograde.errors import OptionError, check_option
+from retrograde.methods.decorrelate_rules import FullRule, LowRankRule, PreconditionRule, Settings
 
 _LR = 0.5
 _POWER = 1.0
@@ -68,7 +70,7 @@ class Decorrelate(Method):
 
     Args:
         mode: ``"lowrank"`` transforms the leading directions of the input, ``"full"`` learns the whole matrix (only for
-            narrow layers), ``"precondition"`` leaves the layer as it is and transforms its gradient.
+            narrow layers), ``"precondition"`` transforms gradients alone.
         rank: k, leading directions; more than d counts as d. Not in full mode.
         every: T, steps between updates.
         kappa: κ of full mode: 0 decorrelates alone, 0.5 whitens, 1 brings variances to 1 alone.
@@ -102,31 +104,32 @@ class Decorrelate(Method):
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        self._check(
-            "mode", self.mode in ("lowrank", "full", "precondition"), "'lowrank', 'full' or 'precondition'"
+        check_option(
+            self,
+            "mode",
+            self.mode in ("lowrank", "full", "precondition"),
+            "'lowrank', 'full' or 'precondition'",
         )
-        self._check("rank", self.rank >= 1, "1 or more")
-        self._check("every", self.every >= 1, "1 or more")
-        self._check("rows", self.rows >= 2, "2 or more")
-        self._check("kappa", 0 <= self.kappa <= 1, "between 0 and 1")
-        self._check("lr", self.lr is None or 0 < self.lr <= 0.5, "above 0 and at most 0.5")
-        self._check("variant", self.variant in ("published", "normalized"), "'published' or 'normalized'")
-        self._check(
-            "damping", math.isfinite(self.damping) and self.damping >= 0, "a finite number, 0 or more"
+        check_option(self, "rank", self.rank >= 1, "1 or more")
+        check_option(self, "every", self.every >= 1, "1 or more")
+        check_option(self, "rows", self.rows >= 2, "2 or more")
+        check_option(self, "kappa", 0 <= self.kappa <= 1, "between 0 and 1")
+        check_option(self, "lr", self.lr is None or 0 < self.lr <= 0.5, "above 0 and at most 0.5")
+        check_option(
+            self, "variant", self.variant in ("published", "normalized"), "'published' or 'normalized'"
         )
-        self._check("power", self.power in (None, 0.5, 1), "0.5 or 1")
-        self._check("until", 0 < self.until <= 1, "a share of the training, above 0 and at most 1")
-        self._check("total_steps", self.total_steps is None or self.total_steps >= 1, "1 or more")
+        check_option(
+            self, "damping", math.isfinite(self.damping) and self.damping >= 0, "a finite number, 0 or more"
+        )
+        check_option(self, "power", self.power in (None, 0.5, 1), "0.5 or 1")
+        check_option(self, "until", 0 < self.until <= 1, "a share of the training, above 0 and at most 1")
+        check_option(self, "total_steps", self.total_steps is None or self.total_steps >= 1, "1 or more")
         if (self.until < 1) != (self.total_steps is not None):
             raise OptionError(
                 f"Decorrelate: until={self.until} with total_steps={self.total_steps}: a share of the training needs "
                 "its length, and the length is needed for nothing else. Give both, or neither."
             )
         self._refuse_idle_options()
-
-    def _check(self, option: str, fine: bool, wanted: str) -> None:
-        if not fine:
-            raise OptionError(f"Decorrelate: {option}={getattr(self, option)!r} must be {wanted}.")
 
     def _refuse_idle_options(self) -> None:
         for field in dataclasses.fields(self):
@@ -142,14 +145,11 @@ class Decorrelate(Method):
 
     def make_rule(self, site: Site) -> Rule | str:
         """Every linear or convolutional layer that owns a trained weight alone."""
-        layer = site.layer
-        if not isinstance(layer, KNOWN):
-            return f"the layout of the weight of a {type(layer).__name__} is not known"
+        if site.weight is None:
+            return "its weight is computed anew in every forward pass, so that no step is one of it"
         if site.tied:
             return "its weight is shared with another layer, whose input has another R"
-        if nn.utils.parametrize.is_parametrized(layer):
-            return "parametrised: its weight is computed anew in every forward pass and cannot be corrected"
-        if not layer.weight.requires_grad:
+        if not site.weight.requires_grad:
             return "weight frozen: nothing is learnt from its input"
         kinds = {"lowrank": LowRankRule, "full": FullRule, "precondition": PreconditionRule}
         return kinds[self.mode](site.name, self._settings())

@@ -1,28 +1,24 @@
-"""The rules of decorrelated backpropagation; equations (1) to (5) are those of `retrograde.methods.decorrelate`.
+"""The rules of decorrelated backpropagation; equations (1) to (8) are those of `retrograde.methods.decorrelate`.
 
-The low-rank and the full mode put A in place of W and differ in R; the precondition mode changes gradients alone.
+The low-rank and the full mode change coordinates around the optimizer's step and differ in R; the precondition mode
+changes gradients alone.
 """
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from retrograde.engine.rows import weight_from_matrix, weight_matrix
-from retrograde.engine.slots import Call, Operands, Rule, Step
-from retrograde.engine.statistics import StatisticsSpec, across_ranks
-from retrograde.kernels.delta import Delta
+from retrograde.engine import ranks
+from retrograde.engine.maps.base import Map
+from retrograde.engine.slots import Rule, Step
+from retrograde.engine.statistics import StatisticsSpec
+from retrograde.errors import OptionError
 from retrograde.maths import decorrelate
 
 _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-"""Layer types whose weight has a layout that we know."""
 
 
 @dataclass(frozen=True)
@@ -48,42 +44,27 @@ class DecorrelateRule(Rule):
         self._settings = settings
         self._next = 0
         self._overhead = 0.0
-        self._owed = 0.0
         self.needs_statistics = StatisticsSpec(settings.rows, settings.every, rank, settings.until)
 
-    def prepare(self, layer: nn.Module) -> None:
-        """Note how the layer lays its weight out."""
-        assert isinstance(layer, KNOWN)
-        self._layer = layer
-        self._transposed = isinstance(layer, _TRANSPOSED)
-        self._groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """W as (groups, o, d)."""
-        return weight_matrix(weight, self._groups, self._transposed)
-
-    def _weight(self, matrix: Tensor) -> Tensor:
-        return weight_from_matrix(matrix, self._layer.weight.shape, self._transposed)
-
-    def _call_flops(self, call: Call) -> float:
-        """What slot 1 cost in this call, both ways."""
-        return 0.0
-
-    def observe(self, call: Call, delta: Delta) -> None:
-        """Count: what slot 1 cost in this call, and what was learnt since the last one."""
-        flops = self._call_flops(call) + self._owed
-        self._owed = 0.0
+    def _spend(self, step: Step, flops: float) -> None:
         self._overhead += flops
-        call.counters.overhead += flops
+        step.spend(flops)
+
+    def _refuse_line_search(self, step: Step) -> None:
+        if isinstance(step.optimizer, torch.optim.LBFGS):
+            raise OptionError(
+                f"Decorrelate: layer {self.name!r} is trained by LBFGS, whose line search needs the loss's own "
+                "gradient. Use another optimizer, or leave Decorrelate out."
+            )
 
     def local(self, step: Step) -> None:
         """Every T steps: a new R from the statistics of the input."""
         last = self._settings.until
         if step.refreshed and step.index >= self._next and (last is None or step.index < last):
             self._next = step.index + self._settings.every
-            self._update()
+            self._update(step)
 
-    def _update(self) -> None:
+    def _update(self, step: Step) -> None:
         raise NotImplementedError
 
     def _leading(self, mean: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,124 +83,115 @@ class DecorrelateRule(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """When to act next, and the work counted so far."""
-        return {"next": self._next, "overhead": self._overhead, "owed": self._owed}
+        return {"next": self._next, "overhead": self._overhead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self._next = int(state["next"])
-        self._overhead, self._owed = float(state["overhead"]), float(state["owed"])
+        self._next, self._overhead = int(state["next"]), float(state["overhead"])
 
     def metrics(self) -> dict[str, float]:
         """Work so far (FLOPs), without the statistics'."""
         return {"overhead": self._overhead}
 
 
-class ReparameterRule(DecorrelateRule):
-    """Equation (1), on the rows or on the weight, and the corrections that keep the layer's function."""
+class CoordinateRule(DecorrelateRule):
+    """Equations (6) to (8): the optimizer sees the gradient of W, and its step counts as one of W."""
 
-    def prepare(self, layer: nn.Module) -> None:
-        """Add μ and R as buffers, with the values that change nothing."""
-        super().prepare(layer)
-        weight = self._matrix(self._layer.weight.detach())
-        self._wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        self._dimension = weight.shape[-1]
-        bias = self._layer.bias
-        # A bias that is not trained cannot take up the mean; nor can one that is not there.
-        self._centred = bias is not None and bias.requires_grad
-        if self._centred:
-            layer.register_buffer(
-                "decorrelation_mean", weight.new_zeros(weight[:, 0].shape, dtype=self._wide)
-            )
-        self._register(layer, weight.to(self._wide))
+    def __init__(self, name: str, settings: Settings, rank: int) -> None:
+        super().__init__(name, settings, rank)
+        self._mean: Tensor | None = None
+        self._before: Tensor | None = None
+        """Of A before the optimizer's step: what equation (7) needs."""
+        self._shift: Tensor | None = None
+        """``A μ`` then; None where no mean is taken away."""
 
-    def _register(self, layer: nn.Module, weight: Tensor) -> None:
+    # What R is.
+
+    def _ready(self) -> bool:
+        """Whether R is another matrix than I."""
         raise NotImplementedError
 
-    def _transform(self, layer: nn.Module, matrix: Tensor, *, transposed: bool = False) -> Tensor:
-        """``M R``, or ``M Rᵀ``, for M (groups, any, d), with the buffers of `layer`."""
+    def _rotate(self, gradient: Tensor) -> None:
+        """``G ← G Rᵀ`` for G (g, o, d), in place."""
+        raise NotImplementedError
+
+    def _remember(self, matrix: Tensor) -> Tensor:
+        """What of A (g, o, d) `_advance` needs."""
+        raise NotImplementedError
+
+    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
+        """Equation (7), in place, where the optimizer kept this share of A."""
         raise NotImplementedError
 
     def _vector_flops(self) -> float:
         """Multiplying one vector by R."""
         raise NotImplementedError
 
-    def _fused(self, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A in the layer's shape, and ``A μ``."""
-        with torch.autocast(weight.device.type, enabled=False):
-            fused = self._transform(layer, self._matrix(weight))
-            shift = self._shift(fused, layer.get_buffer("decorrelation_mean")) if self._centred else None
-        return self._weight(fused).to(weight.dtype), shift
-
-    def _shift(self, fused: Tensor, mean: Tensor) -> Tensor:
-        """``A μ``, one value for each output channel."""
-        shift = fused @ mean.unsqueeze(-1)
-        if not isinstance(self._layer, _TRANSPOSED):
-            return shift.flatten()
-        layer = self._layer
-        stride: Any = layer.stride
-        # Users may have set one number for all dimensions after building the layer.
-        places = math.prod(stride) if isinstance(stride, tuple) else stride ** (layer.weight.dim() - 2)
-        return shift.reshape(layer.out_channels, -1).sum(-1) / places
-
-    def _vectors(self, weight: Tensor, shape: Sequence[int], needs_input: bool) -> tuple[float, float]:
-        """Vectors that R multiplies forward and backward, on the side of the rows and on that of the weight."""
-        if not isinstance(self._layer, nn.Linear):
-            # Patches are never formed.
-            return math.inf, 2 * weight.numel() / self._dimension
-        return math.prod(shape[:-1]) * (1 + needs_input), 2 * weight.shape[0]
-
-    def input(self, operands: Operands) -> Operands:
-        """Equation (1), on the side that is cheaper: ``W (R x)`` or ``(W R) x``."""
-        rows, outputs = self._vectors(operands.weight, operands.x.shape, operands.x.requires_grad)
-        if rows < outputs:
-            return dataclasses.replace(operands, x=self._decorrelated(operands.x))
-        weight, shift = self._fused(self._layer, operands.weight)
-        bias = operands.bias
-        if shift is not None and bias is not None:
-            bias = bias - shift.to(bias.dtype)
-        return dataclasses.replace(operands, weight=weight, bias=bias)
-
-    def _decorrelated(self, x: Tensor) -> Tensor:
-        """``R (x − μ)``."""
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1]).to(self._wide)
-            if self._centred:
-                rows = rows - self._layer.get_buffer("decorrelation_mean")
-            return self._transform(self._layer, rows, transposed=True).to(x.dtype).view(x.shape)
-
-    def _call_flops(self, call: Call) -> float:
-        return min(self._vectors(call.weight, call.input_shape, call.needs.input)) * self._vector_flops()
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        layer = self._layer
-        fused = self._transform(layer, self._matrix(layer.weight))
-        if self._centred and layer.bias is not None:
-            mean, before = self.statistics.mean, layer.get_buffer("decorrelation_mean")
-            assert mean is not None
-            layer.bias.add_(self._shift(fused, mean - before).to(layer.bias.dtype))
-            before.copy_(mean)
-        layer.weight.copy_(self._weight(self._learn(fused)))
-
-    def _learn(self, fused: Tensor) -> Tensor:
-        """Change R; return the W' of ``A = W' R'``."""
+    def _learn(self, step: Step) -> None:
+        """A new R."""
         raise NotImplementedError
 
-    def fold(self, layer: nn.Module) -> nn.Module:
-        """``W ← W R``, ``b ← b − A μ``; the buffers go."""
-        with torch.no_grad():
-            assert isinstance(layer, KNOWN)
-            weight, shift = self._fused(layer, layer.weight)
-            layer.weight.copy_(weight)
-            if shift is not None and layer.bias is not None:
-                layer.bias.sub_(shift.to(layer.bias.dtype))
-        for name in [n for n, _ in layer.named_buffers(recurse=False) if n.startswith("decorrelation_")]:
-            delattr(layer, name)
-        return layer
+    # Around the step.
 
-    def release(self, layer: nn.Module) -> None:
-        """The plain layer computes what the attached one did."""
-        self.fold(layer)
+    @torch.no_grad()
+    def grad(self, step: Step) -> None:
+        """Equation (6)."""
+        weight, bias, map = step.weight, step.bias, step.map
+        self._before = self._shift = None
+        self._refuse_line_search(step)
+        if weight is None or weight.grad is None or map is None or not self._ready():
+            return
+        wide = self._wide(weight)
+        matrix, gradient = map.matrix(weight).to(wide), map.matrix(weight.grad).to(wide)
+        if self._mean is not None and bias is not None and bias.grad is not None:
+            self._shift = matrix @ self._mean.unsqueeze(-1)
+            rows = map.per_row(bias.grad.to(wide), weight.shape)
+            gradient.baddbmm_(rows.unsqueeze(-1), self._mean.unsqueeze(-2), alpha=-1)
+        self._before = self._remember(matrix)
+        self._rotate(gradient)
+        _store(weight.grad, gradient, map)
+        self._spend(step, 2 * weight.numel() / matrix.shape[-1] * self._vector_flops())
+
+    @torch.no_grad()
+    def remember(self, step: Step) -> None:
+        """What equations (7) and (8) need, of A as it is now."""
+        if self._before is None or step.weight is None or step.map is None:
+            return
+        matrix = step.map.matrix(step.weight).to(self._wide(step.weight))
+        self._before = self._remember(matrix)
+        if self._shift is not None and self._mean is not None:
+            self._shift = matrix @ self._mean.unsqueeze(-1)
+
+    def _wide(self, weight: Tensor) -> torch.dtype:
+        return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+    @torch.no_grad()
+    def _finish(self, step: Step) -> None:
+        """Equations (7) and (8)."""
+        weight, map, before, shift = step.weight, step.map, self._before, self._shift
+        self._before = self._shift = None
+        if before is None or weight is None or map is None:
+            return
+        wide = self._wide(weight)
+        matrix = map.matrix(weight).to(wide)
+        self._advance(matrix, before, _kept(step, weight))
+        bias = step.bias
+        if shift is not None and bias is not None and self._mean is not None:
+            moved = (matrix @ self._mean.unsqueeze(-1) - shift).squeeze(-1)
+            bias.sub_(map.per_output(moved, weight.shape).to(bias.dtype))
+        _store(weight, matrix, map)
+
+    def local(self, step: Step) -> None:
+        """The end of a step, then a new R where one is due."""
+        self._finish(step)
+        super().local(step)
+
+    @torch.no_grad()
+    def _update(self, step: Step) -> None:
+        bias = step.bias
+        # A bias that is not trained cannot take up the mean; nor can one that is not there.
+        self._mean = self.statistics.mean if bias is not None and bias.requires_grad else None
+        self._learn(step)
 
     def metrics(self) -> dict[str, float]:
         """Mean squared correlation between features of z and of x, on the rows of the last update, and the work.
@@ -228,7 +200,7 @@ class ReparameterRule(DecorrelateRule):
         """
         found = super().metrics()
         rows = self.statistics.rows
-        if rows is None:
+        if rows is None or not self._ready():
             return found
         d = rows.shape[-1]
         chosen = torch.arange(0, d, -(-d // _MEASURED_FEATURES), device=rows.device)
@@ -241,112 +213,176 @@ class ReparameterRule(DecorrelateRule):
         """The `chosen` features of z = R x."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, Any]:
+        """μ and what every mode keeps; R is added by each."""
+        return {**super().state_dict(), "mean": self._mean}
 
-class LowRankRule(ReparameterRule):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._mean = state["mean"]
+
+
+class LowRankRule(CoordinateRule):
     """Equations (2) and (3)."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings, rank=settings.rank)
-
-    def _register(self, layer: nn.Module, weight: Tensor) -> None:
-        groups, _, d = weight.shape
-        k = min(self._settings.rank, d)
-        layer.register_buffer("decorrelation_basis", weight.new_zeros(groups, d, k))
-        layer.register_buffer("decorrelation_gain", weight.new_ones(groups, k))
-
-    def _transform(self, layer: nn.Module, matrix: Tensor, *, transposed: bool = False) -> Tensor:
-        basis, gain = layer.get_buffer("decorrelation_basis"), layer.get_buffer("decorrelation_gain")
-        # This R is symmetric.
-        return decorrelate.transform(matrix.to(basis.dtype), basis, gain)
-
-    def _learn(self, fused: Tensor) -> Tensor:
-        layer = self._layer
-        basis, gain = self._leading(None if self._centred else self.statistics.mean)
-        layer.get_buffer("decorrelation_basis").copy_(basis)
-        layer.get_buffer("decorrelation_gain").copy_(gain)
-        self._owed += 8.0 * fused.numel() * gain.shape[-1]
-        return decorrelate.untransform(fused, basis, gain)
-
-    def _vector_flops(self) -> float:
-        return 4.0 * self._dimension * self._layer.get_buffer("decorrelation_gain").shape[-1]
-
-    def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        layer = self._layer
-        basis, gain = layer.get_buffer("decorrelation_basis"), layer.get_buffer("decorrelation_gain")
-        return rows[..., chosen] + (rows @ basis) * (gain - 1).unsqueeze(-2) @ basis[:, chosen].mT
-
-
-class FullRule(ReparameterRule):
-    """Equations (4) and (5)."""
-
-    def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name, settings, rank=0)
-
-    def _register(self, layer: nn.Module, weight: Tensor) -> None:
-        groups, _, d = weight.shape
-        eye = torch.eye(d, dtype=weight.dtype, device=weight.device)
-        layer.register_buffer("decorrelation_matrix", eye.repeat(groups, 1, 1))
-
-    def _transform(self, layer: nn.Module, matrix: Tensor, *, transposed: bool = False) -> Tensor:
-        r = layer.get_buffer("decorrelation_matrix")
-        return matrix.to(r.dtype) @ (r.mT if transposed else r)
-
-    def _learn(self, fused: Tensor) -> Tensor:
-        layer, settings, found = self._layer, self._settings, self.statistics
-        matrix = layer.get_buffer("decorrelation_matrix")
-        assert found.rows is not None
-        assert found.mean is not None
-        assert found.variance is not None
-        rows = found.rows - found.mean.unsqueeze(1) if self._centred else found.rows
-        z = rows @ matrix.mT
-        floor = _VARIANCE_FLOOR * found.variance.unsqueeze(-1) * matrix.square().sum(-1)
-        # Ranks see different rows: what R learns from is their mean.
-        direction = decorrelate.direction(z, settings.kappa, settings.variant, floor)
-        largest = across_ranks(decorrelate.largest_eigenvalue(z)) + floor.amax(-1)
-        weight = max(1.0, 2 * settings.kappa) if settings.variant == "normalized" else 1.0
-        step = (settings.lr / (weight * largest.clamp_min(1.0)))[:, None, None] * across_ranks(direction)
-        change = torch.eye(rows.shape[-1], dtype=z.dtype, device=z.device) - step
-        before = self._matrix(layer.weight.detach()).to(matrix.dtype)
-        matrix.copy_(change @ matrix)
-        g, n, d = rows.shape
-        self._owed += g * (4.0 * n * d**2 + 3.0 * d**3) + 2.0 * fused.numel() * d
-        # R R'⁻¹ = (I − εG)⁻¹, so W' needs no inverse of R itself.
-        return torch.linalg.solve(change, before, left=False)
-
-    def _vector_flops(self) -> float:
-        return 2.0 * self._dimension**2
-
-    def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        return rows @ self._layer.get_buffer("decorrelation_matrix")[:, chosen].mT
-
-
-class PreconditionRule(DecorrelateRule):
-    """Slot 7: the gradient alone."""
-
-    def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name, settings, settings.rank)
         self._basis: Tensor | None = None
         self._gain: Tensor | None = None
+        self._scaled: Tensor | None = None
+        """``U diag(g − 1)``."""
 
-    def grad(self, step: Step) -> None:
-        """``dW ← dW (I + U diag(g^(2p) − 1) Uᵀ)``."""
-        gradient = self._layer.weight.grad
-        if gradient is None or self._basis is None or self._gain is None:
-            return
-        matrix = self._matrix(gradient).to(self._basis.dtype)
-        changed = decorrelate.transform(matrix, self._basis, self._gain ** (2 * self._settings.power))
-        gradient.copy_(self._weight(changed))
-        self._owed += 4.0 * gradient.numel() * self._gain.shape[-1]
+    def _ready(self) -> bool:
+        return self._scaled is not None
 
-    def _update(self) -> None:
-        assert self.statistics.mean is not None
-        self._basis, self._gain = self._leading(self.statistics.mean)
+    def _rotate(self, gradient: Tensor) -> None:
+        assert self._basis is not None and self._scaled is not None  # noqa: PT018
+        gradient.baddbmm_(gradient @ self._scaled, self._basis.mT)
+
+    def _remember(self, matrix: Tensor) -> Tensor:
+        assert self._scaled is not None
+        return matrix @ self._scaled
+
+    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
+        # A + s R = P + s U diag(g − 1) Uᵀ for the step s = P − kept · A: no copy of A.
+        assert self._basis is not None and self._scaled is not None  # noqa: PT018
+        matrix.baddbmm_((matrix @ self._scaled).sub_(before, alpha=kept), self._basis.mT)
+
+    def _learn(self, step: Step) -> None:
+        basis, self._gain = self._leading(None if self._mean is not None else self.statistics.mean)
+        self._basis = basis.contiguous()
+        self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
+
+    def _vector_flops(self) -> float:
+        # Of each of the gradient and the weight 4·d·k, and 2·d·k of the weight before the step.
+        return 0.0 if self._basis is None else 5.0 * self._basis.shape[-2] * self._basis.shape[-1]
+
+    def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        assert self._basis is not None and self._scaled is not None  # noqa: PT018
+        return rows[..., chosen] + (rows @ self._scaled) @ self._basis[:, chosen].mT
 
     def state_dict(self) -> dict[str, Any]:
-        """U and g too: they change gradients alone, and are in no buffer."""
+        """U and g too."""
         return {**super().state_dict(), "basis": self._basis, "gain": self._gain}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
         self._basis, self._gain = state["basis"], state["gain"]
+        self._scaled = None
+        if self._basis is not None and self._gain is not None:
+            self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
+
+
+class FullRule(CoordinateRule):
+    """Equations (4) and (5): R follows the published rule."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name, settings, rank=0)
+        self._matrix: Tensor | None = None
+
+    def _ready(self) -> bool:
+        return self._matrix is not None
+
+    def _rotate(self, gradient: Tensor) -> None:
+        assert self._matrix is not None
+        gradient.copy_(gradient @ self._matrix.mT)
+
+    def _remember(self, matrix: Tensor) -> Tensor:
+        return matrix.clone()
+
+    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
+        assert self._matrix is not None
+        step = matrix.sub(before, alpha=kept)
+        matrix.copy_(torch.baddbmm(before, step, self._matrix, beta=kept))
+
+    def _learn(self, step: Step) -> None:
+        settings, found = self._settings, self.statistics
+        assert found.rows is not None
+        assert found.variance is not None
+        rows = found.rows if self._mean is None else found.rows - self._mean.unsqueeze(1)
+        g, n, d = rows.shape
+        eye = torch.eye(d, dtype=rows.dtype, device=rows.device)
+        matrix = eye.repeat(g, 1, 1) if self._matrix is None else self._matrix
+        z = rows @ matrix.mT
+        floor = _VARIANCE_FLOOR * found.variance.unsqueeze(-1) * matrix.square().sum(-1)
+        # Ranks see different rows: what R learns from is their mean.
+        direction = decorrelate.direction(z, settings.kappa, settings.variant, floor)
+        largest = ranks.mean(decorrelate.largest_eigenvalue(z)) + floor.amax(-1)
+        weight = max(1.0, 2 * settings.kappa) if settings.variant == "normalized" else 1.0
+        length = (settings.lr / (weight * largest.clamp_min(1.0)))[:, None, None]
+        self._matrix = (eye - length * ranks.mean(direction)) @ matrix
+        self._spend(step, g * (4.0 * n * d**2 + 2.0 * d**3))
+
+    def _vector_flops(self) -> float:
+        # Of each of the gradient and the weight.
+        return 0.0 if self._matrix is None else 2.0 * self._matrix.shape[-1] ** 2
+
+    def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        assert self._matrix is not None
+        return rows @ self._matrix[:, chosen].mT
+
+    def state_dict(self) -> dict[str, Any]:
+        """R too."""
+        return {**super().state_dict(), "matrix": self._matrix}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._matrix = state["matrix"]
+
+
+class PreconditionRule(DecorrelateRule):
+    """The gradient alone."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name, settings, settings.rank)
+        self._basis: Tensor | None = None
+        self._gain: Tensor | None = None
+
+    @torch.no_grad()
+    def grad(self, step: Step) -> None:
+        """``dW ← dW (I + U diag(g^(2p) − 1) Uᵀ)``."""
+        self._refuse_line_search(step)
+        weight, map = step.weight, step.map
+        if weight is None or weight.grad is None or map is None or self._basis is None or self._gain is None:
+            return
+        matrix = map.matrix(weight.grad).to(self._basis.dtype)
+        changed = decorrelate.transform(matrix, self._basis, self._gain ** (2 * self._settings.power))
+        _store(weight.grad, changed, map)
+        self._spend(step, 4.0 * weight.numel() * self._gain.shape[-1])
+
+    def _update(self, step: Step) -> None:
+        assert self.statistics.mean is not None
+        self._basis, self._gain = self._leading(self.statistics.mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """U and g too."""
+        return {**super().state_dict(), "basis": self._basis, "gain": self._gain}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._basis, self._gain = state["basis"], state["gain"]
+
+
+def _kept(step: Step, weight: Tensor) -> float:
+    """The share of A that decoupled weight decay leaves: decay is of A, and no change of W."""
+    optimizer = step.optimizer
+    decoupled = isinstance(optimizer, torch.optim.AdamW | torch.optim.Muon | torch.optim.Adafactor)
+    for group in optimizer.param_groups:
+        if any(parameter is weight for parameter in group["params"]):
+            if not (decoupled or group.get("decoupled_weight_decay") or group.get("weight_decouple")):
+                return 1.0
+            # A step that a fused optimizer left out for GradScaler decays nothing.
+            missed = getattr(optimizer, "found_inf", None)
+            factor = 0.0 if missed is not None and float(missed) else 1.0
+            return 1.0 - factor * float(group["lr"]) * float(group["weight_decay"])
+    return 1.0
+
+
+def _store(target: Tensor, matrix: Tensor, map: Map) -> None:
+    """Write `matrix` back where it is not a view of `target`."""
+    if matrix.data_ptr() != target.data_ptr():
+        target.copy_(map.from_matrix(matrix, target.shape))

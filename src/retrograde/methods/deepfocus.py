@@ -42,17 +42,17 @@ depth*, ECCV 2016.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from retrograde.engine import ranks
 from retrograde.engine.branches import find_branches
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Call, Grant, Method, Rule, Site, Tier
-from retrograde.engine.statistics import across_ranks
-from retrograde.errors import OptionError
+from retrograde.errors import OptionError, check_option
 from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.int8 import Quantised
@@ -95,6 +95,7 @@ class DeepFocus(Method):
     """
 
     name: ClassVar[str] = "deepfocus"
+    short_run: ClassVar[Mapping[str, Any]] = {"warmup": 40}
 
     q_skip: float = 0.5
     q_full: float = 0.2
@@ -110,8 +111,7 @@ class DeepFocus(Method):
 
     def __post_init__(self) -> None:
         for name in ("q_skip", "q_full"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"DeepFocus: {name}={getattr(self, name)} must be a share, 0 to 1.")
+            check_option(self, name, 0 <= getattr(self, name) <= 1, "a share, 0 to 1")
         if self.q_skip + self.q_full > 1:
             raise OptionError(
                 f"DeepFocus: q_skip={self.q_skip} and q_full={self.q_full} are shares of the same calls and must not "
@@ -122,16 +122,11 @@ class DeepFocus(Method):
                 f"DeepFocus: p_min={self.p_min} and p_max={self.p_max} must be probabilities, 0 < p_min ≤ p_max ≤ 1: "
                 "without a probe a skipped block would never be seen again."
             )
-        if not (math.isfinite(self.h) and self.h >= 0):
-            raise OptionError(f"DeepFocus: h={self.h} must be a finite number, 0 or more.")
-        if self.warmup < 0:
-            raise OptionError(f"DeepFocus: warmup={self.warmup} must be 0 or more steps.")
-        if not 0 <= self.momentum < 1:
-            raise OptionError(f"DeepFocus: momentum={self.momentum} must be at least 0 and below 1.")
-        if self.low not in ("int8", "bfloat16", None):
-            raise OptionError(f"DeepFocus: low={self.low!r} must be 'int8', 'bfloat16' or None.")
-        if self.controller not in ("quantile", "random"):
-            raise OptionError(f"DeepFocus: controller={self.controller!r} must be 'quantile' or 'random'.")
+        check_option(self, "h", math.isfinite(self.h) and self.h >= 0, "a finite number, 0 or more")
+        check_option(self, "warmup", self.warmup >= 0, "0 or more steps")
+        check_option(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        check_option(self, "low", self.low in ("int8", "bfloat16", None), "'int8', 'bfloat16' or None")
+        check_option(self, "controller", self.controller in ("quantile", "random"), "'quantile' or 'random'")
         if isinstance(self.blocks, str):
             object.__setattr__(self, "blocks", (self.blocks,))
         elif self.blocks is not None:
@@ -198,12 +193,13 @@ class _Router(BlockRule):
 
     def _measure(self, call: BlockCall) -> tuple[float, float, float]:
         """e, and two uniform numbers; the same on all ranks."""
-        square = maths.mean_square(call.delta)
-        noise = square.new_tensor(numbers(call.key, 2))
-        # The mean over ranks of (e², n·u on rank 0 and 0 elsewhere): seeds may differ, decisions may not.
-        noise = noise * _ranks() if _rank() == 0 else torch.zeros_like(noise)
-        square, *drawn = across_ranks(torch.cat([square.reshape(1), noise])).tolist()
-        return math.sqrt(square) if square >= 0 else math.nan, drawn[0], drawn[1]
+        square, drawn = maths.mean_square(call.delta), numbers(call.key, 2)
+        if ranks.count() > 1:
+            # The mean over ranks of (e², n·u on rank 0 and 0 elsewhere): seeds may differ, decisions may not.
+            noise = square.new_tensor(drawn) * (ranks.count() if ranks.rank() == 0 else 0)
+            square, *drawn = ranks.mean(torch.cat([square.reshape(1), noise])).tolist()
+        error = float(square)
+        return math.sqrt(error) if error >= 0 else math.nan, drawn[0], drawn[1]
 
     def local(self) -> None:
         """Equations (3) and (4), then m."""
@@ -250,55 +246,48 @@ class _Router(BlockRule):
 
 
 class _LowPrecision(Rule):
-    """What LOW means at one layer: both operands of both products rounded without bias."""
+    """What LOW means at one layer: δ and the other operands of both products rounded without bias.
+
+    Where another method has made levels of δ, they stay: one quantiser is enough.
+    """
+
+    precedence = 1
 
     def __init__(self, name: str, method: DeepFocus) -> None:
         super().__init__(name)
         self._low = method.low
 
     def delta(self, call: Call, delta: Delta) -> Delta:
-        if call.tier is not Tier.LOW or self._low is None or delta.step is not None:
+        if call.tier is not Tier.LOW or self._low is None or not delta.values.numel():
             return delta
-        if not delta.values.numel():
-            return delta
-        rounded = self._rounded(call, delta.values, _DELTA)
-        if rounded is None:
-            return delta
-        if call.needs.input and call.int8_weight is None:
-            call.weight, call.int8_weight = self._operand(call, call.weight, _WEIGHT)
-        if call.needs.weight and call.int8_x is None:
-            kept = [self._operand(call, x, _SAVED + i) for i, x in enumerate(call.saved)]
-            call.saved = tuple(x for x, _ in kept)
-            call.int8_x = kept[0][1] if len(kept) == 1 else None
-        call.precision = self._low
+        rounded = delta
+        if not delta.quantised:
+            rounded = self._rounded(call, delta, _DELTA)
+            if rounded is delta:
+                return delta
+        if call.needs.input and call.low_weight is None:
+            call.low_weight = self._operand(call, call.map.factor(call.weight), _WEIGHT)
+        if call.needs.weight and call.low_input is None:
+            call.low_input = self._operand(call, call.saved[0], _SAVED)
+        call.rounded = self._low
         return rounded
 
-    def _operand(self, call: Call, x: torch.Tensor, which: int) -> tuple[torch.Tensor, Quantised | None]:
-        """An operand as it was rounded, and in 8 bits where kernels can take it so."""
-        rounded = self._rounded(call, x, which)
-        if rounded is None:
-            return x, None
-        if call.geometry is not None or rounded.step is None or not rounded.values.numel():
-            return rounded.dense(x.dtype), None
+    def _operand(self, call: Call, x: torch.Tensor, which: int) -> torch.Tensor | Quantised:
+        """An operand as it was rounded: in 8 bits where kernels can take it so, which only those of the CPU do."""
+        rounded = self._rounded(call, Delta(x), which)
+        if not call.map.plain_rows or rounded.step is None:
+            return rounded.dense(x.dtype)
         levels = rounded.values.reshape(-1, x.shape[-1])
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         scale = torch.full((x.shape[-1],), rounded.step, dtype=wide, device=x.device)
-        return x, Quantised(levels, scale, x.dtype)
+        return Quantised(levels, scale, x.dtype)
 
-    def _rounded(self, call: Call, x: torch.Tensor, which: int) -> Delta | None:
-        key = mix_key(call.key, which)
-        call.counters.overhead += _ROUNDING_FLOPS * x.numel()
+    def _rounded(self, call: Call, exact: Delta, which: int) -> Delta:
+        """What is all zeros, or not finite, comes back as it is: on a GPU as a copy, since the host does not know."""
+        key, values = mix_key(call.key, which), exact.values
+        if not values.numel():
+            return exact
+        call.spend(_ROUNDING_FLOPS * values.numel())
         if self._low == "bfloat16":
-            return Delta(maths.round_to_bfloat16(x, key))
-        step = maths.int8_step(dispatch.statistics(x)[1])
-        return None if step is None else dispatch.nsd(x, step, key, 8)[0]
-
-
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+            return Delta(maths.round_to_bfloat16(values, key))
+        return dispatch.dithered(exact, 0.0, 8, key, small=False, constant=True).delta

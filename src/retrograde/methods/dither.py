@@ -12,7 +12,9 @@ integer multiples of a step before **both** backward products. Most entries beco
 Deviations from the paper: Δ is widened to max|δ|/(2^(bits−1) − 1) so that int8 levels never saturate, which would bias
 them; δ with a non-finite entry or without variance is left exact, and counted (`fallbacks`).
 
-Cost for each entry of δ: three passes for the statistics, one for noise and rounding; about 28 operations.
+Cost for each entry of δ: three passes for the statistics, one for noise and rounding; about 28 operations. On a GPU two
+passes, and the host never waits for them in the backward pass: steps and counts are read once a step, and the warning
+about a δ that is not finite comes then.
 
 Suggested settings: ``scale=1`` costs little accuracy; 2 to 4 buys more zeros. Convolutions followed by ReLU and no
 BatchNorm have 80 to 90 % zeros by themselves; BatchNorm makes δ dense, and dithering makes it sparse again. With small
@@ -26,14 +28,18 @@ Reference:
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
+from retrograde.accounting.counters import Counters
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
-from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.errors import OptionError, RetrogradeWarning, check_option
 from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
-from retrograde.maths import dither
 
 _FLOPS_PER_ENTRY = 28
 """Overhead: 5 for standard deviation and peak, 3 for scaling and rounding, 20 for Philox (a fourth of ten rounds)."""
@@ -67,6 +73,11 @@ class Dither(Method):
 
     name: ClassVar[str] = "dither"
     saves_time: ClassVar[bool] = True
+    short_run: ClassVar[Mapping[str, Any]] = {"scale": 1.0}
+    benchmarks: ClassVar[Mapping[str, Sequence[Mapping[str, Any]]]] = {
+        "float32": ({"scale": 2.0}, {"scale": 4.0}, {"scale": 2.0, "forward": "int8"}),
+        "bfloat16": ({"scale": 4.0},),
+    }
 
     scale: float = 2.0
     target_sparsity: float | None = None
@@ -75,33 +86,31 @@ class Dither(Method):
     forward: Literal["exact", "int8"] = "exact"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise OptionError(f"Dither: scale={self.scale} must be a finite number, 0 or more.")
-        if self.target_sparsity is not None:
-            if not 0 < self.target_sparsity < 1:
-                raise OptionError(
-                    f"Dither: target_sparsity={self.target_sparsity} must lie between 0 and 1, both excluded."
-                )
-            if self.scale == 0:
-                raise OptionError(
-                    "Dither: target_sparsity needs a positive scale to start from, not scale=0."
-                )
-        if self.products not in _PRECISION:
-            raise OptionError(
-                f"Dither: products={self.products!r} must be one of {', '.join(map(repr, _PRECISION))}."
-            )
-        if self.forward not in ("exact", "int8"):
-            raise OptionError(f"Dither: forward={self.forward!r} must be 'exact' or 'int8'.")
-        if self.bits is not None and not (isinstance(self.bits, int) and 2 <= self.bits <= 8):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(
-                f"Dither: bits={self.bits} must be a whole number from 2 to 8, or None for unbounded levels."
-            )
+        check_option(
+            self, "scale", math.isfinite(self.scale) and self.scale >= 0, "a finite number, 0 or more"
+        )
+        target = self.target_sparsity
+        fine = target is None or 0 < target < 1
+        check_option(self, "target_sparsity", fine, "a share of zeros between 0 and 1, both excluded")
+        if target is not None and self.scale == 0:
+            raise OptionError("Dither: target_sparsity needs a positive scale to start from, not scale=0.")
+        check_option(
+            self, "products", self.products in _PRECISION, f"one of {', '.join(map(repr, _PRECISION))}"
+        )
+        check_option(self, "forward", self.forward in ("exact", "int8"), "'exact' or 'int8'")
+        whole = isinstance(self.bits, int) and 2 <= self.bits <= 8
+        check_option(
+            self,
+            "bits",
+            self.bits is None or whole,
+            "a whole number from 2 to 8, or None for unbounded levels",
+        )
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer is dithered."""
         rule = _DitherRule(site.name, self)
         if self.forward == "int8":
-            rule.int8_forward = site.kind == "linear"
+            rule.int8_forward = site.map.plain_rows
             rule.remark = "" if rule.int8_forward else "forward pass exact: 8 bits are for linear layers"
         return rule
 
@@ -114,27 +123,45 @@ class _DitherRule(Rule):
         self._largest_level = 0
         self._step_size = 0.0
         self._warned = False
+        self._unread: list[tuple[Counters, tuple[float | Tensor, ...]]] = []
+        """Of calls on a GPU: where their fallbacks count, and step, largest level, and whether δ is finite."""
 
     def delta(self, call: Call, delta: Delta) -> Delta:
         """Equations (1) and (2)."""
-        if delta.step is not None or self._scale == 0 or delta.values.numel() == 0:
+        if delta.quantised or self._scale == 0 or delta.values.numel() == 0:
             return delta
-        method = self._method
-        std, peak = dispatch.statistics(delta.values, delta)
-        call.counters.overhead += _FLOPS_PER_ENTRY * delta.values.numel()
-        if not math.isfinite(peak) or std == 0:
-            self._fall_back(call, peak)
+        bits = self._method.bits
+        found = dispatch.dithered(delta, self._scale, bits, call.key, small=call.small)
+        call.spend(_FLOPS_PER_ENTRY * delta.values.numel())
+        step = found.step
+        if isinstance(step, Tensor):
+            self._unread.append((call.counters, (step, found.largest, found.finite)))
+            return found.delta
+        if not step:
+            self._fall_back(call.counters, bool(found.finite))
             return delta
-        step = dither.step_size(std, peak, self._scale, method.bits)
-        quantised, largest = dispatch.nsd(delta.values, step, call.key, method.bits)
-        self._largest_level = max(self._largest_level, largest)
+        self._largest_level = max(self._largest_level, int(found.largest))
         self._step_size = step
-        call.allowed = _PRECISION[method.products]
-        return quantised
+        call.min_precision = _PRECISION[self._method.products]
+        return found.delta
 
-    def _fall_back(self, call: Call, peak: float) -> None:
-        call.counters.fallbacks += 1
-        if not math.isfinite(peak) and not self._warned:
+    def read(self) -> None:
+        """Take what calls on a GPU have found, which the host waits for: once a step, never in the backward pass."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        flat = [torch.as_tensor(number) for _, numbers in unread for number in numbers]
+        found = torch.stack(flat).view(-1, 3).tolist()
+        for (counters, _), (step, largest, finite) in zip(unread, found, strict=True):
+            if step:
+                self._largest_level = max(self._largest_level, int(largest))
+                self._step_size = step
+            else:
+                self._fall_back(counters, bool(finite))
+
+    def _fall_back(self, counters: Counters, finite: bool) -> None:
+        counters.fallbacks += 1
+        if not finite and not self._warned:
             self._warned = True
             warnings.warn(
                 f"the gradient at the output of layer {self.name!r} holds NaN or Inf: it is passed on exactly, "
@@ -146,15 +173,18 @@ class _DitherRule(Rule):
 
     def local(self, step: Step) -> None:
         """Hold the target: more scale when there are too few zeros."""
-        target, seen = self._method.target_sparsity, step.counters
-        if target is None or not seen.entries:
+        self.read()
+        target = self._method.target_sparsity
+        zeros = None if target is None else step.zeros
+        if target is None or zeros is None:
             return
-        error = target - seen.zeros / seen.entries
+        error = target - zeros
         low, high = _SCALE_RANGE
         self._scale = min(max(self._scale * math.exp(_GAIN * error), low), high)
 
     def metrics(self) -> dict[str, float]:
         """Scale in use, last step size, largest level so far and the bits that it needs with its sign."""
+        self.read()
         return {
             "scale": self._scale,
             "step": self._step_size,
@@ -163,8 +193,10 @@ class _DitherRule(Rule):
         }
 
     def state_dict(self) -> dict[str, Any]:
+        self.read()
         return {"scale": self._scale, "step": self._step_size, "largest_level": self._largest_level}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._unread = []
         self._scale, self._step_size = float(state["scale"]), float(state["step"])
         self._largest_level = int(state["largest_level"])

@@ -1,8 +1,8 @@
-"""Finding methods by name: ours and third parties' alike come through the entry point group ``retrograde.methods``."""
+"""Finding methods by name, ours and third parties' alike, and what else packages bring through entry points."""
 
 import dataclasses
 import difflib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from retrograde.engine.slots import Method
@@ -17,23 +17,57 @@ def available() -> dict[str, type[Method]]:
     """All installed methods by name.
 
     Raises:
-        OptionError: an entry point does not lead to a `Method`.
+        OptionError: an entry point does not lead to a `Method`, or two packages bring one name.
     """
-    found: dict[str, type[Method]] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            cls = entry.load()
-        except (ImportError, AttributeError) as error:
+    return {name: load(entry, "method", Method) for name, entry in installed(GROUP, "method").items()}
+
+
+def installed(group: str, noun: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name, in alphabetical order, none of them loaded.
+
+    Args:
+        group: name of the group.
+        noun: what its entries are, for messages: ``"method"``.
+
+    Raises:
+        OptionError: two entry points of one name lead to different objects.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
+        other = found.setdefault(entry.name, entry)
+        # One package may be listed twice, from its source and as installed.
+        if other.value != entry.value:
             raise OptionError(
-                f"method {entry.name!r} (entry point {entry.value}) cannot be loaded: {error}. Reinstall or remove "
-                f"the package {entry.dist.name if entry.dist else 'that brings it'}."
-            ) from error
-        if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
-            raise OptionError(
-                f"method {entry.name!r} (entry point {entry.value}) is no dataclass derived from retrograde.Method."
+                f"there are two {noun}s {entry.name!r}: {_origin(other)} and {_origin(entry)}. Uninstall one of the "
+                "packages."
             )
-        found[entry.name] = cls
     return found
+
+
+def load(entry: EntryPoint, noun: str, base: type[C]) -> type[C]:
+    """The class that an entry point leads to.
+
+    Args:
+        entry: as `installed` lists it.
+        noun: what it is, for messages.
+        base: what it must be a dataclass derived from.
+
+    Raises:
+        OptionError: it cannot be imported, or is something else.
+    """
+    what = f"{noun} {entry.name!r} ({_origin(entry)})"
+    try:
+        cls = entry.load()
+    except (ImportError, AttributeError) as error:
+        package = f"the package {entry.dist.name}" if entry.dist else "the package that brings it"
+        raise OptionError(f"{what} cannot be loaded: {error}. Reinstall or remove {package}.") from error
+    if not (isinstance(cls, type) and issubclass(cls, base) and dataclasses.is_dataclass(cls)):
+        raise OptionError(f"{what} is not a dataclass derived from {base.__module__}.{base.__name__}.")
+    return cls
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"entry point {entry.value}" + (f" of the package {entry.dist.name}" if entry.dist else "")
 
 
 def make(name: str, options: dict[str, Any] | None = None) -> Method:

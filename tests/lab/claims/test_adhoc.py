@@ -2,6 +2,7 @@
 
 import pytest
 
+import retrograde as rg
 from retrograde.errors import OptionError
 from retrograde.lab.claims.adhoc import comparison
 from retrograde.lab.claims.definition import Range
@@ -35,6 +36,17 @@ def test_learning_rates_are_searched_around_the_recipes() -> None:
     fixed = comparison(RECIPE, [{"dither": {}}], [], seeds=1, trials=0)
     assert fixed.tuning is None
     assert "not searched" in fixed.note
+
+
+def test_parameters_are_shown_where_a_method_may_add_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the method itself says."""
+
+    def shown(name: str) -> bool:
+        return "parameters" in comparison(RECIPE, [{name: {}}], [], seeds=1, trials=0).table
+
+    assert (shown("perforate"), shown("dither")) == (True, False)
+    monkeypatch.setattr(rg.Dither, "adds_parameters", True)
+    assert shown("dither")
 
 
 @pytest.mark.parametrize(

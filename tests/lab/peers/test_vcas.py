@@ -148,6 +148,25 @@ def test_counted_work() -> None:
     assert flops.weight_grad.executed == pytest.approx(flops.weight_grad.needed)
 
 
+@pytest.mark.parametrize("every", [4, 5])
+def test_counts_are_of_all_steps(every: int) -> None:
+    """Exact measuring steps are no more of the figures than of the steps, however they fall in with the sampling."""
+    model = seeded(mlp)
+    session = rg.attach(model, Vcas(tau=0.0, every=every), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for layer in (model[0], model[2], model[4]):
+        rule(layer).norms = None
+    train(model, optimizer, (32, 8), 1)
+    session.metrics(reset=True)
+    shares = []
+    for step in range(1, 81):
+        for layer in (model[0], model[2], model[4]):
+            rule(layer).keep = 0.25
+        train(model, optimizer, (32, 8), 1, first=step)
+        shares.append(0.0 if step % every == 0 else 0.75)
+    assert session.metrics()["layers"]["4"]["zeros"] == pytest.approx(sum(shares) / len(shares), abs=0.03)
+
+
 def test_nothing_sampled_at_first() -> None:
     """ρ = ν = 1: exact, to the bit."""
     plain, model = seeded(mlp), seeded(mlp)

@@ -1,11 +1,12 @@
 """Comparisons on a user's own model and data, as claims without a source: the same search, seeds and turns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from retrograde.errors import OptionError
 from retrograde.lab.claims.definition import Claim, Contestant, Range, Tuning
 from retrograde.lab.recipe import Recipe
+from retrograde.methods.registry import available
 
 BASELINE = "plain"
 
@@ -62,10 +63,12 @@ def comparison(
         seeds=seeds,
         tuning=Tuning(trials=trials, space={"learning_rate": rate}) if trials else None,
         target=BASELINE,
-        table=[
-            m
-            for m in _TABLE
-            if m != "parameters" or any("perforate" in c.methods for c in contestants.values())
-        ],
+        table=[m for m in _TABLE if m != "parameters" or _grows(contestants.values())],
         contestants=contestants,
     )
+
+
+def _grows(contestants: Iterable[Contestant]) -> bool:
+    """Whether a model may end with another number of parameters than it began with."""
+    known = available()
+    return any(known[name].adds_parameters for one in contestants for name in one.methods if name in known)

@@ -11,11 +11,6 @@ from retrograde.lab.claims.statistics import Estimate
 _WORTH = 0.05
 """Less than this share of the time or memory is not worth a changed line."""
 
-NEED_WHOLE_RUNS = {
-    "perforate": "it grows dendrites when validation stops improving, which short runs do not show: use `compare`"
-}
-"""Methods that a few hundred steps cannot judge, and why."""
-
 
 @dataclass(frozen=True)
 class Judged:

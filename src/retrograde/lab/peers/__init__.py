@@ -1,53 +1,40 @@
 """Rivals of the methods, for honest comparisons: adapters of packages, and small implementations where there is none.
 
+Ours and third parties' alike come through the entry point group ``retrograde.peers``; they are imported when they are
+asked for, since the packages that they adapt may be missing.
+
 >>> peer = make("sam", {"rho": 0.05})
 """
 
-import importlib
 from typing import Any
 
 from retrograde.errors import OptionError
 from retrograde.lab.peers.base import Peer as Peer
 from retrograde.lab.peers.base import Selector as Selector
-from retrograde.methods.registry import configure, suggest
+from retrograde.methods.registry import configure, installed, load, suggest
 
-_PEERS = {
-    "adalora": "adapters:AdaLora",
-    "asam": "sharpness:Asam",
-    "constant-dither": "constant_dither:ConstantDither",
-    "foof": "foof:Foof",
-    "galore": "optimizers:Galore",
-    "int8": "adapters:Int8",
-    "lora": "adapters:Lora",
-    "meprop": "meprop:MeProp",
-    "muon": "optimizers:Muon",
-    "psgd": "optimizers:Psgd",
-    "sam": "sharpness:Sam",
-    "schedule-free": "optimizers:ScheduleFree",
-    "selective-backprop": "selective:SelectiveBackprop",
-    "shampoo": "optimizers:Shampoo",
-    "soap": "optimizers:Soap",
-    "vcas": "vcas:Vcas",
-}
-"""Name → ``module:class`` in this package; imported when asked for, since packages may be missing."""
+GROUP = "retrograde.peers"
 
 
 def names() -> tuple[str, ...]:
-    """All peers."""
-    return tuple(_PEERS)
+    """All installed peers.
+
+    Raises:
+        OptionError: two packages bring one name.
+    """
+    return tuple(installed(GROUP, "peer"))
 
 
 def find(name: str) -> type[Peer]:
     """The class of peer `name`.
 
     Raises:
-        OptionError: there is no such peer.
+        OptionError: there is no such peer, or its entry point does not lead to a `Peer`.
     """
-    if name not in _PEERS:
-        raise OptionError(f"there is no peer {name!r}.{suggest(name, _PEERS)} Peers: {', '.join(_PEERS)}.")
-    module, _, attribute = _PEERS[name].partition(":")
-    found: type[Peer] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    return found
+    known = installed(GROUP, "peer")
+    if name not in known:
+        raise OptionError(f"there is no peer {name!r}.{suggest(name, known)} Peers: {', '.join(known)}.")
+    return load(known[name], "peer", Peer)
 
 
 def make(name: str, options: dict[str, Any] | None = None) -> Peer:

@@ -58,7 +58,7 @@ class ConstantDither(Peer, Method):
             raise OptionError(f"ConstantDither: step={self.step} must be a positive number.")
 
     def method(self) -> Method:
-        """Itself: it fills slot 5."""
+        """Itself: it fills the slot `delta`."""
         return self
 
     def make_rule(self, site: Site) -> Rule:
@@ -75,10 +75,10 @@ class _ConstantRule(Rule):
 
     def delta(self, call: Call, delta: Delta) -> Delta:
         """Equations (1) and (2)."""
-        if delta.step is not None or delta.values.numel() == 0:
+        if delta.quantised or delta.values.numel() == 0:
             return delta
         _, peak = dispatch.statistics(delta.values, delta)
-        call.counters.overhead += _FLOPS_PER_ENTRY * delta.values.numel()
+        call.spend(_FLOPS_PER_ENTRY * delta.values.numel())
         if not math.isfinite(peak):
             call.counters.fallbacks += 1
             return delta

@@ -31,14 +31,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from retrograde.engine.rows import sample_rows, weight_from_matrix, weight_matrix
+from retrograde.engine import ranks
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
-from retrograde.engine.statistics import across_ranks
-from retrograde.errors import OptionError
+from retrograde.errors import OptionError, check_option
 from retrograde.kernels.delta import Delta
 from retrograde.lab.peers.base import Peer
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -67,19 +64,15 @@ class Foof(Peer, Method):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        self._check("damping", math.isfinite(self.damping) and self.damping > 0, "a positive number")
-        self._check("every", self.every >= 1, "1 or more")
-        self._check("decay", 0 <= self.decay < 1, "at least 0 and below 1")
-        self._check("rows", self.rows >= 1, "1 or more")
-        self._check("optimizer", self.optimizer in ("sgd", "recipe"), "'sgd' or 'recipe'")
-        self._check("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
-
-    def _check(self, option: str, fine: bool, wanted: str) -> None:
-        if not fine:
-            raise OptionError(f"Foof: {option}={getattr(self, option)!r} must be {wanted}.")
+        check_option(self, "damping", math.isfinite(self.damping) and self.damping > 0, "a positive number")
+        check_option(self, "every", self.every >= 1, "1 or more")
+        check_option(self, "decay", 0 <= self.decay < 1, "at least 0 and below 1")
+        check_option(self, "rows", self.rows >= 1, "1 or more")
+        check_option(self, "optimizer", self.optimizer in ("sgd", "recipe"), "'sgd' or 'recipe'")
+        check_option(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
 
     def method(self) -> Method:
-        """Itself: it fills slot 7."""
+        """Itself: it fills the slot `grad`."""
         return self
 
     def make_optimizer(
@@ -100,8 +93,8 @@ class Foof(Peer, Method):
         """Every linear or convolutional layer that owns a trained weight alone."""
         if site.tied:
             return "its weight is shared with another layer, whose input has another Σ"
-        if nn.utils.parametrize.is_parametrized(site.layer):
-            return "parametrised: its weight has no gradient of its own"
+        if site.weight is None:
+            return "its weight is computed anew in every forward pass and has no gradient of its own"
         return _FoofRule(site, self)
 
 
@@ -109,10 +102,7 @@ class _FoofRule(Rule):
     def __init__(self, site: Site, method: Foof) -> None:
         super().__init__(site.name)
         self._method = method
-        self._transposed = isinstance(site.layer, _TRANSPOSED)
-        self._groups: int = getattr(site.layer, "groups", 1)
         self._step = 0
-        self._owed = 0.0
         self._batch: Tensor | None = None
         """XᵀX of this step's calls, (groups, d, d); n beside it."""
         self._count = 0
@@ -121,32 +111,28 @@ class _FoofRule(Rule):
 
     def observe(self, call: Call, delta: Delta) -> None:
         """In the steps that bring a refresh: XᵀX of the call."""
-        call.counters.overhead += self._owed
-        self._owed = 0.0
         if self._step % self._method.every or not call.saved:
             return
-        rows = sample_rows(call.saved[0], call.weight, call.geometry, self._method.rows)
+        rows = call.map.rows(call.saved[0], call.weight, self._method.rows)
         moment = rows.mT @ rows
-        call.counters.overhead += 2.0 * rows.numel() * rows.shape[-1]
+        call.spend(2.0 * rows.numel() * rows.shape[-1])
         self._batch = moment if self._batch is None else self._batch + moment
         self._count += rows.shape[1]
 
     def grad(self, step: Step) -> None:
         """Equations (1) and (2) where they are due, then (3)."""
         if self._batch is not None and self._count:
-            self._refresh(self._batch / self._count)
+            self._refresh(step, self._batch / self._count)
         self._batch, self._count = None, 0
-        layer = step.layer
-        assert isinstance(layer.weight, Tensor)
-        gradient = layer.weight.grad
-        if gradient is None or self._inverse is None:
+        weight, map = step.weight, step.map
+        if weight is None or weight.grad is None or map is None or self._inverse is None:
             return
-        matrix = weight_matrix(gradient, self._groups, self._transposed).to(self._inverse.dtype)
-        gradient.copy_(weight_from_matrix(matrix @ self._inverse, gradient.shape, self._transposed))
-        self._owed += 2.0 * gradient.numel() * self._inverse.shape[-1]
+        matrix = map.matrix(weight.grad).to(self._inverse.dtype)
+        weight.grad.copy_(map.from_matrix(matrix @ self._inverse, weight.shape))
+        step.spend(2.0 * weight.numel() * self._inverse.shape[-1])
 
-    def _refresh(self, fresh: Tensor) -> None:
-        fresh = across_ranks(fresh)
+    def _refresh(self, step: Step, fresh: Tensor) -> None:
+        fresh = ranks.mean(fresh)
         if not bool(torch.isfinite(fresh).all()):
             return
         decay, d = self._method.decay, fresh.shape[-1]
@@ -159,15 +145,15 @@ class _FoofRule(Rule):
                 f"damping={self._method.damping} is lost beside the largest eigenvalue of its input. Raise it."
             )
         self._inverse = torch.cholesky_inverse(factor)
-        self._owed += 2.0 * fresh.shape[0] * d**3
+        step.spend(2.0 * fresh.shape[0] * d**3)
 
     def local(self, step: Step) -> None:
         """Note which step begins."""
         self._step = step.index + 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "owed": self._owed, "moment": self._moment, "inverse": self._inverse}
+        return {"step": self._step, "moment": self._moment, "inverse": self._inverse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step, self._owed = int(state["step"]), float(state["owed"])
+        self._step = int(state["step"])
         self._moment, self._inverse = state["moment"], state["inverse"]

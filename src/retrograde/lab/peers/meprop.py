@@ -51,7 +51,7 @@ class MeProp(Peer, Method):
             raise OptionError(f"MeProp: k={self.k} must be 1 or more.")
 
     def method(self) -> Method:
-        """Itself: it fills slot 5."""
+        """Itself: it fills the slot `delta`."""
         return self
 
     def make_rule(self, site: Site) -> Rule:
@@ -71,11 +71,10 @@ class _TopRule(Rule):
     def delta(self, call: Call, delta: Delta) -> Delta:
         """Equation (1)."""
         values = delta.values
-        # Outputs are last in a linear layer's δ, and before the spatial dimensions in a convolution's.
-        axis = -1 if call.geometry is None else -1 - len(call.geometry.stride)
+        axis = call.map.axis(values)
         if values.numel() == 0 or values.shape[axis] <= self._k:
             return delta
-        call.counters.overhead += _FLOPS_PER_ENTRY * values.numel()
+        call.spend(_FLOPS_PER_ENTRY * values.numel())
         chosen = values.abs().topk(self._k, dim=axis, sorted=False).indices
         kept = torch.zeros_like(values).scatter_(axis, chosen, values.gather(axis, chosen))
         return Delta(kept, delta.step)

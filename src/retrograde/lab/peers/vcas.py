@@ -38,11 +38,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from retrograde.accounting.flops import DISCOUNTS, linear_flops
+from retrograde.engine.maps.base import Map
 from retrograde.engine.slots import Call, Conductor, Method, Rule, Site
 from retrograde.errors import OptionError
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
+from retrograde.kernels.work import Work
 from retrograde.lab.peers.base import Peer
 from retrograde.lab.peers.constant_dither import count_examples
 from retrograde.maths.philox import mix_key, uniform
@@ -83,12 +84,12 @@ class Vcas(Peer, Method):
                 raise OptionError(f"Vcas: {option}={getattr(self, option)} must lie between 0 and 1.")
 
     def method(self) -> Method:
-        """Itself: it fills slots 3, 5 and 6."""
+        """Itself: it fills the slots `save`, `delta` and `product`."""
         return self
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer."""
-        return (_LinearRule if site.kind == "linear" else VcasRule)(site.name, self)
+        return (_LinearRule if site.map.plain_rows else VcasRule)(site.name, self)
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> Conductor:
         """Equations (6) and (7)."""
@@ -150,7 +151,7 @@ class VcasRule(Rule):
         if delta.step is not None or examples < 2 or not (self.measuring or self.keep < 1):
             return delta
         norms = torch.linalg.vector_norm(delta.values.flatten(1).float(), dim=1)
-        call.counters.overhead += 2.0 * delta.values.numel()
+        call.spend(2.0 * delta.values.numel())
         if not bool(torch.isfinite(norms).all()):
             call.counters.fallbacks += 1
             return delta
@@ -161,7 +162,10 @@ class VcasRule(Rule):
         p = keep_probabilities(norms, self.keep * examples)
         kept = uniform(call.key, p.shape, p.device) < p
         factor = torch.where(kept, 1 / p, 0.0).to(delta.values.dtype)
-        return Delta(delta.values * factor.view(-1, *[1] * (delta.values.dim() - 1)))
+        sampled = Delta(delta.values * factor.view(-1, *[1] * (delta.values.dim() - 1)))
+        # The share of zeros differs from call to call: no count can stand for the next.
+        sampled.count()
+        return sampled
 
     def _measure(self, call: Call, norms: Tensor) -> None:
         """Equations (3) and (4)."""
@@ -213,38 +217,23 @@ class _LinearRule(VcasRule):
         self._weight_added = 0.0
         super().clear()
 
-    def save(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x̂ itself."""
+    def save(self, x: Tensor, weight: Tensor, map: Map) -> tuple[Tensor, ...]:
+        """x itself."""
         return (x,)
 
-    def product(self, call: Call, delta: Delta) -> Tensor:
+    def product(self, call: Call, delta: Delta) -> Work:
         """Equation (2), as a product of the rows that are kept."""
         x = call.saved[0]
         if self.measuring or self._rows_kept >= 1 or delta.step is not None or call.delta.dim() == 1:
-            return self._multiplied(call, delta, x, delta)
-        call.counters.overhead += 2.0 * (delta.values.numel() + x.numel())
+            return call.map.weight_grad(call.products, call.operand, call.weight)
+        call.spend(2.0 * (delta.values.numel() + x.numel()))
         leverage = _leverage(delta.values, x)
         if not bool(torch.isfinite(leverage).all()):
-            return self._multiplied(call, delta, x, delta)
+            return call.map.weight_grad(call.products, call.operand, call.weight)
         q = keep_probabilities(leverage, self._rows_kept * int((leverage > 0).sum()))
         chosen = (uniform(mix_key(call.key, _WEIGHT_NOISE), q.shape, q.device) < q).nonzero().flatten()
         rows = _rows(delta.values)[chosen] / q[chosen].unsqueeze(1).to(delta.values.dtype)
-        return self._multiplied(call, Delta(rows), _rows(x)[chosen], delta)
-
-    def _multiplied(self, call: Call, factor: Delta, x: Tensor, whole: Delta) -> Tensor:
-        """``factorᵀ x``; replace the dense product of `whole`, which is counted for this call, by what was done."""
-        products = call.products if factor is whole else Products(factor, wanted=1)
-        found, done = products.linear_weight_grad(x)
-        o, i = call.weight.shape
-        used = _nonzero_flops(factor, o, i)
-        all_of = linear_flops(factor.values.numel() // o, o, i)
-        dense = linear_flops(whole.values.numel() // o, o, i)
-        counters = call.counters
-        counters.weight_grad_needed += used - _nonzero_flops(whole, o, i)
-        executed = (used if done.skips_zeros else all_of) - dense
-        counters.weight_grad_executed += executed
-        counters.weight_grad_discounted += executed * DISCOUNTS[str(call.weight.dtype).removeprefix("torch.")]
-        return found
+        return call.map.weight_grad(Products(Delta(rows), wanted=1), _rows(x)[chosen], call.weight)
 
     def metrics(self) -> dict[str, float]:
         """ρ and ν."""
@@ -306,10 +295,7 @@ class _Controller(Conductor):
 def _example_gradients(call: Call, norms: Tensor) -> tuple[Tensor, float]:
     """‖g_i‖² of each example, (B,), and ‖Σ g_i‖²; one dW more, which is counted."""
     delta, x = call.delta, call.saved[0]
-    if call.geometry is None:
-        call.counters.overhead += linear_flops(delta.shape[:-1].numel(), *call.weight.shape)
-    else:
-        call.counters.overhead += 2.0 * delta.numel() * math.prod(call.weight.shape[1:])
+    call.spend(call.map.flops(call.input_shape, call.weight.shape, delta.shape))
     if delta.dim() == 2:
         squares = norms.double().square() * x.double().square().sum(1)
         return squares, float((delta.mT.float() @ x.float()).double().square().sum())
@@ -317,12 +303,7 @@ def _example_gradients(call: Call, norms: Tensor) -> tuple[Tensor, float]:
     squares = norms.new_zeros(len(norms), dtype=torch.float64)
     for i in range(len(norms)):
         products = Products(Delta(delta[i : i + 1]), wanted=1)
-        if call.geometry is None:
-            found = products.linear_weight_grad(x[i : i + 1])[0].double()
-        else:
-            found = products.convolution_weight_grad(x[i : i + 1], call.weight, call.geometry, joint=False)[
-                0
-            ].double()
+        found = call.map.weight_grad(products, x[i : i + 1], call.weight).value.double()
         squares[i] = found.square().sum()
         total += found
     return squares, float(total.square().sum())
@@ -343,7 +324,3 @@ def _leverage(delta: Tensor, x: Tensor) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-
-
-def _nonzero_flops(delta: Delta, outputs: int, inputs: int) -> float:
-    return linear_flops(1, 1, inputs) * float(delta.values.numel() - delta.zeros)

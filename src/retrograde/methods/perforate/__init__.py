@@ -31,13 +31,15 @@ Deviations from the papers: (5) is divided by each channel's σ_δ, which change
 frees Adam of the loss's scale; the first batch of a phase only primes the means. A dendrite has a bias if its
 layer has one.
 
-What it cannot do yet: recurrent cells, whole transformer blocks, transposed convolutions, parametrised
-weights, a compression helper. Dendrites of a convolution sit before the BatchNorm behind it, not inside a
-wrapped block: their own z is then not normalised, so f can saturate, and BatchNorm rescales their share with
-the sum; that is weaker than a dendrite with a norm of its own. Dendrites' own products run in plain autograd:
-other methods do not act on them. Leave out (`where`, or `skip` of attach) the layer that
-feeds a softmax. Learning rate schedules go on through all phases; one that decays to zero makes a false
-plateau, and is warned of.
+What it cannot do yet: recurrent cells, whole transformer blocks, computed weights, a compression helper. Dendrites
+of a convolution sit before the BatchNorm behind it, not inside a wrapped block: their own z is then not normalised,
+so f can saturate, and BatchNorm rescales their share with the sum; that is weaker than a dendrite with a norm of its
+own. Dendrites' own products run in plain autograd: other methods do not act on them. Leave out (`where`, or `skip` of
+attach) the layer that feeds a softmax. Learning rate schedules go on through all phases; one that decays to zero
+makes a false plateau, and is warned of.
+
+The layer's ``state_dict`` gains the keys ``dendrite_*``, all of them from the start. A state without any loads as one
+without dendrites. Copies, pickles and averages keep keys and function; ``session.fold()`` keeps what is in use alone.
 
 Cost: each set costs one more forward product of the layer, and under the gradient rule one more backward
 pass; in a dendrite phase two products for each candidate. Memory: capacity for `max_dendrites` sets, D·P_M +
@@ -62,12 +64,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from torch import nn
 
 from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import OptionError
+from retrograde.errors import OptionError, check_option
 from retrograde.maths.perforate import ACTIVATIONS, Activation
 from retrograde.methods.perforate import dendrites
 from retrograde.methods.perforate.conductor import PerforateConductor
@@ -106,6 +108,11 @@ class Perforate(Method):
     """
 
     name: ClassVar[str] = "perforate"
+    adds_parameters: ClassVar[bool] = True
+    short_run: ClassVar[Mapping[str, Any]] = {"patience": 2, "limit": 6, "max_dendrites": 2}
+    whole_run: ClassVar[str] = (
+        "it grows dendrites when validation stops improving, which short runs do not show: use `compare`"
+    )
 
     rule: Learning = "gradient"
     where: str | tuple[str, ...] | None = None
@@ -122,39 +129,43 @@ class Perforate(Method):
     period: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("rule", self.rule, ("gradient", "perforated"))
-        _one_of("activation", self.activation, ACTIVATIONS)
+        check_option(self, "rule", self.rule in get_args(Learning), "one of 'gradient', 'perforated'")
+        check_option(
+            self, "activation", self.activation in ACTIVATIONS, f"one of {', '.join(map(repr, ACTIVATIONS))}"
+        )
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is None and name == "period":
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise OptionError(f"Perforate: {name}={value!r} must be a whole number, 1 or more.")
-        if not (math.isfinite(self.candidate_rate) and self.candidate_rate > 0):
-            raise OptionError(f"Perforate: candidate_rate={self.candidate_rate} must be a positive number.")
-        if not 0 < self.momentum <= 1:
-            raise OptionError(f"Perforate: momentum={self.momentum} must lie above 0 and be 1 at most.")
+            fine = (isinstance(value, int) and value >= 1) or (value is None and name == "period")
+            check_option(self, name, fine, "a whole number, 1 or more")
+        rate = self.candidate_rate
+        check_option(self, "candidate_rate", math.isfinite(rate) and rate > 0, "a positive number")
+        check_option(self, "momentum", 0 < self.momentum <= 1, "above 0 and 1 at most")
         if self.candidates > 1 and self.rule == "gradient":
             raise OptionError(
                 f"Perforate: candidates={self.candidates} has no effect with rule='gradient', which has no "
                 "dendrite phase to choose in. Leave it at 1, or use rule='perforated'."
             )
-        if self.where is not None and not all(isinstance(p, str) and p for p in self._patterns()):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f"Perforate: where={self.where!r} must be a glob pattern or several.")
+        fine = self.where is None or all(isinstance(p, str) and p for p in self._patterns())  # pyright: ignore[reportUnnecessaryIsInstance]
+        check_option(self, "where", fine, "a glob pattern or several")
 
     def make_rule(self, site: Site) -> Rule | str:
-        """Linear layers and convolutions, as far as `where` names them."""
+        """Every linear-like layer with a weight of its own, as far as `where` names it."""
         if self.where is not None and not any(
             fnmatchcase(site.name, pattern) for pattern in self._patterns()
         ):
             return "not in `where`"
-        if dendrites.base_of(site.layer) is None:
-            return "dendrites copy nn.Linear and nn.Conv1d to nn.Conv3d, and subclasses that inherit their forward"
-        if nn.utils.parametrize.is_parametrized(site.layer):
-            return "parametrised: dendrites would be copies of a weight that is computed"
-        if not cast(nn.Linear, site.layer).weight.requires_grad and self.rule == "perforated":
+        if isinstance(site.layer, dendrites.Dendritic):
+            return "has dendrites already, of an earlier session"
+        if any(isinstance(module, nn.MultiheadAttention) for module in site.fused_by):
+            return "nn.MultiheadAttention multiplies by this weight itself in evaluation, past any dendrite"
+        if site.weight is None:
+            return "dendrites would be copies of a weight that is computed"
+        if not site.weight.requires_grad and self.rule == "perforated":
             return "weight frozen: its input, which candidate dendrites read, is not kept"
-        return (PerforatedRule if self.rule == "perforated" else DendriteRule)(site.name, self)
+        rule = (PerforatedRule if self.rule == "perforated" else DendriteRule)(site, site.kind, self)
+        names = ", ".join(f"dendrite_{part}_*" for part in dendrites.NAMES)
+        rule.remark = f"adds keys to state_dict: {names}"
+        return rule
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> PerforateConductor:
         """Phases of the whole model."""
@@ -176,8 +187,3 @@ _COUNTS = (
     *("max_dendrites", "patience", "tries", "candidates", "limit", "candidate_patience", "candidate_limit"),
     "period",
 )
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OptionError(f"Perforate: {name}={value!r} must be one of {', '.join(map(repr, allowed))}.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from retrograde.engine import ranks
 from retrograde.engine.slots import Conductor
 from retrograde.errors import RetrogradeWarning
 from retrograde.methods.perforate import dendrites
@@ -95,7 +96,9 @@ class PerforateConductor(Conductor):
         model = self._model()
         if model is None:
             return
-        score = _mean_over_ranks(score, model)
+        device = next(model.parameters()).device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        score = float(ranks.mean(torch.tensor(score, dtype=wide, device=device)))
         self.reports += 1
         self.age += 1
         if self.phase == "neuron":
@@ -193,9 +196,14 @@ class PerforateConductor(Conductor):
         if self._snapshot is None or model is None:
             return
         model.load_state_dict(self._snapshot)
-        for rule in self._rules.values():
-            rule.sync()
         self._stage.restart()
+
+    def fold(self, model: nn.Module) -> None:
+        """Encoders without a dendrite may pack padded batches again."""
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and encoder.__dict__.pop(dendrites.UNPACKED, False):
+                kept = any(isinstance(module, dendrites.Dendritic) for module in encoder.modules())
+                encoder.use_nested_tensor = not kept
 
     # Figures and state.
 
@@ -255,13 +263,3 @@ class PerforateConductor(Conductor):
 def _cpu_copy(value: Any) -> Any:
     # An extra state (`nn.Module.get_extra_state`) may be no tensor.
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-def _mean_over_ranks(score: float, model: nn.Module) -> float:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return score
-    device = next(model.parameters()).device
-    value = torch.tensor(score, device=device)
-    distributed.all_reduce(value)
-    return float(value) / distributed.get_world_size()

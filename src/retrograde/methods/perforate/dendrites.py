@@ -9,18 +9,20 @@ Set d of a layer has the parameters ``dendrite_weight_d`` and ``dendrite_bias_d`
 """
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from retrograde.engine.maps.base import LayerKind, Map, kind_of, register_layer
+from retrograde.errors import StateError
 from retrograde.maths.perforate import Activation, activate
 
 NAMES = ("weight", "bias", "cascade", "output")
-COUNT = "dendrite_count"
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``(x, weight, bias) → z``, the layer's own map with other parameters."""
+UNPACKED = "_retrograde_unpacked"
+"""Marks an `nn.TransformerEncoder` that would pack padded batches, which its layers' fused kernels alone can take."""
 
 
 def name_of(part: str, index: int) -> str:
@@ -28,21 +30,19 @@ def name_of(part: str, index: int) -> str:
     return f"dendrite_{part}_{index}"
 
 
-def allocate(layer: nn.Module, capacity: int) -> None:
-    """Register `capacity` sets, all zero, and the count of those in use."""
-    weight = cast(Tensor, layer.weight)
+def allocate(layer: nn.Module, capacity: int, weight: Tensor, outputs: int, *, bias: bool) -> None:
+    """Register `capacity` sets, all zero."""
     for d in range(capacity):
-        channels = weight.new_zeros(weight.shape[0])
+        channels = weight.new_zeros(outputs)
         parts = {
             "weight": torch.zeros_like(weight),
-            "bias": channels if isinstance(layer.bias, Tensor) else None,
-            "cascade": weight.new_zeros(d, weight.shape[0]) if d else None,
+            "bias": channels if bias else None,
+            "cascade": weight.new_zeros(d, outputs) if d else None,
             "output": channels.clone(),
         }
         for part, value in parts.items():
             parameter = None if value is None else nn.Parameter(value.detach())
             layer.register_parameter(name_of(part, d), parameter)
-    layer.register_buffer(COUNT, torch.zeros((), dtype=torch.int64))
 
 
 def parameters(layer: nn.Module, index: int) -> dict[str, nn.Parameter]:
@@ -51,29 +51,20 @@ def parameters(layer: nn.Module, index: int) -> dict[str, nn.Parameter]:
     return {part: value for part, value in found.items() if value is not None}
 
 
-def remove(layer: nn.Module, first: int, capacity: int) -> None:
-    """Take away the sets from `first` on and the count."""
-    for d in range(first, capacity):
-        for part in NAMES:
-            delattr(layer, name_of(part, d))
-    delattr(layer, COUNT)
-
-
 def activations(
-    layer: nn.Module, x: Tensor, count: int, activation: Activation, product: Product, *, detached: bool
+    layer: nn.Module, x: Tensor, count: int, activation: Activation, map: Map, *, detached: bool
 ) -> list[Tensor]:
     """a_d of the first `count` sets, equations (1) and (2).
 
     Args:
         layer: carries the parameters.
-        x: what `product` multiplies.
+        x: what the layer multiplies.
         count: dendrites in use.
         activation: f.
-        product: the layer's map.
+        map: how it multiplies.
         detached: let no gradient through to x or to the dendrites' parameters.
     """
     values: list[Tensor] = []
-    spatial = cast(Tensor, layer.weight).dim() - 2
     x = x.detach() if detached else x
     for d in range(count):
         weight: Tensor = getattr(layer, name_of("weight", d))
@@ -83,103 +74,193 @@ def activations(
             weight = weight.detach()
             bias = None if bias is None else bias.detach()
             cascade = None if cascade is None else cascade.detach()
-        z = product(x, weight, bias)
+        z = map.forward(x, weight, bias)
         if cascade is not None:
             for e in range(d):
-                z = z + over_channels(cascade[e], spatial) * values[e]
+                z = z + over_channels(cascade[e], map, z) * values[e]
         values.append(activate(z, activation))
     return values
 
 
-def add(layer: nn.Module, z: Tensor, values: list[Tensor]) -> Tensor:
+def add(layer: nn.Module, z: Tensor, values: list[Tensor], map: Map) -> Tensor:
     """Equation (3), in the precision of z."""
-    spatial = cast(Tensor, layer.weight).dim() - 2
     for d, a in enumerate(values):
-        z = z + (over_channels(getattr(layer, name_of("output", d)), spatial) * a).to(z.dtype)
+        z = z + (over_channels(getattr(layer, name_of("output", d)), map, z) * a).to(z.dtype)
     return z
 
 
-def over_channels(value: Tensor, spatial: int) -> Tensor:
+def over_channels(value: Tensor, map: Map, z: Tensor) -> Tensor:
     """(C,) shaped to multiply a layer's output."""
-    return value.view(-1, *[1] * spatial)
+    return value.view(-1, *[1] * (-1 - map.axis(z)))
 
 
-class _Dendritic(nn.Module):
-    """Mixin: a plain layer with dendrites; nothing of it knows a session.
+@dataclass
+class State:
+    """What a layer with dendrites keeps beside its parameters.
 
     Attributes:
-        dendrites: number of sets.
+        count: sets in use; the others are all zero, and add nothing.
+        capacity: sets that there are parameters for.
         activation: f.
-        detached: in further training, let no gradient through the dendrites.
+        detached: in training, let no gradient through the dendrites.
     """
 
-    dendrites: int
+    count: int
+    capacity: int
     activation: Activation
     detached: bool
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Tensor:
+class Dendritic(nn.Module):
+    """Mixin: a layer with dendrites, which computes with them whether or not it is attached.
+
+    Its ``state_dict`` has the dendrites' keys beside the layer's; a state without any of them is one without dendrites.
+    """
+
+    _dendrite_base: ClassVar[type[nn.Module]]
+    _dendrite_kind: ClassVar[LayerKind]
+    _dendrite_state: State
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As of the plain layer, with the dendrites' sum added."""
-        z = super().forward(input)
-        values = activations(
-            self, input, self.dendrites, self.activation, self._product, detached=self.detached
+        return self._dendrite_kind.forward(self, self._product, *args, **kwargs)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, map: Map) -> Tensor:
+        state = self._dendrite_state
+        # A copy may be an average, whose parameters grow without a word.
+        count = state.count if "_retrograde" in self.__dict__ else state.capacity
+        detached = state.detached and self.training
+        found = activations(self, x, count, state.activation, map, detached=detached)
+        return add(self, map.forward(x, weight, bias), found, map)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        return add(self, z, values)
+        mine, state = f"{prefix}dendrite_", self._dendrite_state
+        if any(key.startswith(mine) for key in state_dict):
+            state.count = in_use(self, state.capacity)
+        elif f"{prefix}{self._dendrite_kind.names(self)[0]}" in state_dict:
+            missing_keys[:] = [key for key in missing_keys if not key.startswith(mine)]
+            with torch.no_grad():
+                for d in range(state.capacity):
+                    for value in parameters(self, d).values():
+                        value.zero_()
+            state.count = 0
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dendrites={self.dendrites}, activation={self.activation!r}"
+        """The plain layer's, and the dendrites."""
+        state = self._dendrite_state
+        return f"{super().extra_repr()}, dendrites={state.count}, activation={state.activation!r}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A registered kind is looked up again: it may hold a function that cannot be pickled, and a copy of it would
+        # make another class.
+        kind = self._dendrite_kind.origin
+        kind = None if _registered(self._dendrite_base) is kind else kind
+        return _empty, (self._dendrite_base, kind), self.__dict__
 
 
-class DendriticLinear(_Dendritic, nn.Linear):
-    """`nn.Linear` with dendrites, as `Session.fold` leaves it."""
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, weight, bias)
-
-
-class DendriticConv1d(_Dendritic, nn.Conv1d):
-    """`nn.Conv1d` with dendrites, as `Session.fold` leaves it."""
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+def _empty(plain: type[nn.Module], kind: LayerKind | None) -> nn.Module:
+    kind = _registered(plain) if kind is None else kind
+    if kind is None:
+        raise StateError(
+            f"a {plain.__name__} with dendrites cannot be loaded: its type is not registered here. Import what "
+            "registers it (retrograde.register_layer) first."
+        )
+    made = dendritic(plain, kind)
+    return made.__new__(made)
 
 
-class DendriticConv2d(_Dendritic, nn.Conv2d):
-    """`nn.Conv2d` with dendrites, as `Session.fold` leaves it."""
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
+def _registered(plain: type[nn.Module]) -> LayerKind | None:
+    found = (kind_of(cls) for cls in plain.__mro__)
+    return next((kind for kind in found if kind is not None), None)
 
 
-class DendriticConv3d(_Dendritic, nn.Conv3d):
-    """`nn.Conv3d` with dendrites, as `Session.fold` leaves it."""
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._conv_forward(x, weight, bias)
-
-
-FOLDED: dict[type[nn.Module], type[_Dendritic]] = {
-    nn.Linear: DendriticLinear,
-    nn.Conv1d: DendriticConv1d,
-    nn.Conv2d: DendriticConv2d,
-    nn.Conv3d: DendriticConv3d,
-}
-
-
-def base_of(layer: nn.Module) -> type[nn.Module] | None:
-    """The layer type that dendrites know, of which `layer` is one; None when there is none."""
-    return next((cls for cls in type(layer).__mro__ if cls in FOLDED), None)
+@cache
+def dendritic(plain: type[nn.Module], kind: LayerKind) -> type[Dendritic]:
+    """The class of layers of a `plain` class with dendrites."""
+    names = {
+        "_dendrite_base": plain,
+        "_dendrite_kind": kind,
+        "__module__": __name__,
+        "__doc__": plain.__doc__,
+    }
+    made = cast(type[Dendritic], type(f"Dendritic{plain.__name__}", (Dendritic, plain), names))
+    register_layer(made, _DendriticKind(kind))
+    return made
 
 
-def fold(layer: nn.Module, capacity: int, activation: Activation, detached: bool) -> nn.Module:
-    """Make a plain copy with all its capacity into a plain layer, or into a dendritic one when sets are in use."""
-    count = int(getattr(layer, COUNT))
-    remove(layer, count, capacity)
-    base = base_of(layer)
-    if count and base is not None:
-        layer.__class__ = FOLDED[base]
-        folded = cast(_Dendritic, layer)
-        folded.dendrites, folded.activation, folded.detached = count, activation, detached
+class _DendriticKind(LayerKind):
+    """How other methods read a layer with dendrites: its own product is theirs, its dendrites run in plain autograd."""
+
+    def __init__(self, plain: LayerKind) -> None:
+        self._plain = plain
+
+    def map(self, layer: nn.Module) -> Map:
+        """The plain layer's."""
+        return self._plain.map(layer)
+
+    def names(self, layer: nn.Module) -> tuple[str, str]:
+        """The plain layer's."""
+        return self._plain.names(layer)
+
+    def describe(self, layer: nn.Module) -> str:
+        """The plain layer's."""
+        return self._plain.describe(layer)
+
+    def forward(self, layer: Any, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The plain layer's, with the dendrites' sum added to each product."""
+
+        def extended(x: Tensor, weight: Tensor, bias: Tensor | None, map: Map) -> Tensor:
+            state: State = layer._dendrite_state
+            found = activations(layer, x, state.capacity, state.activation, map, detached=state.detached)
+            return add(layer, product(x, weight, bias, map), found, map)
+
+        return self._plain.forward(layer, extended, *args, **kwargs)
+
+
+def in_use(layer: nn.Module, capacity: int) -> int:
+    """Sets up to the last one that is not all zero."""
+    used = [d for d in range(capacity) if any(bool(value.any()) for value in parameters(layer, d).values())]
+    return used[-1] + 1 if used else 0
+
+
+def adopt(layer: nn.Module, kind: LayerKind, state: State) -> Dendritic:
+    """Make a layer with allocated sets one that computes with them."""
+    layer.__class__ = dendritic(type(layer), kind)
+    made = cast(Dendritic, layer)
+    made._dendrite_state = state  # pyright: ignore[reportPrivateUsage]
+    return made
+
+
+def fold(layer: Dendritic) -> nn.Module:
+    """Make a copy with all its capacity into a plain layer, or into one with the sets that are in use."""
+    state = layer._dendrite_state  # pyright: ignore[reportPrivateUsage]
+    strip(layer, state.count)
+    state.capacity = state.count
+    if not state.count:
+        restore(layer)
     return layer
+
+
+def strip(layer: Dendritic, first: int) -> None:
+    """Take away the sets from `first` on."""
+    for d in range(first, layer._dendrite_state.capacity):  # pyright: ignore[reportPrivateUsage]
+        for part in NAMES:
+            delattr(layer, name_of(part, d))
+
+
+def restore(layer: Dendritic) -> None:
+    """Give the layer its plain class back."""
+    layer.__class__ = layer._dendrite_base  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+    del layer.__dict__["_dendrite_state"]

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrograde.engine.slots import Call, Step
+from retrograde.engine.maps.base import LayerKind
+from retrograde.engine.slots import Call, Site, Step
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.kernels.delta import Delta
 from retrograde.methods.perforate import dendrites
 from retrograde.methods.perforate.pool import Pool
-from retrograde.methods.perforate.rule import DendriteRule, product_flops
+from retrograde.methods.perforate.rule import DendriteRule
 
 if TYPE_CHECKING:
     from retrograde.methods.perforate import Perforate
@@ -21,9 +22,10 @@ class PerforatedRule(DendriteRule):
     """The papers' rule: dendrites read x without passing error back, and learn by correlation in their own phase."""
 
     detached = True
+    needs_input = True
 
-    def __init__(self, name: str, method: "Perforate") -> None:
-        super().__init__(name, method)
+    def __init__(self, site: Site, kind: LayerKind, method: "Perforate") -> None:
+        super().__init__(site, kind, method)
         self._pool: Pool | None = None
 
     def begin(self, attempt: int) -> None:
@@ -34,36 +36,31 @@ class PerforatedRule(DendriteRule):
         drawn = [self._draw(self.active, attempt, j) for j in range(self._method.candidates)]
         stacked = {part: torch.stack([values[part] for values in drawn]) for part in drawn[0]}
         weight = stacked["weight"]
-        cascade = stacked.get("cascade", weight.new_zeros(len(drawn), 0, weight.shape[1]))
-        return Pool(weight, stacked.get("bias"), cascade, self._method.activation)
+        cascade = stacked.get("cascade", weight.new_zeros(len(drawn), 0, self._outputs))
+        return Pool(weight, stacked.get("bias"), cascade, self._method.activation, self._outputs, self._map)
 
     def observe(self, call: Call, delta: Delta) -> None:
-        """Dendrite phase: candidates read δ and x̂."""
+        """Dendrite phase: candidates read δ and the layer's input."""
         super().observe(call, delta)
         if self._pool is None or not self.stage.learning or not call.delta.numel():
             return
-        x = self._input_of(call)
+        if not call.saved:
+            raise OptionError(
+                f"candidate dendrites of layer {self.name!r} need the layer's input in the backward pass, and it was "
+                "not kept: its weight was frozen after attaching. Leave the layer out with Perforate(where=…), or use "
+                "rule='gradient'."
+            )
+        x = call.saved[0]
         if not bool(torch.isfinite(call.delta).all()):
             call.counters.fallbacks += 1
             return
         weight = self._pool.values["weight"]
-        call.counters.overhead += (2 * weight.shape[0] + self.active) * product_flops(call)
+        call.spend((2 * weight.shape[0] + self.active) * call.flops)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.to(weight.dtype)
             activation = self._method.activation
-            accepted = dendrites.activations(
-                self.layer, x, self.active, activation, self._product, detached=True
-            )
+            accepted = dendrites.activations(self.layer, x, self.active, activation, call.map, detached=True)
             self._pool.observe(call, x, accepted)
-
-    def _input_of(self, call: Call) -> Tensor:
-        if len(call.saved) != 1 or tuple(call.saved[0].shape) != tuple(call.input_shape):
-            raise OptionError(
-                f"candidate dendrites of layer {self.name!r} need the layer's input in the backward pass, and it was "
-                "not kept: its weight is frozen, or another method keeps something else (slot `save`). Leave the layer "
-                "out with Perforate(where=…), or use rule='gradient'."
-            )
-        return call.saved[0]
 
     def local(self, step: Step) -> None:
         """Candidates make one step uphill."""

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograde.engine.boundary import multiply
-from retrograde.engine.slots import Call, Operands
-from retrograde.kernels import reference
+from retrograde.engine import ranks
+from retrograde.engine.maps.base import Map
+from retrograde.engine.slots import Call
 from retrograde.kernels.delta import Delta
+from retrograde.kernels.dispatch import Products
 from retrograde.maths import perforate as maths
 from retrograde.maths.perforate import Activation, Moments, Sums
+from retrograde.methods.perforate.dendrites import over_channels
 
 _IMPROVEMENT = 1.1
 _NOISE_FLOOR = 0.01
@@ -21,28 +23,40 @@ class Pool:
     """`m` candidates for every neuron of a layer.
 
     Args:
-        weight: (m, C, …), the candidates' copies of the layer's weight.
+        weight: (m, …), the candidates' copies of the layer's weight.
         bias: (m, C); None for a layer without bias.
         cascade: (m, d, C), V of d accepted dendrites.
         activation: f.
+        outputs: C.
+        map: how the layer multiplies.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, cascade: Tensor, activation: Activation) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        cascade: Tensor,
+        activation: Activation,
+        outputs: int,
+        map: Map,
+    ) -> None:
         self.values: dict[str, Tensor] = {"weight": weight, "cascade": cascade}
         if bias is not None:
             self.values["bias"] = bias
         self._activation: Activation = activation
+        self._outputs = outputs
+        self._map = map
         self._first = {name: torch.zeros_like(value) for name, value in self.values.items()}
         self._second = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self.moments = Moments.zeros(weight.shape[0], weight.shape[1], weight)
-        self._reference = weight.new_zeros(weight.shape[1])
+        self.moments = Moments.zeros(weight.shape[0], outputs, weight)
+        self._reference = weight.new_zeros(outputs)
         self._updates = 0
         self._begin()
 
     def _begin(self) -> None:
         weight = self.values["weight"]
         self._gradient = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self._sums = Sums.zeros(weight.shape[0], weight.shape[1], weight)
+        self._sums = Sums.zeros(weight.shape[0], self._outputs, weight)
 
     @torch.no_grad()
     def observe(self, call: Call, x: Tensor, accepted: list[Tensor]) -> None:
@@ -50,42 +64,37 @@ class Pool:
 
         Args:
             call: δ and the geometry.
-            x: x̂ in the candidates' dtype.
+            x: the layer's input in the candidates' dtype.
             accepted: a_e of the dendrites that the layer has.
         """
-        weight = self.values["weight"]
-        spatial = weight.dim() - 3
+        weight, map = self.values["weight"], call.map
         delta = call.delta.to(weight.dtype)
-        rows = _rows(delta, spatial)
+        axis = map.axis(delta)
+        rows = _rows(delta, axis)
         self._sums.add_delta(rows, self.moments)
         direction = self.moments.direction()
         bias = self.values.get("bias")
         for j in range(weight.shape[0]):
             cascade = self.values["cascade"][j]
-            z = multiply(Operands(x, weight[j], None if bias is None else bias[j], call.geometry))
+            z = map.forward(x, weight[j], None if bias is None else bias[j])
             for row, a_e in zip(cascade, accepted, strict=True):
-                z = z + row.view(-1, *[1] * spatial) * a_e
-            a = maths.activate(z, self._activation)
-            self._sums.add_candidate(j, _rows(a, spatial), rows, self.moments)
+                z = z + over_channels(row, map, z) * a_e
+            a = _rows(maths.activate(z, self._activation), axis)
+            self._sums.add_candidate(j, a, rows, self.moments)
             if not self.moments.steps:
                 continue  # no sign is known yet: the first batch only primes the means
-            g = maths.ascent(_rows(a, spatial), rows, self.moments.mean_delta, direction[j], self._activation)
+            g = maths.ascent(a, rows, self.moments.mean_delta, direction[j], self._activation)
             if bias is not None:
                 self._gradient["bias"][j] += g.sum(0)
             for e, a_e in enumerate(accepted):
-                self._gradient["cascade"][j, e] += (g * _rows(a_e, spatial)).sum(0)
-            at_z = Delta(g.view(a.movedim(-1 - spatial, -1).shape).movedim(-1, -1 - spatial))
-            if call.geometry is None:
-                self._gradient["weight"][j] += reference.linear_weight_grad(at_z, x)
-            else:
-                self._gradient["weight"][j] += reference.convolution_weight_grad(
-                    at_z, x, weight[j], call.geometry
-                )
+                self._gradient["cascade"][j, e] += (g * _rows(a_e, axis)).sum(0)
+            at_z = Delta(g.view(z.movedim(axis, -1).shape).movedim(-1, axis))
+            self._gradient["weight"][j] += map.weight_grad(Products(at_z, wanted=1), x, weight[j]).value
 
     @torch.no_grad()
     def learn(self, rate: float, momentum: float) -> None:
         """One step uphill from what the calls since the last step brought; the same on every rank."""
-        _add_over_ranks([*self._sums.tensors(), *self._gradient.values()])
+        ranks.add([*self._sums.tensors(), *self._gradient.values()])
         count = self._sums.count
         if not float(count):
             return
@@ -105,13 +114,21 @@ class Pool:
         return bool(better.any())
 
     def best(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """|r| (C,) and parameters of the best candidate of each neuron: weight (C, …), cascade (d, C), bias (C,)."""
+        """|r| (C,) and parameters of the best candidate of each neuron: weight, cascade (d, C), bias (C,)."""
         score, index = maths.best_of(self.moments.score())
-        chosen = {
-            name: maths.choose(value, index) for name, value in self.values.items() if name != "cascade"
-        }
+        chosen = {"weight": self._choose_weight(index)}
+        if "bias" in self.values:
+            chosen["bias"] = maths.choose(self.values["bias"], index)
         chosen["cascade"] = maths.choose(self.values["cascade"].transpose(1, 2), index).T
         return score, chosen
+
+    def _choose_weight(self, index: Tensor) -> Tensor:
+        weight = self.values["weight"]
+        matrices = torch.stack([self._map.matrix(w) for w in weight])
+        rows = matrices.flatten(1, 2)
+        # A transposed convolution has a row for every place of its kernel, those of one output side by side.
+        chosen = maths.choose(rows, index.repeat_interleave(rows.shape[1] // self._outputs))
+        return self._map.from_matrix(chosen.view(matrices.shape[1:]), weight.shape[1:])
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and counts, what the calls since the last step brought included."""
@@ -142,17 +159,6 @@ class Pool:
         self._reference, self._updates = here(state["reference"]), int(state["updates"])
 
 
-def _rows(tensor: Tensor, spatial: int) -> Tensor:
-    """(…, C, spatial…) or (…, C) as (p, C)."""
-    return tensor.movedim(-1 - spatial, -1).reshape(-1, tensor.shape[-1 - spatial])
-
-
-def _add_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum each tensor over all ranks, in place, by one reduction."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    distributed.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view(tensor.shape))
+def _rows(tensor: Tensor, axis: int) -> Tensor:
+    """The channels of `axis` last, all else flattened: (p, C)."""
+    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])

@@ -1,6 +1,5 @@
-"""What Perforate does at one layer: slots 2, 7, 8 and 9, and growth when the conductor asks for it."""
+"""What Perforate does at one layer, and growth when the conductor asks for it."""
 
-import hashlib
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, cast
@@ -8,15 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from retrograde.accounting.flops import convolution_flops, linear_flops
-from retrograde.engine.boundary import multiply
-from retrograde.engine.slots import Call, Operands, Rule, Step
+from retrograde.engine import ranks
+from retrograde.engine.maps.base import LayerKind, Map
+from retrograde.engine.slots import Call, Rule, Site, Step
 from retrograde.errors import NoEffectError, RetrogradeWarning
 from retrograde.kernels.delta import Delta
-from retrograde.kernels.geometry import Geometry
 from retrograde.maths.perforate import normal
-from retrograde.maths.philox import mix_key
+from retrograde.maths.philox import key_of, mix_key
 from retrograde.methods.perforate import dendrites
+from retrograde.methods.perforate.dendrites import Dendritic
 from retrograde.methods.perforate.stage import Stage
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ class DendriteRule(Rule):
     """The gradient rule: dendrites are part of the network, and train with it.
 
     Attributes:
-        active: dendrites in use: a plain number for the forward pass, which the layer's buffer keeps in
-            ``model.state_dict()``.
         steps: optimizer steps seen.
         stage: shared with the model's other rules, given by the conductor.
     """
@@ -39,66 +36,89 @@ class DendriteRule(Rule):
     detached = False
     stage: Stage
 
-    def __init__(self, name: str, method: "Perforate") -> None:
-        super().__init__(name)
+    def __init__(self, site: Site, kind: LayerKind, method: "Perforate") -> None:
+        super().__init__(site.name)
         self._method = method
+        self._kind = kind
+        self._map = site.map
+        self._outputs = 0 if site.weight is None else site.map.outputs(site.weight.shape)
+        self._encoders = [m for m in site.fused_by if isinstance(m, nn.TransformerEncoder)]
+        self._fused = bool(site.fused_by)
         self._layer: weakref.ref[nn.Module] | None = None
         self._checked = False
         self._tied = False
         self._key = 0
-        self.active = 0
         self.steps = 0
         self.score: float | None = None
 
     @property
-    def layer(self) -> nn.Module:
+    def active(self) -> int:
+        """Dendrite sets in use."""
+        return self.state.count
+
+    @property
+    def state(self) -> dendrites.State:
+        """The layer's dendrites."""
+        return self.layer._dendrite_state  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def layer(self) -> Dendritic:
         """The attached layer."""
         layer = None if self._layer is None else self._layer()
         if layer is None:
             raise NoEffectError(f"layer {self.name!r} is gone: the attached model was deleted.")
-        return layer
+        return cast(Dendritic, layer)
 
     def prepare(self, layer: nn.Module) -> None:
         """Capacity for all dendrite sets, so that optimizers, DDP, averages and checkpoints see them from the start."""
         self._layer = weakref.ref(layer)
         # DDP waits for every parameter that is registered: idle ones are tied to the output, without a gradient.
         self._tied = torch.distributed.is_available() and torch.distributed.is_initialized()
-        name = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest())
-        self._key = mix_key(self.seed, name)
-        dendrites.allocate(layer, self._method.max_dendrites)
-        layer.register_load_state_dict_post_hook(_after_load)
+        self._key = mix_key(self.seed, key_of(self.name))
+        weight, bias = (layer._parameters.get(name) for name in self._kind.names(layer))  # pyright: ignore[reportPrivateUsage]
+        assert weight is not None
+        dendrites.allocate(layer, self._method.max_dendrites, weight, self._outputs, bias=bias is not None)
         for d in range(self._method.max_dendrites):
             for value in dendrites.parameters(layer, d).values():
                 value.requires_grad_(value.is_floating_point())
+        state = dendrites.State(0, self._method.max_dendrites, self._method.activation, self.detached)
+        made = dendrites.adopt(layer, self._kind, state)
+        if self._fused:
+            # A layer with a hook is one that torch's fused transformer layers call.
+            made._forward_hooks[_HOOK] = _ordinary_path  # pyright: ignore[reportPrivateUsage]
+            self._encoders = [e for e in self._encoders if e.use_nested_tensor]
+            for encoder in self._encoders:
+                encoder.use_nested_tensor = False
+                encoder.__dict__[dendrites.UNPACKED] = True
 
     def release(self, layer: nn.Module) -> None:
         """The layer as it was; dendrites in use are lost."""
         if hasattr(self, "stage"):
             self.stage.thaw()
-        if self.active:
+        made = cast(Dendritic, layer)
+        if count := made._dendrite_state.count:  # pyright: ignore[reportPrivateUsage]
             warnings.warn(
-                f"detaching takes {self.active} dendrite set(s) from layer {self.name!r}, so the model's function "
+                f"detaching takes {count} dendrite set(s) from layer {self.name!r}, so the model's function "
                 "changes. Call session.fold() first: it returns a plain model that keeps them.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
-        dendrites.remove(layer, 0, self._method.max_dendrites)
-        _remove_hook(layer)
+        dendrites.strip(made, 0)
+        dendrites.restore(made)
+        layer._forward_hooks.pop(_HOOK, None)  # pyright: ignore[reportPrivateUsage]
+        for encoder in self._encoders:
+            encoder.use_nested_tensor = True
+            encoder.__dict__.pop(dendrites.UNPACKED, None)
 
-    # Slot 2.
-
-    def output(self, x: Tensor, z: Tensor) -> Tensor:
+    def output(self, x: Tensor, z: Tensor, map: Map) -> Tensor:
         """``y = z + Σ_d w[d] ⊙ a_d``."""
         layer = self.layer
-        if self.active:
+        if count := self.active:
             values = dendrites.activations(
-                layer, x, self.active, self._method.activation, self._product, detached=self.detached
+                layer, x, count, self._method.activation, map, detached=self.detached
             )
-            z = dendrites.add(layer, z, values)
+            z = dendrites.add(layer, z, values, map)
         return cast(Tensor, _Tie.apply(z, *self._idle(layer))) if self._tied else z
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply(Operands(x, weight, bias, _geometry(self.layer)))
 
     def _idle(self, layer: nn.Module) -> list[nn.Parameter]:
         """Parameters that no gradient of the loss may reach: unused capacity, and what learnt in a dendrite phase."""
@@ -114,14 +134,14 @@ class DendriteRule(Rule):
 
     def observe(self, call: Call, delta: Delta) -> None:
         """Count the dendrites' own products."""
-        products = 1 if self.detached else 3
-        call.counters.overhead += products * self.active * product_flops(call)
+        if active := self.active:
+            call.spend((1 if self.detached else 3) * active * call.flops)
 
-    # Slots 7, 8 and 9.
+    # Around the step, and when folding.
 
     def grad(self, step: Step) -> None:
         """Dendrite phase: nothing moves but the candidates. Else: everything but unused and frozen dendrites."""
-        for parameter in self._idle(step.layer):
+        for parameter in self._idle(self.layer):
             parameter.grad = None
         if not self._checked:
             self._check_owner(step)
@@ -140,10 +160,11 @@ class DendriteRule(Rule):
         self.steps = step.index + 1
 
     def fold(self, layer: nn.Module) -> nn.Module:
-        """The plain layer, or a `DendriticLinear` or `DendriticConv` when dendrites are in use."""
-        _remove_hook(layer)
-        method = self._method
-        return dendrites.fold(layer, method.max_dendrites, method.activation, self.detached)
+        """The plain layer, or one with dendrites when sets are in use."""
+        folded = dendrites.fold(cast(Dendritic, layer))
+        if not isinstance(folded, Dendritic):
+            folded._forward_hooks.pop(_HOOK, None)  # pyright: ignore[reportPrivateUsage]
+        return folded
 
     # Growth, asked for by the conductor.
 
@@ -157,12 +178,11 @@ class DendriteRule(Rule):
     @torch.no_grad()
     def grow(self, attempt: int) -> None:
         """Put one more dendrite set into use: new parameters, and a row of w that is exactly zero."""
-        layer, parts = self.layer, dendrites.parameters(self.layer, self.active)
+        parts = dendrites.parameters(self.layer, self.active)
         for part, value in self._new_values(attempt).items():
             parts[part].copy_(value)
         parts["output"].zero_()
-        getattr(layer, dendrites.COUNT).fill_(self.active + 1)
-        self.sync()
+        self.state.count += 1
 
     def _new_values(self, attempt: int) -> dict[str, Tensor]:
         return self._draw(self.active, attempt, 0)
@@ -172,12 +192,8 @@ class DendriteRule(Rule):
         for i, (part, value) in enumerate(dendrites.parameters(self.layer, index).items()):
             if part != "output":
                 key = mix_key(self._key, attempt, index, candidate, i)
-                drawn[part] = _from_rank_zero((normal(key, value.shape, value.device) * _INITIAL).to(value))
+                drawn[part] = ranks.first((normal(key, value.shape, value.device) * _INITIAL).to(value))
         return drawn
-
-    def sync(self) -> None:
-        """Read the number of dendrites in use from the layer's buffer."""
-        self.active = int(getattr(self.layer, dendrites.COUNT))
 
     # Figures and state.
 
@@ -194,7 +210,6 @@ class DendriteRule(Rule):
         """Take back what `state_dict` gave."""
         self._key, self.steps = int(state["key"]), int(state["steps"])
         self.score = None if state["score"] is None else float(state["score"])
-        self.sync()
 
 
 class _Tie(torch.autograd.Function):
@@ -210,51 +225,9 @@ class _Tie(torch.autograd.Function):
         return grad_outputs[0], *[None] * ctx.count
 
 
-def _geometry(layer: nn.Module) -> Geometry | None:
-    """Of the convolution that slot 2 sees: other padding than equal zeros on both sides is in x̂ already.
-
-    Read anew in every forward pass: a model may change dilation and padding after it was built.
-    """
-    if isinstance(layer, nn.Linear):
-        return None
-    conv = cast(nn.Conv2d, layer)
-    spatial = conv.weight.dim() - 2
-
-    def each(value: Any) -> tuple[int, ...]:
-        return (value,) * spatial if isinstance(value, int) else tuple(value)
-
-    stride, dilation, none = each(conv.stride), each(conv.dilation), (0,) * spatial
-    if conv.padding_mode != "zeros" or conv.padding == "valid":
-        padding = none
-    elif conv.padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True))
-    else:
-        padding = each(conv.padding)
-    return Geometry(stride, padding, dilation, False, none, conv.groups)
+_HOOK = -1
+"""Key of `_ordinary_path` among a layer's hooks: torch counts its own from 0."""
 
 
-def product_flops(call: Call) -> int:
-    """FLOPs of one product of the layer with the call's input."""
-    if call.geometry is None:
-        return linear_flops(call.delta.numel() // call.weight.shape[0], *call.weight.shape)
-    return convolution_flops(call.input_shape, call.weight.shape, call.delta.shape, call.geometry)
-
-
-def _from_rank_zero(value: Tensor) -> Tensor:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.broadcast(value, 0)
-    return value
-
-
-def _after_load(layer: nn.Module, keys: Any) -> None:
-    for rule in layer.__dict__["_retrograde"].rules:
-        if isinstance(rule, DendriteRule):
-            rule.sync()
-
-
-def _remove_hook(layer: nn.Module) -> None:
-    # By identity: a copied layer has the hook, but not the handle that would remove it.
-    hooks = layer._load_state_dict_post_hooks  # pyright: ignore[reportPrivateUsage]
-    for key in [key for key, hook in hooks.items() if hook is _after_load]:
-        del hooks[key]
+def _ordinary_path(layer: nn.Module, args: Any, output: Any) -> None:
+    """Does nothing: a layer that has a hook is called, whatever fused kernel could take its place."""

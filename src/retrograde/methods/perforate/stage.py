@@ -44,7 +44,7 @@ class Stage:
         self._unpin()
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Slot 7: no gradient in a dendrite phase; moments of weights that were replaced are forgotten."""
+        """No gradient in a dendrite phase; moments of weights that were replaced are forgotten."""
         model = self._model()
         mine = set[int]() if model is None else {id(parameter) for parameter in model.parameters()}
         if model is None or not any(

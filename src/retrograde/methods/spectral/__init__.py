@@ -41,14 +41,13 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import ClassVar, Literal, get_args
-
-from torch import nn
+from typing import Any, ClassVar, Literal, get_args
 
 from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import OptionError
+from retrograde.errors import OptionError, check_option
+from retrograde.maths.philox import key_of
 from retrograde.methods.spectral.core import SpectralRule
 from retrograde.methods.spectral.subspace import Directions, Policy, Subspace, Update
 
@@ -59,8 +58,6 @@ Residual = Literal["full-step", "scaled", "none"]
 
 _LARGEST_RANK = 64
 _SMALLEST_RANK = 4
-_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | _Transposed
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ class Spectral(Method):
     """
 
     name: ClassVar[str] = "spectral"
+    short_run: ClassVar[Mapping[str, Any]] = {"warmup": 20, "every": 20}
 
     rank: int | None = None
     energy: float = 0.95
@@ -116,21 +114,17 @@ class Spectral(Method):
             ("basis", Directions),
         ):
             known = get_args(choices)
-            if getattr(self, option) not in known:
-                raise OptionError(
-                    f"Spectral: {option}={getattr(self, option)!r} must be one of {', '.join(known)}."
-                )
+            check_option(self, option, getattr(self, option) in known, f"one of {', '.join(known)}")
         for option, least in (("every", 1), ("full_every", 2), ("warmup", 0), ("random", 0), ("rows", 1)):
-            if getattr(self, option) < least:
-                raise OptionError(f"Spectral: {option}={getattr(self, option)} must be {least} or more.")
-        if self.rank is not None and self.rank < 1:
-            raise OptionError(f"Spectral: rank={self.rank} must be 1 or more, or None to follow `energy`.")
-        if not 0 < self.energy <= 1:
-            raise OptionError(f"Spectral: energy={self.energy} must lie above 0 and be at most 1.")
-        if not (math.isfinite(self.tau) and self.tau > 0):
-            raise OptionError(f"Spectral: tau={self.tau} must be a positive number.")
-        if not (math.isfinite(self.decay) and self.decay >= 0):
-            raise OptionError(f"Spectral: decay={self.decay} must be a finite number, 0 or more.")
+            check_option(self, option, getattr(self, option) >= least, f"{least} or more")
+        check_option(
+            self, "rank", self.rank is None or self.rank >= 1, "1 or more, or None to follow `energy`"
+        )
+        check_option(self, "energy", 0 < self.energy <= 1, "above 0 and at most 1")
+        check_option(self, "tau", math.isfinite(self.tau) and self.tau > 0, "a positive number")
+        check_option(
+            self, "decay", math.isfinite(self.decay) and self.decay >= 0, "a finite number, 0 or more"
+        )
         if self.random and self.rank is not None and self.random >= self.rank:
             raise OptionError(
                 f"Spectral: random={self.random} leaves none of rank={self.rank} to the leading directions. "
@@ -148,23 +142,12 @@ class Spectral(Method):
         """Every linear layer and convolution that is wide enough."""
         if self.skip_head and site.last:
             return "head: trained in full (skip_head=False projects it too)"
-        layer = site.layer
-        if not isinstance(layer, nn.Linear | _Convolution):
-            return f"how the weight of a taught {type(layer).__name__} lies is not known"
-        if nn.utils.parametrize.is_parametrized(layer):
-            return "parametrised: its gradient has no rows of its own to project"
-        kernel: tuple[int, ...] = ()
-        if isinstance(layer, nn.Linear):
-            inputs, outputs, limit = layer.in_features, layer.out_features, layer.in_features
-        else:
-            kernel = tuple(layer.kernel_size)
-            pixels, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-            if isinstance(layer, _Transposed):
-                if self.side != "input" or self.decay:
-                    return "transposed: its rows have no outputs of their own, which other sides and `decay` need"
-                inputs, limit = pixels, pixels
-            else:
-                inputs, limit = pixels * math.prod(kernel), pixels * math.prod(layer.stride)
+        if site.weight is None:
+            return "its weight is computed anew in every forward pass: its gradient has no rows of its own to project"
+        if not site.map.rows_are_outputs and (self.side != "input" or self.decay):
+            return "transposed: its rows have no outputs of their own, which other sides and `decay` need"
+        _, outputs, inputs = site.map.matrix(site.weight).shape
+        limit = site.map.narrow_width(site.weight)
         caps = [min(_LARGEST_RANK, inputs // 4, limit // 2), min(_LARGEST_RANK, outputs // 4)]
         sides = {"input": [0], "output": [1], "both": [0, 1]}[self.side]
         for side in sides:
@@ -175,10 +158,10 @@ class Spectral(Method):
                 return f"rank={self.rank} is more than its {width} {what}: nothing to project"
         subspaces = [self._subspace(site.name, cap, side) for side, cap in enumerate(caps)]
         wants_outputs = self.side != "input" or self.decay > 0
-        return SpectralRule(site.name, self, kernel, subspaces[0], subspaces[1] if wants_outputs else None)
+        return SpectralRule(site.name, self, subspaces[0], subspaces[1] if wants_outputs else None)
 
     def _subspace(self, name: str, cap: int, side: int) -> Subspace:
-        seed = int.from_bytes(blake2b(f"{name}/{side}".encode(), digest_size=8).digest())
+        seed = key_of(f"{name}/{side}")
         # Where the output side is only there for the decay, any rank will do.
         if side == 1 and self.side == "input":
             return Subspace(Policy(1, 1, 1.0, 0, "top", self.update, self.tau, seed))

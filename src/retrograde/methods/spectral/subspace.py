@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from retrograde.engine.statistics import across_ranks
+from retrograde.engine import ranks
 from retrograde.maths import spectral
 from retrograde.maths.philox import mix_key
 
@@ -82,10 +82,10 @@ class Subspace:
         local = spectral.second_moment(rows)
 
         def multiply(q: Tensor) -> Tensor:
-            return across_ranks(local(q))
+            return ranks.mean(local(q))
 
         groups, m, d = rows.shape
-        self.trace = across_ranks(rows.square().mean(1).sum(-1))
+        self.trace = ranks.mean(rows.square().mean(1).sum(-1))
         before, steps = self._leading, _WARM_STEPS
         k = self._tracked(d)
         if before is None:

@@ -25,13 +25,17 @@ def layer_lines(
     unit: str = "",
     log: bool = False,
 ) -> Chart | None:
-    """The layers' number ``key`` over epochs, mean over seeds; that of ``lesser`` is dotted."""
+    """The layers' number ``key`` over epochs, mean over seeds; that of ``lesser`` is dotted.
+
+    Layers without `lesser`, where that is asked for, are left out: another method may call a number of its own `key`.
+    """
 
     def line(name: str, of: str) -> Points:
         points = _mean_line(contestant, name, of)
         return [(x, y * factor) for x, y in points if y > 0 or not log]
 
-    lines = {name: points for name in contestant.layers() if (points := line(name, key))}
+    names = [name for name in contestant.layers() if not lesser or line(name, lesser)]
+    lines = {name: points for name in names if (points := line(name, key))}
     if not lines:
         return None
     lines = dict(zip(lines, thinned(list(lines.values()), _MOST_POINTS)[0], strict=True))

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
 from retrograde.report.groups import Contestant
 from retrograde.report.pictures.chart import INK, Chart, Swatch, add_line, chart, rounded, short
 from retrograde.report.pictures.learning import score_of
-from retrograde.report.records import mapping, number
+from retrograde.report.records import Epoch, mapping, number
 from retrograde.report.runs import Run
 from retrograde.report.spread import Points
 
@@ -34,18 +35,21 @@ def marks(run: Run) -> list[Mark]:
     """The run's phase changes in order; an epoch may repeat those of the epochs before it."""
     found: dict[tuple[float, str], Mark] = {}
     for epoch in run.epochs:
-        entries = epoch.mapping("perforate").get("marks")
-        for entry in map(mapping, entries if isinstance(entries, list) else []):
+        for entry in map(mapping, _entries(epoch) or []):
             step, phase = number(entry.get("step")), entry.get("phase")
             if step is not None and isinstance(phase, str):
                 found[step, phase] = Mark(step, phase, number(entry.get("dendrites")))
     return sorted(found.values(), key=lambda mark: mark.step)
 
 
+def _entries(epoch: Epoch) -> list[Any] | None:
+    """The ``marks`` of whichever method records phases of the whole model; None where no method does."""
+    found = (epoch.mapping(name).get("marks") for name in epoch.model_extra or {})
+    return next((entries for entries in found if isinstance(entries, list)), None)
+
+
 def _phases(contestant: Contestant, swatch: Swatch) -> Chart | None:
-    run = next(
-        (run for run in contestant.runs if any(epoch.mapping("perforate") for epoch in run.epochs)), None
-    )
+    run = next((run for run in contestant.runs if any(_entries(e) is not None for e in run.epochs)), None)
     if run is None:
         return None
     metric = run.description.metric

@@ -1,0 +1,45 @@
+"""What ranks tell each other; in one process nothing is sent."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def count() -> int:
+    """Number of ranks."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This one's number."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks; `tensor` itself in one process."""
+    ranks = count()
+    if ranks == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    torch.distributed.all_reduce(tensor)
+    return tensor / ranks
+
+
+def add(tensors: Sequence[Tensor]) -> None:
+    """Sum each tensor over all ranks, in place, by one reduction."""
+    if count() == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def first(tensor: Tensor) -> Tensor:
+    """What rank 0 has, on all; in place."""
+    if count() > 1:
+        torch.distributed.broadcast(tensor, 0)
+    return tensor

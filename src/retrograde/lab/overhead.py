@@ -1,0 +1,130 @@
+"""What attaching costs a layer that is too small to save anything: one with a rule that does nothing, and dithered."""
+
+import copy
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.engine.slots import Method, Rule, Site
+from retrograde.lab.bench import interleave
+from retrograde.methods.dither import Dither
+from retrograde.session import attach
+
+LAYERS = ((8, 32), (128, 512))
+"""Rows and width of the linear layers."""
+_CALLS = {32: 200, 512: 10}
+"""Passes in one reading: a millisecond or more."""
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One run against the plain layer, which ran in the same rounds.
+
+    Attributes:
+        layer: the layer and its rows.
+        threads: torch's.
+        compiled: whether both were compiled with ``fullgraph=True``.
+        run: ``"plain"``, ``"bare function"`` (a Python autograd function that computes the same), ``"no rule"`` or a
+            method.
+        microseconds: median of a forward and backward pass.
+        ratio: to the plain layer, median over the rounds.
+        spread: first and third quartile of the rounds' ratios.
+    """
+
+    layer: str
+    threads: int
+    compiled: bool
+    run: str
+    microseconds: float
+    ratio: float
+    spread: tuple[float, float]
+
+
+class _Nothing(Method):
+    name: ClassVar[str] = "no rule"
+
+    def make_rule(self, site: Site) -> Rule:
+        return Rule(site.name)
+
+
+class _Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        (delta,) = grad_outputs
+        return delta @ weight, delta.T @ x, delta.sum(0)
+
+
+class _BareLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return _Bare.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
+
+
+def overhead(rounds: int, threads: tuple[int, ...] = (1, 2), *, compiled: bool = False) -> list[Overhead]:
+    """Every layer at every number of threads, runs taking turns."""
+    found: list[Overhead] = []
+    for rows, width in LAYERS:
+        for count in threads:
+            with _threads(count):
+                found += _compare(rows, width, count, rounds, compiled)
+    return found
+
+
+def _compare(rows: int, width: int, threads: int, rounds: int, compiled: bool) -> list[Overhead]:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(width, width), torch.randn(rows, width, requires_grad=True)
+    delta = torch.randn(rows, width)
+    bare = _BareLinear(width, width)
+    bare.load_state_dict(layer.state_dict())
+    models: dict[str, nn.Module] = {"plain": nn.Sequential(layer), "bare function": nn.Sequential(bare)}
+    for method in (_Nothing(), Dither()):
+        models[method.name] = nn.Sequential(copy.deepcopy(layer))
+        attach(models[method.name], method, seed=0)
+
+    def run(model: nn.Module) -> Callable[[], None]:
+        step: Any = torch.compile(model, fullgraph=True) if compiled else model
+        parameters = list(model.parameters())
+
+        def passes() -> None:
+            for _ in range(_CALLS[width]):
+                step(x).backward(delta)
+                x.grad = None
+                for parameter in parameters:
+                    parameter.grad = None
+
+        return passes
+
+    times = interleave({name: run(model) for name, model in models.items()}, rounds, warmups=3)
+    where = f"Linear({width}, {width}), {rows} rows"
+    rated = {name: times.speedup("plain", name) for name in models}
+    return [
+        Overhead(
+            where,
+            threads,
+            compiled,
+            name,
+            times.median(name) / _CALLS[width] * 1e6,
+            rated[name].ratio,
+            rated[name].quartiles,
+        )
+        for name in models
+    ]
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
