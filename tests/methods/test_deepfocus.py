@@ -1,5 +1,6 @@
 """DeepFocus: rates, thresholds, exact neutrality, unbiasedness, agreement across ranks, bitwise resumption."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import retrograde as rg
 from cases import assert_bitwise, assert_same, batch, gradients, in_two_ranks, program, seeded, train
 from retrograde.engine.branches import Residual
+from retrograde.kernels import reference
+from retrograde.kernels.dispatch import Products
 from retrograde.maths.deepfocus import skip_share
 from retrograde.methods.deepfocus import DeepFocus
 
@@ -491,3 +494,31 @@ def test_composes_with_dither() -> None:
     assert shares(session)["skip"] > 0.1
     assert session.summary().zeros > session.summary().own_zeros
     assert program(model[1].branch[1]).total.skipped > 0
+
+
+def test_both_products_of_a_convolution_take_rounded_operands() -> None:
+    """In LOW dx comes from the rounded weight, also where torch could compute it along with dW from the exact one."""
+    layers = nn.Sequential(
+        nn.Conv3d(8, 16, 3, padding=1), nn.Conv3d(16, 16, 3, padding=1), nn.Conv3d(16, 8, 3)
+    )
+    x = batch((4, 8, 8, 8, 8))
+    model = copy.deepcopy(layers)
+    rg.attach(model, rg.DeepFocus(warmup=0, q_skip=0.0, q_full=0.0), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    used: list[Tensor] = []
+    own = Products.convolution_input_grad
+
+    def watched(self: Products, weight: Tensor, *args: Any) -> Any:
+        used.append(weight)
+        work = own(self, weight, *args)
+        exact = reference.convolution_input_grad(self._delta, weight, *args)
+        torch.testing.assert_close(work.value, exact)
+        return work
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Products, "convolution_input_grad", watched)
+        for _ in range(2):
+            torch.sin(model(x)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert any(not any(torch.equal(weight, layer.weight) for layer in layers) for weight in used)

@@ -44,6 +44,7 @@ class Bench:
         methods: of steps; default: all, each at its defaults and at the settings that it names for benchmarks.
         rounds: timed rounds; default: as many as end within about two minutes on two cores.
         quick: fewer shapes and rounds, smaller batches: about twenty seconds.
+        compiled: of layers: what attaching costs under torch.compile too, which takes minutes to compile.
         output: write the result as JSON too, with the machine and the commit.
         json: print JSON.
     """
@@ -53,6 +54,7 @@ class Bench:
     methods: tuple[str, ...] = ()
     rounds: int | None = None
     quick: bool = False
+    compiled: bool = False
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     json: bool = False
 
@@ -91,6 +93,8 @@ class Bench:
         """Refuse before minutes are spent."""
         if self.rounds is not None and self.rounds < 1:
             raise OptionError(f"bench: rounds={self.rounds} must be 1 or more.")
+        if self.compiled and self.what != "layers":
+            raise OptionError(f"bench {self.what} has no --compiled: it is of `retrograde bench layers`.")
         if self.what != "steps" and (self.models or self.methods):
             raise OptionError(
                 f"bench {self.what} has no --models and no --methods: they choose what `retrograde bench steps` times."
@@ -114,14 +118,14 @@ class Bench:
     def _overhead(self, rounds: int) -> list[Overhead]:
         if self.what != "layers":
             return []
-        eager = overhead(rounds)
-        return eager if self.quick else [*eager, *overhead(rounds, (1,), compiled=True)]
+        return [*overhead(rounds), *(overhead(rounds, (1,), compiled=True) if self.compiled else [])]
 
     def _command(self) -> str:
         words = ["retrograde", "bench", self.what]
         for flag, values in (("--models", self.models), ("--methods", self.methods)):
             words += [flag, *values] if values else []
         words += ["--rounds", str(self.rounds)] if self.rounds is not None else []
+        words += ["--compiled"] if self.compiled else []
         return shlex.join(words + (["--quick"] if self.quick else []))
 
 

@@ -18,6 +18,7 @@ from retrograde.engine.slots import Call, Grant, Needs, Rule, Step, Tier
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
 from retrograde.engine.tally import Tally
 from retrograde.errors import OptionError, RetrogradeWarning, StateError
+from retrograde.kernels import reference
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import SMALL, Products
 from retrograde.kernels.int8 import Quantised
@@ -79,6 +80,8 @@ class LayerProgram:
         """Seconds of the backward calls so far: on a GPU, of launching them. No part of the state."""
         self.clocked_steps = 0
         """Optimizer steps that these seconds belong to."""
+        self._settled: tuple[float, torch.dtype, float] | None = None
+        """Size, dtype and zeros of a product without rules for which torch's own kernels were chosen."""
         self._treated: tuple[weakref.ref[Tensor], int] | None = None
         self._layer_key = key_of(name)
         self._key_of: tuple[tuple[int, ...], int] = (), 0
@@ -177,15 +180,22 @@ class LayerProgram:
         flops = map.flops(input_shape, weight.shape, delta.shape)
         small = flops < 2 * SMALL or delta.device.type != "cpu"
         number = self.calls
-        if self._plain and small and self.block is None and saved:
-            self.calls = number + 1
-            if self.tally.counting(self.step, number) or not delta.numel():
-                own, discount = Delta(delta), DTYPE_DISCOUNTS[weight.dtype]
-                own.count()
-                self.tally.add(flops, (discount, discount), needs, needs[1], own, own)
-            else:
-                self.tally.note(flops, delta, weight.dtype, needs)
-            return map.gradients(delta, saved[0], weight, needs)
+        if self._plain and self.block is None and saved:
+            # Between two counts of zeros a larger product, too, stays with the kernels that it was given.
+            counting = self.tally.counting(self.step, number)
+            settled = not counting and self._settled == (flops, weight.dtype, self.tally.own_share)
+            if small or settled:
+                self.calls = number + 1
+                if counting or not delta.numel():
+                    own, discount = Delta(delta), DTYPE_DISCOUNTS[weight.dtype]
+                    own.count()
+                    self.tally.add(flops, (discount, discount), needs, needs[1], own, own)
+                else:
+                    self.tally.note(flops, delta, weight.dtype, needs)
+                if small:
+                    return map.gradients(delta, saved[0], weight, needs)
+                dx, dw, _ = map.gradients(delta, saved[0], weight, (needs[0], needs[1], False))
+                return dx, dw, map.bias_grad(delta) if needs[2] else None
         own, needs = Delta(delta), Needs(*needs[:3])
         grant = _FULL
         if self.block is not None:
@@ -225,16 +235,24 @@ class LayerProgram:
             dx, dw, db = map.gradients(quantised.values, x, weight, asked)
         else:
             call.products = Products(quantised, call.min_precision, needs.input + learns, call.rounded)
-            # dW first: one call of torch may then compute both.
-            weight_work = self._weight_grad(call, quantised) if learns else None
+            # A convolution's dW first: one call of torch may then compute both. A linear layer's dx first, as torch has
+            # it: the larger result then takes the memory that was freed last, without new pages.
+            if learns and not map.plain_rows:
+                weight_work = self._weight_grad(call, quantised)
             if needs.input:
                 operand = map.factor(weight) if call.low_weight is None else call.low_weight
                 input_work = map.input_grad(call.products, operand, input_shape)
+            if learns and weight_work is None:
+                weight_work = self._weight_grad(call, quantised)
             dx = None if input_work is None else input_work.value
             dw = None if weight_work is None else weight_work.value
         discount = DTYPE_DISCOUNTS[weight.dtype]
         forward = DISCOUNTS["int8"] if self.int8 else discount
         self.tally.add(flops, (forward, discount), needs, learns, own, quantised, input_work, weight_work)
+        if self._plain:
+            chosen = {work.kernel for work in (input_work, weight_work) if work is not None}
+            dense = chosen == {reference.NAME}
+            self._settled = (flops, weight.dtype, self.tally.own_share) if dense else None
         if dw is not None and grant.scale != 1:
             dw = dw * grant.scale
         if needs.weight and not learns:

@@ -44,6 +44,11 @@ class Tally:
             self._settle()
         return self._total
 
+    @property
+    def own_share(self) -> float:
+        """Zeros in δ when they were last counted."""
+        return self._own_share
+
     def counting(self, step: int, call: int) -> bool:
         """Whether zeros that nothing else counts are counted in this call of this step."""
         return call < _FIRST and (self._steps < _FIRST or step % _EVERY == 0)
@@ -125,8 +130,8 @@ class Tally:
             else:
                 self.kernels[work.kernel] += 1
                 total.add(name, flops, work.needed, work.executed, work.discounted)
-        own_zeros = own.assumed * entries if own.counted is None else own.counted
-        zeros = delta.assumed * entries if delta.counted is None else delta.counted
+        own_zeros = self._own_share * entries if own.counted is None else own.counted
+        zeros = (delta.assumed or 0.0) * entries if delta.counted is None else delta.counted
         if isinstance(own_zeros, Tensor) or isinstance(zeros, Tensor):
             self._unread.append((entries, cast(Any, own_zeros), cast(Any, zeros)))
         else:

@@ -16,7 +16,7 @@ class Delta:
         values: dense gradient, or integer levels (int8, or floating point for unbounded levels).
         step: the quantisation step of the levels; None for a dense gradient.
         counted: number of zeros, where somebody has counted them: a number, or on a GPU one that is still there.
-        assumed: the share of zeros to go by where nobody has.
+        assumed: the share of zeros to go by where nobody has; None to count them when they are asked for.
         quantised: whether δ̃ is multiples of a step, in whichever form: one quantiser is enough.
     """
 
@@ -33,7 +33,7 @@ class Delta:
         self.values = values
         self.step = step
         self.counted = counted
-        self.assumed = 0.0
+        self.assumed: float | None = None
         self.quantised = quantised or step is not None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -64,10 +64,12 @@ class Delta:
     @property
     def nonzero_share(self) -> float:
         """Share of entries that are not zero: counted, where the count is at hand, or assumed."""
+        if self.counted is None and self.assumed is None:
+            self.count()
         if isinstance(self.counted, int):
             entries = self.values.numel()
             return 1 - self.counted / entries if entries else 0.0
-        return 1 - self.assumed
+        return 1 - (self.assumed or 0.0)
 
 
 @dataclass(frozen=True)

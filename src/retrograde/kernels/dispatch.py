@@ -113,7 +113,9 @@ class Products:
         """
         kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
         flops = convolution_flops(x.shape, weight.shape, self._delta.values.shape, geometry)
-        shared = joint and self._wanted > 1 and kernel in (None, "bfloat16")
+        # Where operands were rounded, the weight here is not the one that dx comes from.
+        exact = self._rounded is None
+        shared = joint and exact and self._wanted > 1 and kernel in (None, "bfloat16")
         if shared and self._convolution_kernel("input", weight, weight, x.shape, geometry) == kernel:
             return self._both(kernel, x, weight, geometry, flops)
         if kernel is None:
@@ -237,8 +239,7 @@ class Products:
 
     def _nonzeros(self) -> int:
         """Non-zeros of δ̃, rounded up to a part of its size: close shares make one decision."""
-        size = self._delta.values.numel()
-        return -(-(size - self._delta.zeros) * _GRAIN // size) * size // _GRAIN
+        return math.ceil(self._delta.nonzero_share * _GRAIN) * self._delta.values.numel() // _GRAIN
 
 
 def _known(values: Tensor, dense: Tensor) -> bool:
