@@ -119,6 +119,21 @@ LINEAR = [
 LAYERS = LINEAR + _convolutions()
 
 
+class Turned(nn.Module):
+    """A linear layer whose weight lies as (i, o), as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+rg.register_layer(Turned, rg.LinearKind(turned=True))
+
+
 def mlp(*, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(8, 16, bias=bias),

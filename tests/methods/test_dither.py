@@ -6,26 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retrograde as rg
-from cases import batch, gradients, program, seeded, train
+from cases import Turned, batch, gradients, program, seeded, train
 from retrograde.errors import OptionError, RetrogradeWarning
-
-
-class Turned(nn.Module):
-    """A linear layer whose weight lies as (i, o), as in GPT-2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-rg.register_layer(Turned, rg.LinearKind(turned=True))
 
 
 @pytest.mark.parametrize(

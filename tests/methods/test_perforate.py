@@ -25,6 +25,7 @@ from cases import (
     MODELS,
     Case,
     Gradients,
+    Turned,
     assert_bitwise,
     assert_same,
     batch,
@@ -44,18 +45,6 @@ from retrograde.methods.perforate.dendrites import Dendritic
 from retrograde.methods.perforate.rule import DendriteRule
 
 
-class Turned(nn.Module):
-    """A linear layer whose weight lies as (i, o), as in GPT-2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
 class Told(Turned):
     """The same, made known by a function that returns its operands."""
 
@@ -64,7 +53,6 @@ def operands(layer: Told, x: Tensor) -> rg.Operands:
     return rg.Operands(x, layer.weight.T, layer.bias)
 
 
-rg.register_layer(Turned, rg.LinearKind(turned=True))
 rg.register_layer(Told, operands)
 
 LEARNING = ("gradient", "perforated")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
 from cases import (
+    Turned,
     assert_bitwise,
     assert_same,
     batch,
@@ -63,21 +64,6 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=0.01)
-
-
-class Turned(nn.Module):
-    """A linear layer whose weight lies as (i, o), as in GPT-2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-rg.register_layer(Turned, rg.LinearKind(turned=True))
 
 
 def projected(layer: nn.Module, gradient: Tensor) -> Tensor:

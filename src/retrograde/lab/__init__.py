@@ -1,1 +1,1 @@
-"""TODO."""
+"""The laboratory: data, models, rivals, training runs, claims and benchmarks."""
