@@ -186,12 +186,10 @@ class LayerProgram:
             settled = not counting and self._settled == (flops, weight.dtype, self.tally.own_share)
             if small or settled:
                 self.calls = number + 1
-                if counting or not delta.numel():
-                    own, discount = Delta(delta), DTYPE_DISCOUNTS[weight.dtype]
+                own = Delta(delta)
+                if counting:
                     own.count()
-                    self.tally.add(flops, (discount, discount), needs, needs[1], own, own)
-                else:
-                    self.tally.note(flops, delta, weight.dtype, needs)
+                self._tally(flops, weight.dtype, needs, needs[1], own, own)
                 if small:
                     return map.gradients(delta, saved[0], weight, needs)
                 dx, dw, _ = map.gradients(delta, saved[0], weight, (needs[0], needs[1], False))
@@ -246,9 +244,7 @@ class LayerProgram:
                 weight_work = self._weight_grad(call, quantised)
             dx = None if input_work is None else input_work.value
             dw = None if weight_work is None else weight_work.value
-        discount = DTYPE_DISCOUNTS[weight.dtype]
-        forward = DISCOUNTS["int8"] if self.int8 else discount
-        self.tally.add(flops, (forward, discount), needs, learns, own, quantised, input_work, weight_work)
+        self._tally(flops, weight.dtype, needs, learns, own, quantised, input_work, weight_work)
         if self._plain:
             chosen = {work.kernel for work in (input_work, weight_work) if work is not None}
             dense = chosen == {reference.NAME}
@@ -261,6 +257,25 @@ class LayerProgram:
             # A sum over what arrived: exact, and free.
             db = map.bias_grad(delta)
         return dx, dw, db
+
+    def _tally(
+        self,
+        flops: float,
+        dtype: torch.dtype,
+        needs: Sequence[bool],
+        learns: bool,
+        own: Delta,
+        delta: Delta,
+        dx: Work | None = None,
+        dw: Work | None = None,
+    ) -> None:
+        """Count a call; `dx` and `dw` are the products that torch's own kernels did not compute together."""
+        simple = dx is dw is None and learns == needs[1] and not self.int8
+        if simple and self.tally.note(flops, own, delta, dtype, needs):
+            return
+        discount = DTYPE_DISCOUNTS[dtype]
+        forward = DISCOUNTS["int8"] if self.int8 else discount
+        self.tally.add(flops, (forward, discount), needs, learns, own, delta, dx, dw)
 
     @property
     def total(self) -> Counters:

@@ -100,7 +100,7 @@ class Call:
 
     def spend(self, flops: float) -> None:
         """Count FLOPs of the method's own."""
-        self.program.total.overhead += flops
+        self.program.tally.spend(flops)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Step:
 
     def spend(self, flops: float) -> None:
         """Count FLOPs of the method's own."""
-        self.program.total.overhead += flops
+        self.program.tally.spend(flops)
 
 
 @dataclass(frozen=True)

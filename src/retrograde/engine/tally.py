@@ -27,8 +27,8 @@ class Tally:
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()
         self._total = Counters()
-        self._plain: dict[tuple[bool, bool, torch.dtype], list[Any]] = {}
-        """Calls of plain backpropagation that are not in the sums yet: calls, FLOPs, entries."""
+        self._noted: dict[tuple[bool, bool, torch.dtype], list[Any]] = {}
+        """What `note` counted and the sums do not have yet: calls, FLOPs, those needed, entries, zeros of δ and δ̃."""
         self._share, self._own_share = 0.0, 0.0
         """Zeros in δ̃ and in δ when they were last counted."""
         self._unread: list[tuple[int, int | Tensor, int | Tensor]] = []
@@ -40,7 +40,7 @@ class Tally:
     @property
     def total(self) -> Counters:
         """The sums; counts that lie on a GPU enter them when they are read."""
-        if self._plain:
+        if self._noted:
             self._settle()
         return self._total
 
@@ -61,31 +61,55 @@ class Tally:
             own.count()
             delta.count()
 
-    def note(self, flops: float, delta: Tensor, dtype: torch.dtype, needs: Sequence[bool]) -> None:
-        """A call of plain backpropagation whose zeros are not counted. Small layers are called often: this is short."""
-        key = needs[0], needs[1], dtype
-        found = self._plain.get(key)
+    def spend(self, flops: float) -> None:
+        """Count FLOPs of a method's own."""
+        self._total.overhead += flops
+
+    def note(self, flops: float, own: Delta, delta: Delta, dtype: torch.dtype, needs: Sequence[bool]) -> bool:
+        """Count a call whose products were torch's own; False where that is left to `add`.
+
+        Small layers are called often: this is short.
+        """
+        entries = delta.values.numel()
+        own_zeros, zeros = own.counted, delta.counted
+        if not entries or isinstance(own_zeros, Tensor) or isinstance(zeros, Tensor):
+            return False
+        self._keep(own, delta, entries)
+        if own_zeros is None:
+            own_zeros = self._own_share * entries
+        if zeros is None:
+            zeros = own_zeros if delta is own else self._share * entries
+        found = self._noted.get((needs[0], needs[1], dtype))
         if found is None:
-            found = self._plain[key] = [0, 0.0, 0]
+            found = self._noted[needs[0], needs[1], dtype] = [0, 0.0, 0.0, 0, 0.0, 0.0]
         found[0] += 1
         found[1] += flops
-        found[2] += delta.numel()
+        found[2] += flops * (1 - zeros / entries)
+        found[3] += entries
+        found[4] += own_zeros
+        found[5] += zeros
+        return True
 
     def _settle(self) -> None:
-        noted, self._plain = self._plain, {}
-        total, share = self._total, self._own_share
-        for (input, weight, dtype), (calls, flops, entries) in noted.items():
+        noted, self._noted = self._noted, {}
+        total = self._total
+        for (input, weight, dtype), (calls, flops, needed, entries, own_zeros, zeros) in noted.items():
             discounted = flops * DTYPE_DISCOUNTS[dtype]
             total.calls += calls
-            total.entries += entries
-            total.own_zeros += share * entries
-            total.zeros += share * entries
+            self._count(entries, own_zeros, zeros)
             total.add("forward", flops, flops, flops, discounted)
             if input:
-                total.add("input_grad", flops, flops * (1 - share), flops, discounted)
+                total.add("input_grad", flops, needed, flops, discounted)
             if weight:
-                total.add("weight_grad", flops, flops * (1 - share), flops, discounted)
+                total.add("weight_grad", flops, needed, flops, discounted)
             self.kernels[reference.NAME] += calls * (input + weight)
+
+    def _keep(self, own: Delta, delta: Delta, entries: int) -> None:
+        """Go by what was counted, and by nothing else, until the next count."""
+        if own.counted is not None:
+            self._own_share = cast(int, own.counted) / entries
+        if delta is not own and delta.counted is not None:
+            self._share = cast(int, delta.counted) / entries
 
     def add(
         self,
@@ -136,11 +160,7 @@ class Tally:
             self._unread.append((entries, cast(Any, own_zeros), cast(Any, zeros)))
         else:
             self._count(entries, own_zeros, zeros)
-            # Only what was counted is gone by until the next count.
-            if own.counted is not None:
-                self._own_share = own_zeros / entries
-            if delta is not own and delta.counted is not None:
-                self._share = zeros / entries
+            self._keep(own, delta, entries)
 
     def _count(self, entries: int, own_zeros: float, zeros: float) -> None:
         total = self._total
@@ -205,7 +225,7 @@ class Tally:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self._total, self._plain, self._unread = Counters(**state["total"]), {}, []
+        self._total, self._noted, self._unread = Counters(**state["total"]), {}, []
         self.kernels = Counter(state["kernels"])
         self._at_step = (*map(float, state["at_step"]),)  # pyright: ignore[reportAttributeAccessIssue]
         self._steps = int(state["counted_steps"])

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
+from numba import carray, prange
 from torch import Tensor
 
 from retrograde.kernels.cpu_memory import flat, in_memory_order
-from retrograde.kernels.cpu_threads import inlined, jit, serial, use_threads
+from retrograde.kernels.cpu_threads import address, inlined, jit, serial, use_threads
 from retrograde.kernels.delta import Levels
 
 _BLOCK = 4096
@@ -156,8 +156,13 @@ def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any
 
 
 @serial
-def _dither(x: Any, bits: Any, out: Any, scale: Any, limit: Any, key0: Any, key1: Any) -> Any:
-    """A small gradient in one call, on one thread: statistics, then δ̃ itself in place of its levels."""
+def _dither(source: Any, target: Any, size: Any, scale: Any, limit: Any, key0: Any, key1: Any) -> Any:
+    """A small gradient in one call, on one thread: statistics, then δ̃ itself in place of its levels.
+
+    By address: to make arrays of two small tensors takes longer than to dither one.
+    """
+    x, out = carray(address(source), size, np.float32), carray(address(target), size, np.float32)
+    bits = carray(address(source), size, np.int32)
     blocks = (x.size + _BLOCK - 1) // _BLOCK
     sums, squares = np.empty(blocks), np.empty(blocks)
     peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
@@ -199,10 +204,10 @@ def dither(delta: Tensor, scale: float, key: int, bits: int) -> tuple[Tensor, fl
         δ̃ (whatever was in memory where Δ is 0); Δ, 0 where δ does not vary or is not finite; whether it is finite;
         zeros of δ and of δ̃; the largest level.
     """
-    out = torch.empty(delta.shape)
-    entries, limit = flat(delta), float(2 ** (bits - 1) - 1)
+    delta = delta.contiguous()
+    out, limit = torch.empty_like(delta), float(2 ** (bits - 1) - 1)
     step, pattern, own, zeros, largest = _dither(
-        entries, entries.view(np.int32), out.numpy().reshape(-1), scale, limit, key & 0xFFFFFFFF, key >> 32
+        delta.data_ptr(), out.data_ptr(), delta.numel(), scale, limit, key & 0xFFFFFFFF, key >> 32
     )
     return out, step, pattern < _INFINITE, own, zeros, largest
 

@@ -12,7 +12,8 @@ from typing import Any
 import numba
 import torch
 from numba import njit
-from numba.core import config
+from numba.core import cgutils, config, types
+from numba.extending import intrinsic
 from numba.np.ufunc import parallel as numba_parallel
 
 if sys.platform == "linux" and "NUMBA_THREADING_LAYER" not in os.environ:
@@ -30,6 +31,14 @@ serial: Any = njit(cache=True, nogil=True)
 """Compiles what kernels call."""
 inlined: Any = njit(forceinline=True, nogil=True)
 """Compiles what kernels call so often that a call would cost more than the work."""
+
+
+@intrinsic
+def address(typing: Any, number: Any) -> Any:
+    """In a kernel: the memory at an address that came as a number, for `numba.carray`."""
+    return types.voidptr(number), lambda context, builder, signature, args: builder.inttoptr(
+        args[0], cgutils.voidptr_t
+    )
 
 
 @functools.cache
