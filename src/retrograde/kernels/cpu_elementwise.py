@@ -104,55 +104,47 @@ def count_zeros(tensor: Tensor) -> int:
 
 
 @inlined
-def _words(counter: Any, key0: Any, key1: Any, out: Any) -> None:
-    """Philox4x32-10: see retrograde.maths.philox."""
-    half = np.uint64(32)
-    c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
-    k0, k1 = np.uint32(key0), np.uint32(key1)
-    for _ in range(10):
-        # Products of 32-bit words: one instruction, where 64-bit ones take three.
-        p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
-        c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
-        c1, c3 = np.uint32(p1), np.uint32(p0)
-        k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
-    out[0], out[1], out[2], out[3] = c0, c1, c2, c3
+def _levels(block: Any, b: Any, step: Any, limit: Any, key0: Any, key1: Any, levels: Any) -> Any:
+    """Levels of block number `b`, as float32; the number that are 0, and the largest magnitude."""
+    half, eighth = np.uint64(32), np.uint32(8)
+    # Philox4x32-10, one counter for four entries: see retrograde.maths.philox.
+    for i in range((block.size + 3) // 4):
+        counter = np.uint64(b * (_BLOCK // 4) + i)
+        c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
+        k0, k1 = np.uint32(key0), np.uint32(key1)
+        for _ in range(10):
+            # Products of 32-bit words: one instruction, where 64-bit ones take three.
+            p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
+            c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
+            c1, c3 = np.uint32(p1), np.uint32(p0)
+            k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
+        levels[4 * i] = np.float32(np.int32(c0 >> eighth))
+        levels[4 * i + 1] = np.float32(np.int32(c1 >> eighth))
+        levels[4 * i + 2] = np.float32(np.int32(c2 >> eighth))
+        levels[4 * i + 3] = np.float32(np.int32(c3 >> eighth))
+    for j in range(block.size):
+        ratio = block[j] / step
+        whole = np.floor(ratio)
+        if levels[j] * np.float32(2.0**-24) < ratio - whole:
+            whole += np.float32(1)
+        levels[j] = min(max(whole, -limit), limit)
+    none, most = np.int32(0), np.int32(0)
+    for j in range(block.size):
+        level = np.int32(levels[j])
+        none += np.int32(level == 0)
+        most = max(most, abs(level))
+    return none, most
 
 
 @jit
 def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any, largest: Any) -> None:
-    half, eighth = np.uint64(32), np.uint32(8)
     for b in prange(zeros.size):
         block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        levels = q[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        noise = np.empty(_BLOCK, np.float32)
-        # Philox4x32-10, one counter for four entries: see retrograde.maths.philox.
-        for i in range((block.size + 3) // 4):
-            counter = np.uint64(b * (_BLOCK // 4) + i)
-            c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
-            k0, k1 = np.uint32(key0), np.uint32(key1)
-            for _ in range(10):
-                # Products of 32-bit words: one instruction, where 64-bit ones take three.
-                p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
-                c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
-                c1, c3 = np.uint32(p1), np.uint32(p0)
-                k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
-            noise[4 * i] = np.float32(np.int32(c0 >> eighth))
-            noise[4 * i + 1] = np.float32(np.int32(c1 >> eighth))
-            noise[4 * i + 2] = np.float32(np.int32(c2 >> eighth))
-            noise[4 * i + 3] = np.float32(np.int32(c3 >> eighth))
+        out = q[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+        levels = np.empty(_BLOCK, np.float32)
+        zeros[b], largest[b] = _levels(block, b, step, limit, key0, key1, levels)
         for j in range(block.size):
-            ratio = block[j] / step
-            whole = np.floor(ratio)
-            if noise[j] * np.float32(2.0**-24) < ratio - whole:
-                whole += np.float32(1)
-            # Held before it is converted: a level beyond 32 bits would come back with another sign.
-            levels[j] = np.int8(np.int32(min(max(whole, -limit), limit)))
-        none, most = np.int32(0), np.int32(0)
-        for j in range(block.size):
-            level = np.int32(levels[j])
-            none += np.int32(level == 0)
-            most = max(most, abs(level))
-        zeros[b], largest[b] = none, most
+            out[j] = np.int8(np.int32(levels[j]))
 
 
 @serial
@@ -163,12 +155,12 @@ def _dither(source: Any, target: Any, size: Any, scale: Any, limit: Any, key0: A
     """
     x, out = carray(address(source), size, np.float32), carray(address(target), size, np.float32)
     bits = carray(address(source), size, np.int32)
-    blocks = (x.size + _BLOCK - 1) // _BLOCK
+    blocks = (size + _BLOCK - 1) // _BLOCK
     sums, squares = np.empty(blocks), np.empty(blocks)
     peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
     for b in range(blocks):
         _block(x, bits, b, sums, squares, peaks, zeros)
-    std, pattern, own_zeros = _together(x.size, sums, squares, peaks, zeros)
+    std, pattern, own_zeros = _together(size, sums, squares, peaks, zeros)
     if pattern >= np.int32(_INFINITE) or not std > 0:
         return 0.0, pattern, own_zeros, np.int64(0), np.int32(0)
     # The pattern of a float32: sign, exponent, mantissa.
@@ -179,21 +171,14 @@ def _dither(source: Any, target: Any, size: Any, scale: Any, limit: Any, key0: A
     step = np.float32(wide_step)
     if not (step > 0 and step < np.inf):
         return 0.0, pattern, own_zeros, np.int64(0), np.int32(0)
-    ceiling = np.float32(limit)
     none, most = np.int64(0), np.int32(0)
-    noise = np.empty(4, np.uint32)
-    for i in range((x.size + 3) // 4):
-        _words(np.uint64(i), key0, key1, noise)
-        for lane in range(min(4, x.size - 4 * i)):
-            ratio = x[4 * i + lane] / step
-            whole = np.floor(ratio)
-            uniform = np.float32(np.int32(noise[lane] >> np.uint32(8))) * np.float32(2.0**-24)
-            if uniform < ratio - whole:
-                whole += np.float32(1)
-            level = min(max(whole, -ceiling), ceiling)
-            out[4 * i + lane] = level * step
-            none += level == 0
-            most = max(most, abs(np.int32(level)))
+    levels = np.empty(min(size + 3, _BLOCK), np.float32)
+    for b in range(blocks):
+        block = x[b * _BLOCK : min(size, (b + 1) * _BLOCK)]
+        zero, peak = _levels(block, b, step, np.float32(limit), key0, key1, levels)
+        for j in range(block.size):
+            out[b * _BLOCK + j] = levels[j] * step
+        none, most = none + zero, max(most, peak)
     return wide_step, pattern, own_zeros, none, most
 
 

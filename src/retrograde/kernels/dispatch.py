@@ -35,6 +35,8 @@ _OPERANDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "
 """Dense operands that kernels take."""
 SMALL = 10_000_000
 """Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""
+_ONE_THREAD = 1 << 15
+"""Entries below which one call on one thread dithers faster than three passes on all."""
 _GRAIN = 64
 """Shares of non-zeros are told apart in steps of one part in so many: kernels for close ones are the same."""
 
@@ -303,7 +305,8 @@ def dithered(
     values = delta.values
     if _waits(values):
         return _dithered_there(delta, scale, bits, key, constant=constant)
-    if small and bits is not None and values.dtype is torch.float32:
+    small = small and bits is not None and values.dtype is torch.float32
+    if small and bits is not None and values.numel() < _ONE_THREAD:
         out, step, finite, delta.counted, zeros, largest = _numba().dither(values, scale, key, bits)
         if not step:
             return Rounded(delta, 0.0, 0, finite)
@@ -315,6 +318,8 @@ def dithered(
         return Rounded(delta, 0.0, 0, math.isfinite(peak))
     step = dither.step_size(std if scale else 0.0, peak, scale, bits)
     quantised, largest = nsd(values, step, key, bits)
+    if small:
+        quantised = Delta(quantised.dense(values.dtype), counted=quantised.counted, quantised=True)
     return Rounded(quantised, step, largest, finite=True)
 
 
