@@ -48,28 +48,6 @@ def test_thresholds_track_quantiles(quantile: float, spread: float) -> None:
     assert below / 5000 == pytest.approx(quantile, abs=0.02)
 
 
-def test_int8_is_unbiased() -> None:
-    """4,000 roundings: mean within 4.5 standard errors; levels within ±127, and the peak exact."""
-    x, draws = torch.randn(200, dtype=torch.float64), 4000
-    results = []
-    for d in range(draws):
-        found = deepfocus.int8_levels(x, mix_key(1, d))
-        assert found is not None
-        levels, step = found
-        assert levels.dtype == torch.int8
-        assert int(levels.abs().max()) == 127
-        results.append(levels.double() * step)
-    f = (x / step).remainder(1)
-    error = (torch.stack(results).mean(0) - x).abs()
-    assert bool((error <= 4.5 * (step**2 * f * (1 - f) / draws).sqrt() + 1e-12).all())
-
-
-def test_int8_steps_aside() -> None:
-    assert deepfocus.int8_levels(torch.zeros(4), 0) is None
-    assert deepfocus.int8_levels(torch.tensor([1.0, math.nan]), 0) is None
-    assert deepfocus.int8_levels(torch.tensor([1.0, -math.inf]), 0) is None
-
-
 def test_bfloat16_is_unbiased() -> None:
     """Each result is one of the two bfloat16 neighbours, and the mean is x."""
     x = torch.cat([torch.randn(200), 1e-20 * torch.randn(20), 1e20 * torch.randn(20)])

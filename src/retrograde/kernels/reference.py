@@ -16,7 +16,6 @@ from retrograde.maths import dither
 from retrograde.maths.philox import uniform
 
 NAME = "reference"
-SKIPS_ZEROS = False
 
 
 def nsd(delta: Tensor, step: float, key: int, bits: int | None = 8) -> Tensor:

@@ -13,10 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from retrograde.maths import dither
 from retrograde.maths.philox import uniform
-
-INT8_LEVELS = 127
 
 
 def mean_square(delta: Tensor) -> Tensor:
@@ -54,22 +51,6 @@ def track(threshold: float, quantile: float, share: float, gain: float) -> float
         gain: h.
     """
     return threshold * math.exp(gain * (quantile - share))
-
-
-def int8_levels(x: Tensor, key: int) -> tuple[Tensor, float] | None:
-    """Stochastic rounding to 255 levels: E[levels · step] = x.
-
-    Args:
-        x: any shape, at least one entry.
-        key: 64-bit Philox key.
-
-    Returns:
-        ``(levels, step)``, step = max|x|/127; None where x is all zeros (exact already) or not finite.
-    """
-    step = dither.statistics(x)[1] / INT8_LEVELS
-    if not 0 < step < math.inf:
-        return None
-    return dither.levels(x, step, uniform(key, x.shape, x.device), 8), step
 
 
 def round_to_bfloat16(x: Tensor, key: int) -> Tensor:
