@@ -1,5 +1,6 @@
 """The plan says what happens to every layer, and why, and changes nothing."""
 
+import copy
 import json
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_plan_changes_nothing() -> None:
     text = str(plan)
     for row in plan.rows:
         assert row.name in text
+
+
+def test_a_computed_weight_is_read_without_a_trace() -> None:
+    """A spectral norm steps its power iteration whenever the weight is read in training."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    rg.make_plan(model, [rg.Dither()])
+    rg.attach(model, rg.Dither())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_plan_of_an_attached_model() -> None:

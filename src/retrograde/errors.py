@@ -32,6 +32,10 @@ class DoubleBackwardError(RetrogradeError):
     """A gradient of a gradient was asked for through an attached layer."""
 
 
+class TransformError(RetrogradeError):
+    """An attached layer was called inside a transform of ``torch.func``."""
+
+
 class StateError(RetrogradeError):
     """A session's saved state does not fit the session that loads it."""
 

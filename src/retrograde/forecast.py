@@ -5,9 +5,10 @@ chosen for it. So the layers are run with what the example brings them: plain an
 backward pass. A layer that would lose is declined: it stays as it is.
 """
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -118,9 +119,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example)
         OptionError: the example is of no known kind, or has nothing to differentiate.
     """
     loss = _loss(model, example)
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with untouched(model), torch.enable_grad():
         try:
             return _Observation(_time_steps(model, loss), _see(layers, loss))
         except Exception as error:
@@ -128,6 +127,17 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example)
                 "This happened while the example was run, to forecast what attaching would save. Check `example`."
             )
             raise
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Generator[None]:
+    """Whatever runs inside, buffers and torch's random state are in the end what they were."""
+    lazy = nn.parameter.UninitializedTensorMixin
+    buffers = {buffer: buffer.clone() for buffer in model.buffers() if not isinstance(buffer, lazy)}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
         finally:
             with torch.no_grad():
                 for buffer, before in buffers.items():

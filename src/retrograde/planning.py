@@ -10,7 +10,7 @@ from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.program import ordered
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError
-from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe
+from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe, untouched
 from retrograde.patterns import ROOT, select, some
 from retrograde.plan import BlockRow, Plan, PlanRow
 
@@ -94,6 +94,20 @@ def decide(
     decline: bool,
 ) -> Decision:
     """`make_plan`, with the rules that attaching puts in place."""
+    # To read a computed weight is to compute it, which may step a power iteration or draw a random number.
+    with untouched(model):
+        return _decide(model, methods, only, skip, strict, example, decline)
+
+
+def _decide(
+    model: nn.Module,
+    methods: Sequence[Method],
+    only: str | Iterable[str] | None,
+    skip: str | Iterable[str] | None,
+    strict: bool,
+    example: Example | None,
+    decline: bool,
+) -> Decision:
     layers = _layers(model)
     fused, aliases, sharers = _fused(model), _aliases(model), _sharers(layers)
     candidates = {

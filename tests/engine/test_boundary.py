@@ -1,6 +1,7 @@
 """The registered op and the autograd boundary."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -234,6 +235,35 @@ def test_autocast(make: Callable[[], nn.Module]) -> None:
     assert_same(gradients(attached, x, forward(attached)), gradients(plain, x, forward(plain)), 0.02)
     wide, exact = attached.double(), plain.double()
     assert_same(gradients(wide, x.double(), forward(wide)), gradients(exact, x.double(), forward(exact)), 0.0)
+
+
+def test_transforms_are_refused_by_name() -> None:
+    """With the layer's name and the way out, before a kernel meets what it cannot read."""
+    model = seeded(mlp)
+    rg.attach(model, rg.Dither())
+    x, parameters = batch((3, 8)), dict(model.named_parameters())
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, p, (x,)).sum()
+
+    for transformed in (
+        lambda: torch.func.grad(loss)(parameters),
+        lambda: torch.func.jacrev(model)(x),
+        lambda: torch.func.vmap(model)(x),
+        lambda: torch.autograd.functional.jacobian(model, x, vectorize=True),
+    ):
+        with pytest.raises(rg.errors.TransformError, match=r"layer '\d' .*session\.paused"):
+            transformed()
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (8,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_may_be_changed_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    """As a plain layer's may be; torch makes some of them as views."""
+    plain = seeded(lambda: nn.Sequential(nn.Linear(8, 4, bias=bias), nn.ReLU(inplace=True)))
+    model = copy.deepcopy(plain)
+    rg.attach(model, rg.Dither(scale=0.0))
+    assert_same(gradients(model, batch(shape)), gradients(plain, batch(shape)), 1e-6)
 
 
 def test_per_sample_gradients_inside_paused() -> None:

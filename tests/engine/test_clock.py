@@ -751,3 +751,40 @@ def test_grad_scaler() -> None:
     assert session.step == 1
     assert not torch.equal(before[0], model[0].weight)
     assert session.metrics()["layers"]["4"]["fallbacks"] == 2
+
+
+# Layers that no optimizer steps any more.
+
+
+def _freeze(model: nn.Module) -> None:
+    model[0].requires_grad_(False)
+
+
+def _replace(model: nn.Module) -> None:
+    state = {key: value.clone() for key, value in model[0].state_dict().items()}
+    model[0].load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(("change", "why"), [(_freeze, "frozen after attaching"), (_replace, "replaced after")])
+def test_layers_that_steps_pass_by_are_named(change: Callable[[nn.Module], None], why: str) -> None:
+    """Once, and the others step on."""
+    model = mlp()
+    session = rg.attach(model, rg.Dither())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    change(model)
+    with pytest.warns(rg.errors.RetrogradeWarning, match=f"1 of the 3 attached layers.*'0', .*{why}") as said:
+        train(model, optimizer, (6, 8), 40)
+    assert len(said) == 1
+    assert session.step == 40
+
+
+def test_other_trainings_are_not_this_models() -> None:
+    """A model that rests is not passed by, nor is one that was attached with a frozen layer, or a slow generator."""
+    rests, other = mlp(), mlp()
+    rg.attach(rests, rg.Dither())
+    loss_of(rests).backward()
+    train(other, torch.optim.SGD(other.parameters(), lr=0.01), (6, 8), 40)
+    frozen = mlp()
+    frozen[0].requires_grad_(False)
+    rg.attach(frozen, rg.Dither())
+    train(frozen, torch.optim.SGD(frozen.parameters(), lr=0.01), (6, 8), 40)

@@ -1,5 +1,7 @@
 """Neutral settings equal autograd on every layer kind; a class swap changes nothing else."""
 
+import weakref
+import gc
 import copy
 import subprocess
 import sys
@@ -616,6 +618,31 @@ def test_forward_replaced_on_the_instance() -> None:
 
 
 # Detach.
+
+
+def test_a_forward_wrapped_on_the_instance() -> None:
+    """As tracers and hooking libraries do it: what was bound while attached still runs when the layer is plain."""
+    model = seeded(mlp)
+    session = rg.attach(model, rg.Dither())
+    inner = model[0].forward
+    model[0].forward = lambda x: 2 * inner(x)
+    x = batch((3, 8))
+    expected = model(x)
+    assert_same({"": session.fold()(x)}, {"": expected}, 1e-6)
+    session.detach()
+    assert_same({"": model(x)}, {"": expected}, 1e-6)
+
+
+def test_layers_that_torch_makes_a_class_for_are_not_kept() -> None:
+    """A parametrised layer has a class of its own, which must go with it."""
+    alive: list[weakref.ref[Any]] = []
+    for _ in range(3):
+        layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        rg.attach(nn.Sequential(layer), rg.Dither())
+        alive += [weakref.ref(layer), weakref.ref(type(layer))]
+        del layer
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 6
 
 
 def test_detach_twice() -> None:

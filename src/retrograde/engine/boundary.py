@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from retrograde.engine.maps.base import Gradients, Map, map_of
-from retrograde.errors import AttachError, DoubleBackwardError
+from retrograde.errors import AttachError, DoubleBackwardError, TransformError
 
 
 class Program(Protocol):
@@ -83,6 +83,9 @@ class Boundary(torch.autograd.Function):
         map: Map,
     ) -> Tensor:
         z, kept = program.multiply(x, weight, bias, map)
+        if not torch.compiler.is_compiling() and z._is_view():  # pyright: ignore[reportPrivateUsage]
+            # torch lets nobody change a view in place that a function returns, and a linear layer's may be one.
+            z = torch.ops.aten._unsafe_view(z, z.shape)
         ctx.save_for_backward(weight, rows, *kept)
         ctx.set_materialize_grads(False)
         ctx.program, ctx.map, ctx.input_shape = program, map, x.shape
@@ -96,6 +99,8 @@ class Boundary(torch.autograd.Function):
         weight, rows, *saved = ctx.saved_tensors
         needs, program, map = ctx.needs_input_grad, ctx.program, ctx.map
         compiling = torch.compiler.is_compiling()
+        if not compiling and _batched(delta):
+            raise _untransformed(program)
         if not compiling and torch.is_grad_enabled():
             # Gradients are only recorded in a backward pass that was run with create_graph=True.
             raise DoubleBackwardError(
@@ -121,13 +126,26 @@ class Boundary(torch.autograd.Function):
 _straight: Any = super(torch.autograd.Function, Boundary).apply  # pyright: ignore[reportAttributeAccessIssue]
 _transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
+# What `torch.autograd.functional.jacobian(vectorize=True)` sends backward, which no other transform can come to.
+_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
+
+def _untransformed(program: Program) -> TransformError:
+    return TransformError(
+        f"layer {program.name!r} was called inside a transform of torch.func (grad, vmap, jvp, jacrev, a vectorized "
+        "jacobian): its backward pass is a program of its own, which transforms cannot look into. Compute that term "
+        "inside `with session.paused():`, forward pass included, where plain autograd runs."
+    )
+
 
 def apply(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, program: Program, map: Map
 ) -> Tensor:
     """`Boundary`, by the shortest way there is."""
-    if torch.compiler.is_compiling() or _transforming():
+    if torch.compiler.is_compiling():
         return Boundary.apply(x, weight, bias, rows, program, map)  # pyright: ignore[reportReturnType]
+    if _transforming():
+        raise _untransformed(program)
     return _straight(x, weight, bias, rows, program, map)
 
 

@@ -14,14 +14,13 @@ Other branches are named by the user.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from retrograde.engine.blocks import BlockProgram, cross
-from retrograde.engine.layers import AttachedLayer, copied, reduced
+from retrograde.engine.layers import AttachedLayer, copied, reduced, subclass
 from retrograde.engine.slots import Block
 from retrograde.errors import DetachError, OptionError, PatternError
 
@@ -233,12 +232,9 @@ def _swapped_from(module: nn.Module) -> type[nn.Module]:
     return base
 
 
-@cache
 def _block_class(base: type[nn.Module]) -> type[nn.Module]:
     transformer = issubclass(base, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-    mixin = AttachedTransformer if transformer else AttachedBlock
-    namespace = {"_retrograde_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Retrograde{base.__name__}", (mixin, base), namespace)
+    return subclass(base, AttachedTransformer if transformer else AttachedBlock)
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from retrograde.engine.slots import Conductor
 from retrograde.errors import AttachError, NoEffectError, RetrogradeWarning
 
 _IDLE_STEPS = 3
+_STRAY_STEPS = 16
+"""More than a critic's steps between two of its generator's."""
 
 Attached = Sequence[tuple[nn.Module, LayerProgram]]
 
@@ -54,6 +56,16 @@ class Clock:
         self._known: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, Any, Attached]] = (
             weakref.WeakKeyDictionary()
         )
+        self._steps = 0
+        """Of all optimizers that have to do with the attached layers."""
+        self._calls = 0
+        """Backward calls when an optimizer last stepped that owned none of the layers."""
+        self._last = [0] * len(self._attached)
+        """Of these, the last one that was each layer's own."""
+        # What was frozen already was attached for its input's gradient alone, and the plan says so.
+        self._passed = {
+            i for i, (layer, program) in enumerate(self._attached) if _first_trainable(layer, program.names[0]) is None
+        }
         if optimizer is not None and attached and not self._owned(optimizer):
             raise AttachError(
                 "the optimizer that attach was given owns no parameter of an attached layer, so its steps would drive "
@@ -93,6 +105,8 @@ class Clock:
         # One that owns nothing here is no step of ours, and others inside it are.
         if self._owned(optimizer):
             self._outermost.optimizer = weakref.ref(optimizer)
+        elif self._concerns(optimizer):
+            self._look_for_strays(())
         return True
 
     def end(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -116,6 +130,8 @@ class Clock:
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped."""
         owned = self._owned(optimizer)
+        if owned:
+            self._look_for_strays(owned)
         idle = not any(program.calls for _, program in owned)
         if idle:
             self._refuse_idleness([program for _, program in owned])
@@ -126,6 +142,45 @@ class Clock:
         if owned:
             for conductor in self._conductors:
                 conductor.after_step(optimizer)
+
+    def _look_for_strays(self, owned: Attached) -> None:
+        """Warn once of layers that no optimizer has stepped for long: frozen, or replaced, since they were attached."""
+        self._steps += 1
+        mine = {id(program) for _, program in owned}
+        strays: list[int] = []
+        for i, (_, program) in enumerate(self._attached):
+            if id(program) in mine:
+                self._last[i] = self._steps
+            elif self._steps - self._last[i] >= _STRAY_STEPS and i not in self._passed:
+                strays.append(i)
+        if not strays:
+            return
+        self._passed.update(strays)
+        layer, program = self._attached[strays[0]]
+        frozen = _first_trainable(layer, program.names[0]) is None
+        why = (
+            "its parameters were frozen after attaching"
+            if frozen
+            else "no optimizer that steps has its parameters: they were replaced after the optimizer was made "
+            "(load_state_dict(assign=True)), or the model has another layer in its place"
+        )
+        warnings.warn(
+            f"{_STRAY_STEPS} optimizer steps have passed by {len(strays)} of the {len(self._attached)} attached layers. "
+            f"Of the first, {program.name!r}, {why}. The methods' own state there (scales, bases, dendrites) is never "
+            "updated. Make the optimizer from model.parameters() after the last change to the model; after a change "
+            "to its layers, detach and attach again.",
+            RetrogradeWarning,
+            stacklevel=2,
+        )
+
+    def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of an optimizer that owns no trainable layer is one of a training that uses the layers."""
+        calls = sum(program.calls for _, program in self._attached)
+        if calls != self._calls:
+            self._calls = calls
+            return calls > 0
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(p) in theirs for layer, _ in self._attached for p in layer.parameters(recurse=False))
 
     def _refuse_idleness(self, programs: list[LayerProgram]) -> None:
         """One step without gradients may initialise an optimizer's state; several in a row are a run without effect."""

@@ -3,7 +3,6 @@
 import copy
 import copyreg
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -49,7 +48,10 @@ class AttachedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward pass; shapes as of the plain layer."""
-        program = self._retrograde
+        program = self.__dict__.get("_retrograde")
+        if program is None:
+            # A forward that was bound while the layer was attached, and kept by whoever wrapped another around it.
+            return type(self).forward(self, *args, **kwargs)
         if self.training and program.active and torch.is_grad_enabled():
             return self._retrograde_kind.forward(self, program.product, *args, **kwargs)
         return super().forward(*args, **kwargs)
@@ -112,12 +114,19 @@ def _swapped_from(layer: nn.Module, name: str) -> type[nn.Module]:
     return base
 
 
-@cache
 def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
-    # One class for each base, cached: compiled code is guarded by class, and would be made again for each instance.
+    return subclass(base, AttachedLayer)
+
+
+def subclass(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """The class of what is attached of class `base`: one for each, since compiled code is guarded by class."""
+    # Looked for among the base's own: a class that torch made for a single layer must go with that layer.
+    for known in base.__subclasses__():
+        if known.__dict__.get("_retrograde_base") is base and issubclass(known, mixin):
+            return known
     # The base's module: tools such as torch.fx know torch's own layers by it.
     namespace = {"_retrograde_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Retrograde{base.__name__}", (AttachedLayer, base), namespace)
+    return type(f"Retrograde{base.__name__}", (mixin, base), namespace)
 
 
 def _plain_state(layer: nn.Module) -> dict[str, Any]:

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 
+def grouped() -> bool:
+    """Whether this process belongs to a group of ranks."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def count() -> int:
     """Number of ranks."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if grouped() else 1
 
 
 def rank() -> int:
     """This one's number."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if grouped() else 0
 
 
 def mean(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retrograde.kernels.cpu_convolution_lists import Sparse
 from retrograde.kernels.cpu_lanes import LANES, address, turn
-from retrograde.kernels.cpu_memory import in_memory_order
+from retrograde.kernels.cpu_memory import array, in_memory_order
 from retrograde.kernels.cpu_rows import accumulate
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 from retrograde.kernels.geometry import Geometry
@@ -174,5 +174,5 @@ def convolution_weight_grad(
         partial,
     )
     dw = torch.empty(tuple(weight_shape))
-    _collect(partial, np.float32(sparse.step), c, dw.numpy().reshape(outputs, c, kh * kw))
+    _collect(partial, np.float32(sparse.step), c, array(dw).reshape(outputs, c, kh * kw))
     return dw

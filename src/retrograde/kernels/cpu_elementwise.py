@@ -206,7 +206,7 @@ def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:
     limit = np.float32(2 ** (bits - 1) - 1)
     _nsd(
         flat(delta),
-        values.numpy().reshape(-1),
+        flat(values),
         np.float32(step),
         np.int64(key & 0xFFFFFFFF),
         np.int64(key >> 32),

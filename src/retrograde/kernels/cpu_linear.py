@@ -31,7 +31,7 @@ from retrograde.kernels.cpu_lanes import (
     vector,
 )
 from retrograde.kernels.cpu_lists import Lists
-from retrograde.kernels.cpu_memory import room
+from retrograde.kernels.cpu_memory import array, room
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 
 _VECTORS = 8
@@ -196,13 +196,13 @@ def pack(dense: Tensor, *, half: bool) -> Any:
     tiles, rows = -(-dense.shape[1] // TILE), dense.shape[0]
     if not half:
         packed = room("single", (tiles, rows, TILE), np.float32)
-        _pack((dense.float() if dense.dtype == torch.bfloat16 else dense).numpy(), packed)
+        _pack(array(dense.float() if dense.dtype == torch.bfloat16 else dense), packed)
         return packed
     packed = room("half", (tiles, rows, TILE // 2), np.uint32)
     if dense.dtype == torch.bfloat16:
-        _pack_bfloat16(dense.view(torch.uint16).numpy(), packed)
+        _pack_bfloat16(array(dense.view(torch.uint16)), packed)
     else:
-        _pack_half(dense.numpy(), packed)
+        _pack_half(array(dense), packed)
     return packed
 
 
@@ -212,5 +212,5 @@ def product(sparse: Lists, packed: Any, columns: int, scale: float) -> Tensor:
     out = torch.empty(starts.size - 1, columns)
     use_threads(sparse.size * columns)
     kernel = _product_half if packed.dtype == np.uint32 else _product_single
-    kernel(starts, sparse.index, sparse.value, packed, np.float32(scale), out.numpy())
+    kernel(starts, sparse.index, sparse.value, packed, np.float32(scale), array(out))
     return out

@@ -1,5 +1,6 @@
 """Tensors as flat arrays, entries in the order in which they lie in memory, and memory kept between calls."""
 
+import ctypes
 import math
 import threading
 from typing import Any
@@ -8,6 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_TYPES = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+    torch.int16: np.int16,
+    torch.uint16: np.uint16,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+}
 _scratch = threading.local()
 
 
@@ -26,9 +38,24 @@ def in_memory_order(tensor: Tensor) -> tuple[bool, Any]:
     return last, flat(tensor.permute(0, 2, 3, 1) if last else tensor)
 
 
+def array(tensor: Tensor) -> Any:
+    """A tensor's memory as an array of its shape; what is not contiguous is copied.
+
+    ``Tensor.numpy`` would forbid for ever to resize the memory, which FSDP does with every weight.
+    """
+    tensor = tensor.contiguous()
+    kind: Any = _TYPES[tensor.dtype]
+    if not tensor.numel():
+        return np.empty(tensor.shape, kind)
+    memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
+    # Kept alive by whatever is made of the array.
+    memory.tensor = tensor
+    return np.frombuffer(memory, kind).reshape(tensor.shape)
+
+
 def flat(tensor: Tensor) -> Any:
     """Entries in the order of indices; what is not contiguous is copied."""
-    return tensor.contiguous().numpy().reshape(-1)
+    return array(tensor).reshape(-1)
 
 
 def room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:

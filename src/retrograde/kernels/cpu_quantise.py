@@ -13,6 +13,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from retrograde.kernels.cpu_memory import array
 from retrograde.kernels.cpu_threads import jit, use_threads
 
 _LARGEST = np.float32(127)
@@ -80,7 +81,7 @@ def quantise_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read(matrix: Tensor) -> tuple[Any, Any, Any]:
     """The matrix, and its largest magnitudes by row and by column, as bit patterns."""
-    x = matrix.contiguous().numpy()
+    x = array(matrix)
     use_threads(x.size)
     rows = np.zeros(x.shape[0], np.int32)
     partial = np.empty((-(-x.shape[0] // _ROWS), x.shape[1]), np.int32)
@@ -91,7 +92,7 @@ def _read(matrix: Tensor) -> tuple[Any, Any, Any]:
 def _rounded(kernel: Any, x: Any, peaks: Any) -> tuple[Tensor, Tensor]:
     scale, factors = _scales(peaks)
     values = torch.empty(x.shape, dtype=torch.int8)
-    kernel(x, factors, values.numpy())
+    kernel(x, factors, array(values))
     return values, torch.from_numpy(scale)
 
 
@@ -110,8 +111,8 @@ def widen(matrix: Tensor, columns: Tensor) -> Tensor:
     """``matrix · columns`` in float32 for a bfloat16 matrix (n, i) and factors (i,)."""
     use_threads(matrix.numel())
     out = torch.empty(matrix.shape)
-    array = out.numpy()
-    _widen(matrix.view(torch.uint16).numpy(), columns.numpy(), array, array.view(np.uint32))
+    whole = array(out)
+    _widen(array(matrix.view(torch.uint16)), array(columns), whole, whole.view(np.uint32))
     return out
 
 
@@ -129,6 +130,6 @@ def rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) ->
     """``sums · rows · columns + bias`` in float32 for int32 sums (n, o), rows (n,), columns (o,) and bias (o,)."""
     use_threads(sums.numel())
     out = torch.empty(sums.shape)
-    shift = np.zeros(sums.shape[1], np.float32) if bias is None else bias.contiguous().numpy()
-    _rescale(sums.contiguous().numpy(), rows.numpy(), columns.numpy(), shift, out.numpy())
+    shift = np.zeros(sums.shape[1], np.float32) if bias is None else array(bias)
+    _rescale(array(sums), array(rows), array(columns), shift, array(out))
     return out

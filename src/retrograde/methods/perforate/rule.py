@@ -46,7 +46,6 @@ class DendriteRule(Rule):
         self._fused = bool(site.fused_by)
         self._layer: weakref.ref[nn.Module] | None = None
         self._checked = False
-        self._tied = False
         self._key = 0
         self.steps = 0
         self.score: float | None = None
@@ -72,8 +71,6 @@ class DendriteRule(Rule):
     def prepare(self, layer: nn.Module) -> None:
         """Capacity for all dendrite sets, so that optimizers, DDP, averages and checkpoints see them from the start."""
         self._layer = weakref.ref(layer)
-        # DDP waits for every parameter that is registered: idle ones are tied to the output, without a gradient.
-        self._tied = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._key = mix_key(self.seed, key_of(self.name))
         weight, bias = (layer._parameters.get(name) for name in self._kind.names(layer))  # pyright: ignore[reportPrivateUsage]
         assert weight is not None
@@ -118,7 +115,8 @@ class DendriteRule(Rule):
                 layer, x, count, self._method.activation, map, detached=self.detached
             )
             z = dendrites.add(layer, z, values, map)
-        return cast(Tensor, _Tie.apply(z, *self._idle(layer))) if self._tied else z
+        # DDP waits for every parameter that is registered: idle ones are tied to the output.
+        return cast(Tensor, _Tie.apply(z, *self._idle(layer))) if ranks.grouped() else z
 
     def _idle(self, layer: nn.Module) -> list[nn.Parameter]:
         """Parameters that no gradient of the loss may reach: unused capacity, and what learnt in a dendrite phase."""
@@ -213,16 +211,19 @@ class DendriteRule(Rule):
 
 
 class _Tie(torch.autograd.Function):
-    """z itself; the other tensors take part in the graph, and get no gradient."""
+    """z itself; the other tensors take part in the graph, and get gradients of zero.
+
+    Zero, not none: with ``static_graph`` DDP reduces no others than those that had one in the first step.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, *idle: Tensor) -> Tensor:
-        ctx.count = len(idle)
+        ctx.idle = idle
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], *[None] * ctx.count
+        return grad_outputs[0], *map(torch.zeros_like, ctx.idle)
 
 
 _HOOK = -1
