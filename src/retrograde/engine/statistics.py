@@ -23,6 +23,9 @@ from retrograde.engine import ranks
 _MEAN_MOMENTUM = 0.5
 _COLD_ITERATIONS = 5
 _WARM_ITERATIONS = 2
+_LARGE = 1e7
+"""Rows beyond this are taken in float64: norms of their second moment's columns, fourth powers, overflow float32."""
+_STATE = ("mean", "basis", "eigenvalues", "variance")
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class StatisticsSpec:
 class InputStatistics:
     """Mean and leading eigenpairs of the covariance of a layer's input rows.
 
-    All tensors have a leading dimension for a convolution's groups (1 otherwise) and are float32 (float64 for float64
-    inputs).
+    All tensors have a leading dimension for a convolution's groups (1 otherwise) and are float32, or float64 for inputs
+    that are float64 or very large. Where the model is moved or cast, they follow its input.
 
     Attributes:
         spec: budget, period and rank.
@@ -102,19 +105,22 @@ class InputStatistics:
         """
         if self._step % self.spec.every:
             return False
-        rows = torch.cat(self._pending, 1) if self._pending else None
+        rows = torch.cat([r.to(self._pending[-1]) for r in self._pending], 1) if self._pending else None
         self._pending = []
-        mean = None if rows is None else rows.mean(1)
-        # Ranks decide together: one without rows, or with bad ones, would leave the others waiting. A row that is not
-        # finite makes the mean so, which is shorter to read.
-        good = mean is not None and bool(torch.isfinite(mean).all())
-        here = torch.tensor(float(good), device=self._device(rows))
-        if float(ranks.mean(here)) < 1 or rows is None or mean is None:
+        # Ranks decide together: one without rows, or with bad ones, would leave the others waiting.
+        peak = math.nan if rows is None else float(rows.abs().amax())
+        wide = self.mean is not None and self.mean.dtype == torch.float64
+        here = torch.tensor([math.isfinite(peak), wide or peak > _LARGE], device=self._device(rows)).float()
+        good, large = ranks.mean(here).tolist()
+        if good < 1 or rows is None:
             return False
         if not self.refreshes:
             self._window = max(1, min(self.spec.every, math.ceil(self.spec.rows / rows.shape[1])))
-        self.rows = rows
-        mean = ranks.mean(mean)
+        self.rows = rows = rows.double() if large else rows
+        for name in _STATE:
+            if (known := getattr(self, name)) is not None:
+                setattr(self, name, known.to(rows))
+        mean = ranks.mean(rows.mean(1))
         self.mean = mean if self.mean is None else self.mean.lerp(mean, 1 - _MEAN_MOMENTUM)
         centred = rows - mean.unsqueeze(1)
         squares = torch.linalg.vector_norm(centred, dim=(1, 2)).square()

@@ -16,12 +16,13 @@ be seen here: ``"top"``, ``"random"`` and ``"bulk"`` (I − P), with and without
 
 Deviations from the summaries of the source. P multiplies G from the side of the input by default: on the literal
 side G must be formed first, and nothing is saved. The published decay β λ₁ e₁e₁ᵀ does not have W's shape; (4) does,
-with λ₁ of the mean, not the sum, over rows, and its factor never above 1. P acts before the optimizer, whose moments
-are carried along at refreshes (``exp_avg``, ``momentum_buffer``; Adam's ``exp_avg_sq`` holds squares of single entries,
-on which a change of basis has no meaning, and is left). Adam's division by it turns a step out of the subspace: what is
-confined is the gradient. The factor s restores on full steps what the others left out, and its bound λ₁/λ_k keeps such
-steps as stable as those along e₁. The first `warmup` steps are full, and the rank is then fixed, so that compiled code
-stays.
+with λ₁ of the mean, not the sum, over rows, and its factor never above 1. P acts on each call's own weight gradient:
+what others add to a shared weight's gradient (a tied embedding, a penalty) is left as it is. Momentum is carried along
+at refreshes where it is all that the optimizer keeps (SGD, Muon, Lion). Adam's kind divides it, entry by entry, by the
+root of squares on which a change of basis has no meaning: a moment moved into an entry whose squares are tiny would
+make a huge step, so there both are left. The division turns a step out of the subspace: what is confined is the
+gradient. The factor s restores on full steps what the others left out, and its bound λ₁/λ_k keeps such steps as stable
+as those along e₁. The first `warmup` steps are full, and the rank is then fixed, so that compiled code stays.
 
 Convolutions: a row of X is a patch, and X U is the input convolved with U's columns as filters. It is smaller than the
 input when k is below the input channels of a group times the stride's product, so that is where the rank is capped.
@@ -158,7 +159,8 @@ class Spectral(Method):
                 return f"rank={self.rank} is more than its {width} {what}: nothing to project"
         subspaces = [self._subspace(site.name, cap, side) for side, cap in enumerate(caps)]
         wants_outputs = self.side != "input" or self.decay > 0
-        return SpectralRule(site.name, self, subspaces[0], subspaces[1] if wants_outputs else None)
+        outside = subspaces[1] if wants_outputs else None
+        return SpectralRule(site.name, self, subspaces[0], outside, tied=site.tied)
 
     def _subspace(self, name: str, cap: int, side: int) -> Subspace:
         seed = key_of(f"{name}/{side}")

@@ -1,12 +1,13 @@
 """The base rule at one layer, in the letters of the package's docstring."""
 
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from retrograde.engine.maps.base import Map
+from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Call, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
 from retrograde.errors import AttachError
@@ -19,7 +20,7 @@ from retrograde.methods.spectral.subspace import Subspace
 if TYPE_CHECKING:
     from retrograde.methods.spectral import Spectral
 
-_MOMENTS = ("exp_avg", "momentum_buffer")
+_MOMENTS = {"exp_avg", "momentum_buffer"}
 
 
 class SpectralRule(Rule):
@@ -30,6 +31,7 @@ class SpectralRule(Rule):
         method: the options.
         inputs: the subspace of the layer's input, U.
         outputs: the subspace of its output, V; None where neither ``side`` nor ``decay`` needs it.
+        tied: whether others learn by the same weight, whose moments are then theirs too.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class SpectralRule(Rule):
         method: "Spectral",
         inputs: Subspace,
         outputs: Subspace | None,
+        *,
+        tied: bool = False,
     ) -> None:
         super().__init__(name)
         self.needs_statistics = StatisticsSpec(method.rows, method.every)
@@ -45,6 +49,9 @@ class SpectralRule(Rule):
         """Whether this step projects: a plain flag, set between steps, so that compiled code knows two programs."""
         self._method = method
         self._inputs, self._outputs = inputs, outputs
+        self._tied = tied
+        self._scale = 1.0
+        """s of equation (6) in this step; 1 where nothing is scaled."""
         self._narrows = method.side != "output" and method.basis != "bulk"
         self._map: Map | None = None
         self._refreshed_at = -1
@@ -61,9 +68,9 @@ class SpectralRule(Rule):
         return map.narrow(x, basis, weight), basis
 
     def product(self, call: Call, delta: Delta) -> Work:
-        """Equation (1); on full steps the layer's own product."""
+        """Equation (1); on full steps the layer's own product, scaled as equation (6) says."""
         if len(call.saved) == 1:
-            return call.map.weight_grad(call.products, call.operand, call.weight)
+            return self._treated(call, call.map.weight_grad(call.products, call.operand, call.weight))
         kept, basis = call.saved
         if self._map is not None and call.map != self._map:
             raise AttachError(
@@ -77,40 +84,35 @@ class SpectralRule(Rule):
             # Narrowing x, and widening the product by Uᵀ.
             call.spend(linear_flops(kept.numel() // rank, rank, d))
             call.spend(linear_flops(rank, call.weight.numel() // d, d))
-        return work
+        return self._treated(call, work)
 
-    # Between the backward pass and the optimizer.
+    def _treated(self, call: Call, work: Work) -> Work:
+        """What this step makes of the call's dW: here, and not of ``weight.grad``, to which others may add."""
+        narrow = len(call.saved) > 1
+        done = self.projecting and narrow and self._method.side != "both"
+        if done or any(subspace.basis is None for subspace in self._subspaces()):
+            return work
+        whole = wide(call.map.matrix(work.value))
+        found = self._projected(call, whole, narrow=narrow)
+        if not self.projecting:
+            self._diagnostics.measure(whole, found)
+            if self._scale == 1:
+                return work
+            found = torch.lerp(found, whole, self._scale)
+        value = call.map.from_matrix(found, work.value.shape).to(work.value.dtype)
+        return replace(work, value=value)
 
-    def grad(self, step: Step) -> None:
-        """V(VᵀG) for the output side; the scaled residual, equation (6), on full steps."""
-        weight, map = step.weight, step.map
-        if map is None or weight is None or weight.grad is None or _group(step, weight) is None:
-            return
-        if self.projecting:
-            if not self._narrows or self._method.side == "both":
-                weight.grad.copy_(self._projected(step, map, weight.grad, narrow=self._narrows))
-            return
-        if any(subspace.basis is None for subspace in self._subspaces()):
-            return
-        projected = self._projected(step, map, weight.grad)
-        self._diagnostics.measure(weight.grad, projected)
-        if self._method.residual == "scaled" and self._past_warmup(step.index):
-            scale = self._residual_scale()
-            weight.grad.add_(weight.grad - projected, alpha=scale - 1)
-
-    def _projected(self, step: Step, map: Map, gradient: Tensor, *, narrow: bool = False) -> Tensor:
-        """What a projected step makes of `gradient`; with `narrow`, of one that `product` has projected already."""
-        g = whole = map.matrix(gradient)
+    def _projected(self, call: Call, whole: Tensor, *, narrow: bool) -> Tensor:
+        """What a projected step makes of dW as a matrix; with `narrow`, of one that is projected on U already."""
+        g = whole
         u, v = self._inputs.basis, self._output_basis()
         if self._method.side != "output" and not narrow and u is not None:
             g = spectral.project_rows(g, u.to(g))
-            step.spend(2 * linear_flops(g.shape[1], u.shape[-1], g.shape[0] * g.shape[2]))
+            call.spend(2 * linear_flops(g.shape[1], u.shape[-1], g.shape[0] * g.shape[2]))
         if v is not None:
             g = spectral.project_columns(g, v.to(g))
-            step.spend(2 * linear_flops(g.shape[1], v.shape[-1], g.shape[0] * g.shape[2]))
-        if self._method.basis == "bulk":
-            g = whole - g
-        return map.from_matrix(g, gradient.shape)
+            call.spend(2 * linear_flops(g.shape[1], v.shape[-1], g.shape[0] * g.shape[2]))
+        return whole - g if self._method.basis == "bulk" else g
 
     def _output_basis(self) -> Tensor | None:
         return self._outputs.basis if self._outputs is not None and self._method.side != "input" else None
@@ -128,6 +130,7 @@ class SpectralRule(Rule):
 
     def local(self, step: Step) -> None:
         """Decay, refresh, and whether the next step projects."""
+        self._diagnostics.read()
         weight, map = step.weight, step.map
         if weight is None:
             return
@@ -147,6 +150,8 @@ class SpectralRule(Rule):
         if self.projecting:
             for subspace in self._subspaces():
                 subspace.settle()
+        scaled = self._method.residual == "scaled" and self._past_warmup(following) and not self.projecting
+        self._scale = self._residual_scale() if scaled else 1.0
 
     def _past_warmup(self, index: int) -> bool:
         return index >= self._method.warmup
@@ -168,15 +173,16 @@ class SpectralRule(Rule):
             w = map.matrix(weight).to(rows)
             step.spend(linear_flops(rows.shape[0] * rows.shape[1], w.shape[1], w.shape[2]))
             step.spend(self._outputs.refresh(rows @ w.mT))
-        if moments and self._method.basis != "bulk":
+        if moments and not self._tied and self._method.basis != "bulk":
             self._reexpress(step, map, weight, *old)
 
     def _reexpress(self, step: Step, map: Map, weight: Tensor, u: Tensor | None, v: Tensor | None) -> None:
+        """Equation (5), where moments are all that the optimizer keeps of the weight's shape."""
         state = step.optimizer.state.get(weight, {})
-        for name in _MOMENTS:
-            moment = state.get(name)
-            if not isinstance(moment, Tensor) or moment.shape != weight.shape:
-                continue
+        kept = {name: t for name, t in state.items() if isinstance(t, Tensor) and t.shape == weight.shape}
+        if not kept.keys() <= _MOMENTS:
+            return
+        for moment in kept.values():
             m = map.matrix(moment)
             if u is not None and self._inputs.basis is not None:
                 m = spectral.reexpress(m, u.to(m), self._inputs.basis.to(m))
@@ -197,6 +203,10 @@ class SpectralRule(Rule):
         weight.copy_(step.map.from_matrix(w, weight.shape))
         step.spend(4 * weight.numel())
 
+    def read(self) -> None:
+        """The captured energy."""
+        self._diagnostics.read()
+
     def metrics(self) -> dict[str, float]:
         """See `Diagnostics.metrics`; nothing for a layer that is trained in full."""
         subspace = self._outputs if self._method.side == "output" else self._inputs
@@ -207,6 +217,7 @@ class SpectralRule(Rule):
         return {
             "projecting": self.projecting,
             "refreshed_at": self._refreshed_at,
+            "scale": self._scale,
             "inputs": self._inputs.state_dict(),
             "outputs": None if self._outputs is None else self._outputs.state_dict(),
             "diagnostics": self._diagnostics.state_dict(),
@@ -215,6 +226,7 @@ class SpectralRule(Rule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.projecting, self._refreshed_at = bool(state["projecting"]), int(state["refreshed_at"])
+        self._scale = float(state["scale"])
         self._inputs.load_state_dict(state["inputs"])
         if self._outputs is not None and state["outputs"] is not None:
             self._outputs.load_state_dict(state["outputs"])

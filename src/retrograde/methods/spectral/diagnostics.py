@@ -1,6 +1,7 @@
 """What a projected layer reports of itself."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,18 +16,28 @@ class Diagnostics:
     """Last known figures of one layer.
 
     Attributes:
-        captured: ‖projected G‖²/‖G‖², known from full steps alone, where G is there.
+        captured: ‖projected G‖²/‖G‖² over a step's calls, known from full steps alone, where G is there.
         saved_fraction: what the last projected call kept, as a share of its input.
+        unread: both sums of squares since the last reading; on a GPU nothing waits for them in the backward pass.
     """
 
     captured: float | None = None
     saved_fraction: float | None = None
+    unread: Tensor | None = None
 
     def measure(self, gradient: Tensor, projected: Tensor) -> None:
-        """Take the captured energy of a full gradient; a vanishing or non-finite one says nothing."""
-        total = gradient.float().square().sum()
-        if bool(torch.isfinite(total)) and total > 0:
-            self.captured = float(projected.float().square().sum() / total)
+        """Take in the energies of one call's full gradient."""
+        found = torch.stack((projected.square().sum(), gradient.square().sum()))
+        self.unread = found if self.unread is None else self.unread + found
+
+    def read(self) -> None:
+        """The captured energy of what was measured; of a vanishing or non-finite gradient it says nothing."""
+        if self.unread is None:
+            return
+        inside, total = self.unread.tolist()
+        self.unread = None
+        if math.isfinite(total) and total > 0:
+            self.captured = inside / total
 
     def metrics(self, subspace: Subspace, projecting: bool) -> dict[str, float]:
         """The figures by name.
@@ -48,4 +59,4 @@ class Diagnostics:
 
     def state_dict(self) -> dict[str, Any]:
         """The fields by name."""
-        return asdict(self)
+        return dict(self.__dict__)

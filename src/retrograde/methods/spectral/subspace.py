@@ -85,6 +85,8 @@ class Subspace:
             return ranks.mean(local(q))
 
         groups, m, d = rows.shape
+        if self._leading is not None:
+            self._leading = self._leading.to(rows)
         self.trace = ranks.mean(rows.square().mean(1).sum(-1))
         before, steps = self._leading, _WARM_STEPS
         k = self._tracked(d)
