@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retrograde.engine import ranks
-from retrograde.engine.maps.base import Map
+from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
 from retrograde.errors import OptionError
@@ -66,6 +66,12 @@ class DecorrelateRule(Rule):
 
     def _update(self, step: Step) -> None:
         raise NotImplementedError
+
+    def _follow(self, like: Tensor) -> None:
+        """R and μ where the layer is now, in its precision: a model may be moved or cast at any time."""
+        for name, value in list(self.__dict__.items()):
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(like))
 
     def _leading(self, mean: Tensor | None) -> tuple[Tensor, Tensor]:
         """U and g of equations (2) and (3); of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None."""
@@ -141,11 +147,11 @@ class CoordinateRule(DecorrelateRule):
         self._refuse_line_search(step)
         if weight is None or weight.grad is None or map is None or not self._ready():
             return
-        wide = self._wide(weight)
-        matrix, gradient = map.matrix(weight).to(wide), map.matrix(weight.grad).to(wide)
+        matrix, gradient = wide(map.matrix(weight)), wide(map.matrix(weight.grad))
+        self._follow(matrix)
         if self._mean is not None and bias is not None and bias.grad is not None:
             self._shift = matrix @ self._mean.unsqueeze(-1)
-            rows = map.per_row(bias.grad.to(wide), weight.shape)
+            rows = map.per_row(wide(bias.grad), weight.shape)
             gradient.baddbmm_(rows.unsqueeze(-1), self._mean.unsqueeze(-2), alpha=-1)
         self._before = self._remember(matrix)
         self._rotate(gradient)
@@ -157,13 +163,10 @@ class CoordinateRule(DecorrelateRule):
         """What equations (7) and (8) need, of A as it is now."""
         if self._before is None or step.weight is None or step.map is None:
             return
-        matrix = step.map.matrix(step.weight).to(self._wide(step.weight))
+        matrix = wide(step.map.matrix(step.weight))
         self._before = self._remember(matrix)
         if self._shift is not None and self._mean is not None:
             self._shift = matrix @ self._mean.unsqueeze(-1)
-
-    def _wide(self, weight: Tensor) -> torch.dtype:
-        return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
     @torch.no_grad()
     def _finish(self, step: Step) -> None:
@@ -172,8 +175,7 @@ class CoordinateRule(DecorrelateRule):
         self._before = self._shift = None
         if before is None or weight is None or map is None:
             return
-        wide = self._wide(weight)
-        matrix = map.matrix(weight).to(wide)
+        matrix = wide(map.matrix(weight))
         self._advance(matrix, before, _kept(step, weight))
         bias = step.bias
         if shift is not None and bias is not None and self._mean is not None:
@@ -260,7 +262,7 @@ class LowRankRule(CoordinateRule):
 
     def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
         assert self._basis is not None and self._scaled is not None  # noqa: PT018
-        return rows[..., chosen] + (rows @ self._scaled) @ self._basis[:, chosen].mT
+        return rows[..., chosen] + (rows @ self._scaled.to(rows)) @ self._basis[:, chosen].mT.to(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """U and g too."""
@@ -304,7 +306,7 @@ class FullRule(CoordinateRule):
         rows = found.rows if self._mean is None else found.rows - self._mean.unsqueeze(1)
         g, n, d = rows.shape
         eye = torch.eye(d, dtype=rows.dtype, device=rows.device)
-        matrix = eye.repeat(g, 1, 1) if self._matrix is None else self._matrix
+        matrix = eye.repeat(g, 1, 1) if self._matrix is None else self._matrix.to(rows)
         z = rows @ matrix.mT
         floor = _VARIANCE_FLOOR * found.variance.unsqueeze(-1) * matrix.square().sum(-1)
         # Ranks see different rows: what R learns from is their mean.
@@ -321,7 +323,7 @@ class FullRule(CoordinateRule):
 
     def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
         assert self._matrix is not None
-        return rows @ self._matrix[:, chosen].mT
+        return rows @ self._matrix[:, chosen].mT.to(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """R too."""
@@ -348,7 +350,8 @@ class PreconditionRule(DecorrelateRule):
         weight, map = step.weight, step.map
         if weight is None or weight.grad is None or map is None or self._basis is None or self._gain is None:
             return
-        matrix = map.matrix(weight.grad).to(self._basis.dtype)
+        matrix = wide(map.matrix(weight.grad))
+        self._follow(matrix)
         changed = decorrelate.transform(matrix, self._basis, self._gain ** (2 * self._settings.power))
         _store(weight.grad, changed, map)
         self._spend(step, 4.0 * weight.numel() * self._gain.shape[-1])
