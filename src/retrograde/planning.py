@@ -132,6 +132,8 @@ def _decide(
             why = "in `skip`"
         elif (weight := _weight(layer, kind)) is not None and not weight.is_floating_point():
             why = f"weight is {weight.dtype}: only real floating-point layers are attached"
+        elif weight is not None and not weight.numel():
+            why = "weight without entries: nothing to multiply"
         else:
             map, names = kind.map(layer), kind.names(layer)
             site = Site(

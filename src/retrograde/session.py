@@ -106,13 +106,14 @@ class Summary:
         if self.zeros is None or self.own_zeros is None:
             return f"{self.layers} layers attached; no backward pass yet"
         f = self.flops
+        dense = f.dense or 1.0
         lines = [
             f"{self.layers} layers, {self.steps} steps, {self.fallbacks} fallbacks",
             f"zeros in the gradients   {self.zeros:.1%} (of their own {self.own_zeros:.1%})",
             f"FLOPs, dense-equivalent  {f.dense:.3g}",
-            f"       needed            {f.needed:.3g} ({f.needed / f.dense:.1%})",
-            f"       executed          {f.executed:.3g} ({f.executed / f.dense:.1%})",
-            f"       discounted        {f.discounted:.3g} ({f.discounted / f.dense:.1%})",
+            f"       needed            {f.needed:.3g} ({f.needed / dense:.1%})",
+            f"       executed          {f.executed:.3g} ({f.executed / dense:.1%})",
+            f"       discounted        {f.discounted:.3g} ({f.discounted / dense:.1%})",
         ]
         if self.best:
             lines.append(f"best validation score    {self.best[1]:.4g} at step {self.best[0]}")

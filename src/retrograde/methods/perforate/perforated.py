@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrograde.engine.maps.base import LayerKind
+from retrograde.engine.maps.base import LayerKind, wide
 from retrograde.engine.slots import Call, Site, Step
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.kernels.delta import Delta
@@ -34,7 +34,8 @@ class PerforatedRule(DendriteRule):
 
     def _new_pool(self, attempt: int) -> Pool:
         drawn = [self._draw(self.active, attempt, j) for j in range(self._method.candidates)]
-        stacked = {part: torch.stack([values[part] for values in drawn]) for part in drawn[0]}
+        # Adam's squares of a half-precision gradient would be zero.
+        stacked = {part: wide(torch.stack([values[part] for values in drawn])) for part in drawn[0]}
         weight = stacked["weight"]
         cascade = stacked.get("cascade", weight.new_zeros(len(drawn), 0, self._outputs))
         return Pool(weight, stacked.get("bias"), cascade, self._method.activation, self._outputs, self._map)
@@ -50,6 +51,7 @@ class PerforatedRule(DendriteRule):
                 "not kept: its weight was frozen after attaching. Leave the layer out with Perforate(where=…), or use "
                 "rule='gradient'."
             )
+        self._follow()
         x = call.saved[0]
         if not bool(torch.isfinite(call.delta).all()):
             call.counters.fallbacks += 1
@@ -57,10 +59,23 @@ class PerforatedRule(DendriteRule):
         weight = self._pool.values["weight"]
         call.spend((2 * weight.shape[0] + self.active) * call.flops)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = x.to(weight.dtype)
-            activation = self._method.activation
-            accepted = dendrites.activations(self.layer, x, self.active, activation, call.map, detached=True)
-            self._pool.observe(call, x, accepted)
+            activation, own = (
+                self._method.activation,
+                x.to(self.layer.get_parameter(dendrites.name_of("weight", 0))),
+            )
+            accepted = dendrites.activations(
+                self.layer, own, self.active, activation, call.map, detached=True
+            )
+            self._pool.observe(call, x.to(weight), [a.to(weight) for a in accepted])
+
+    def _follow(self) -> None:
+        """The candidates where the layer is now, in its precision: a model may be moved or cast at any time."""
+        if self._pool is None:
+            return
+        mine, theirs = self._pool.values["weight"], wide(dendrites.parameters(self.layer, 0)["weight"])
+        if (mine.dtype, mine.device) != (theirs.dtype, theirs.device):
+            state, self._pool = self._pool.state_dict(), self._new_pool(0)
+            self._pool.load_state_dict(state)
 
     def local(self, step: Step) -> None:
         """Candidates make one step uphill."""

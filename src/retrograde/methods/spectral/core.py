@@ -173,7 +173,8 @@ class SpectralRule(Rule):
             w = map.matrix(weight).to(rows)
             step.spend(linear_flops(rows.shape[0] * rows.shape[1], w.shape[1], w.shape[2]))
             step.spend(self._outputs.refresh(rows @ w.mT))
-        if moments and not self._tied and self._method.basis != "bulk":
+        known = any(basis is not None for basis in old)
+        if moments and known and not self._tied and self._method.basis != "bulk":
             self._reexpress(step, map, weight, *old)
 
     def _reexpress(self, step: Step, map: Map, weight: Tensor, u: Tensor | None, v: Tensor | None) -> None:
