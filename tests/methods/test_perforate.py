@@ -1062,6 +1062,8 @@ def test_fixed_period_without_reports() -> None:
 
 
 def test_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the first phase ends, and never where scores are reported or `period` is set."""
+    monkeypatch.setattr("retrograde.methods.perforate.conductor._SILENT", 1)
     monkeypatch.setattr("retrograde.methods.perforate.conductor._DEFAULT_PERIOD", 2)
     model = seeded(mlp)
     session = rg.attach(model, Perforate())
@@ -1069,7 +1071,22 @@ def test_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(RetrogradeWarning, match="report") as caught:
         run(model, optimizer, 0, 6, (16, 8))
     assert len(caught) == 1
+    assert "seen 1 steps" in str(caught[0].message)
     assert conductor(session).dendrites == 3
+
+
+def test_no_warning_where_growth_is_driven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrograde.methods.perforate.conductor._SILENT", 1)
+    for method, reports in ((Perforate(), True), (Perforate(period=50), False)):
+        model = seeded(mlp)
+        session = rg.attach(model, method)
+        assert "when one grows" in session.plan.rows[0].why
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if reports:
+                session.report(val=0.5)
+            run(model, optimizer, 0, 3, (16, 8))
 
 
 def test_decayed_schedule_warns() -> None:

@@ -97,7 +97,8 @@ class Perforate(Method):
         candidate_limit: most reports in one dendrite phase.
         candidate_rate: learning rate of the candidates' Adam.
         momentum: weight of a new batch in the running means.
-        period: steps of a phase when no score is ever reported; None takes 10,000, with a warning.
+        period: steps of a phase when no score is ever reported; None takes 10,000, and warns at the 1,000th that no
+            score has come.
 
     Raises:
         OptionError: a value out of its range.
@@ -164,7 +165,11 @@ class Perforate(Method):
             return "weight frozen: its input, which candidate dendrites read, is not kept"
         rule = (PerforatedRule if self.rule == "perforated" else DendriteRule)(site, site.kind, self)
         names = ", ".join(f"dendrite_{part}_*" for part in dendrites.NAMES)
-        rule.remark = f"adds keys to state_dict: {names}"
+        grows = "each session.report(val=…) decides" if self.period is None else f"every {self.period} steps"
+        rule.remark = (
+            f"parameters for {self.max_dendrites} dendrite sets from the start, and keys in state_dict: {names}; "
+            f"when one grows: {grows}"
+        )
         return rule
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> PerforateConductor:

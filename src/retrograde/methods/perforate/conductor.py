@@ -30,6 +30,8 @@ _THRESHOLDS = (1e-3, 1e-4, 0.0)
 """Relative margin of a new best score, by the number of dendrites in use."""
 
 _DEFAULT_PERIOD = 10_000
+_SILENT = 1000
+"""Steps without a score after which a warning says that none has come."""
 _PLAIN = (
     *(
         "phase",
@@ -120,17 +122,17 @@ class PerforateConductor(Conductor):
         if self.reports or self.phase == "finished":
             return
         period = self._method.period
-        if self._steps - self.since < (period or _DEFAULT_PERIOD):
-            return
-        if period is None and not self.warned:
+        if period is None and not self.warned and self._steps >= _SILENT:
             self.warned = True
             warnings.warn(
-                f"Perforate has seen {self._steps} steps and no validation score: its phases now last "
-                f"{_DEFAULT_PERIOD} steps each, nothing is judged, and no state is restored. Call "
-                "session.report(val=…) after each validation (higher is better), or set `period`.",
+                f"Perforate has seen {self._steps} steps and no validation score: no dendrite has grown. While no "
+                f"score comes, its phases last {_DEFAULT_PERIOD} steps each, nothing is judged, and no state is "
+                "restored. Call session.report(val=…) after each validation (higher is better), or set `period`.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
+        if self._steps - self.since < (period or _DEFAULT_PERIOD):
+            return
         if self.phase == "dendrite":
             self._accept()
         elif self.dendrites < self._method.max_dendrites:
