@@ -5,7 +5,7 @@ import copy
 import math
 import warnings
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,7 +126,6 @@ class Session:
     Attributes:
         model: the attached model, the object that was given.
         methods: what is attached.
-        plan: what happens to each layer, and why.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class Session:
     ) -> None:
         self.model = model
         self.methods = methods
-        self.plan: Plan = decision.plan
+        self._plan = decision.plan
         self._programs: dict[str, LayerProgram] = {}
         self._layers: dict[str, nn.Module] = {}
         self._scores: list[tuple[int, float]] = []
@@ -178,6 +177,15 @@ class Session:
             if conductor is not None:
                 found[method.name] = conductor
         return found
+
+    @property
+    def plan(self) -> Plan:
+        """What happens to each layer, and why; blocks as the first pass of training has shown them."""
+        rows = tuple(
+            row if (block := self._blocks.get(row.name)) is None else replace(row, why=block.why)
+            for row in self._plan.blocks
+        )
+        return replace(self._plan, blocks=rows)
 
     # Figures.
 

@@ -150,8 +150,8 @@ def test_found() -> None:
         "4.branch": ("branch", ("4.branch",)),
     }
     assert list(rows) == [row.name for row in plan.blocks]
-    assert plan.to_dict()["blocks"][1]["why"] == "residual block of convolutions, up to bn2"
-    assert "residual block of convolutions" in str(plan)
+    assert plan.to_dict()["blocks"][1]["why"] == "added to what goes round it"
+    assert "added to what goes round it" in str(plan)
     # The first norm of a pre-activation block feeds its shortcut too, so it does not rest with the branch.
     (block,) = find_branches(net[3])
     assert block.members == (net[3].conv1, net[3].bn2, net[3].conv2)
@@ -197,8 +197,9 @@ def test_named_blocks() -> None:
             return x + self.mlp(self.norm(x))
 
     net = nn.Sequential(Own(), Residual(branch()), nn.Linear(8, 8))
-    assert [b.name for b in find_branches(net)] == ["1.branch"]
-    assert [b.name for b in find_branches(net, ["*.mlp", "*.branch"])] == ["0.mlp", "1.branch"]
+    assert [b.name for b in find_branches(net)] == ["1.branch", "0.mlp"]
+    assert find_branches(net)[1].members == (net[0].norm, net[0].mlp)
+    assert [b.name for b in find_branches(net, ["*.norm", "*.branch"])] == ["0.norm", "1.branch"]
     assert find_branches(net, []) == ()
     with pytest.raises(rg.errors.PatternError, match="no branch and no module"):
         find_branches(net, ["*.attn"])
@@ -695,8 +696,8 @@ def test_errors() -> None:
             super().__init__()
             self.linear = nn.Linear(8, 8)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.linear(x), x
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": self.linear(x), "x": x}
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -704,11 +705,11 @@ def test_errors() -> None:
             self.pair = Pair()
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.pair(x)[0]
+            return x + self.pair(x)["y"]
 
     net = Holder()
     _session = rg.attach(net, Script(["pair"]))
-    with pytest.raises(rg.errors.OptionError, match="'pair' returns a tuple"):
+    with pytest.raises(rg.errors.OptionError, match="'pair' returns a dict"):
         net(batch((5, 8)))
     net = nn.Sequential(nn.Linear(8, 8), Residual(nn.Linear(8, 8)))
     _other = rg.attach(net, Script())

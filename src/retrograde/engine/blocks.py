@@ -15,6 +15,7 @@ Autograd runs the backward of a block's last call first, layers included, before
 tier is one value for each block.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from retrograde.accounting.counters import Counters
 from retrograde.engine import boundary
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Grant, Tier
-from retrograde.errors import DoubleBackwardError
+from retrograde.errors import DoubleBackwardError, RetrogradeWarning
 from retrograde.maths.philox import key_of, mix_key
 
 _LIBRARY = torch.library.Library("retrograde", "FRAGMENT")
@@ -71,6 +72,10 @@ class BlockProgram:
         self.calls = 0
         self.skipped = 0
         self.grant = Grant(Tier.FULL)
+        self.may_skip = block.trusted
+        self.settled = not block.owners
+        """Whether `may_skip` is final."""
+        self.why = block.why
         self.total = Counters()
         self.tiers = dict.fromkeys(Tier, 0)
         self._layers = tuple(layers)
@@ -96,7 +101,9 @@ class BlockProgram:
         if self._before is not None:
             self._measure_profile()
         key = mix_key(self.seed, self.step, self._block_key, self.calls)
-        self.grant = self.rule.gate(BlockCall(delta, key, self.step, self.total))
+        self.grant = self.rule.gate(BlockCall(delta, key, self.step, self.total, self.may_skip))
+        if self.grant.tier is Tier.SKIP and not self.may_skip:
+            self.grant = Grant(Tier.LOW)
         self.calls += 1
         self.total.calls += 1
         self.tiers[self.grant.tier] += 1
@@ -111,6 +118,20 @@ class BlockProgram:
             self._before = [layer.total.copy() for layer in self._layers]
             self._profile_entries = delta.numel()
         return self.grant
+
+    def settle(self, *, goes_round: bool) -> None:
+        """What a pass has shown of the block."""
+        self.may_skip, self.settled = goes_round, True
+        self.why = f"{self.block.why}; the first pass has shown that "
+        self.why += "the gradient goes round it" if goes_round else "no gradient goes round it: never skipped"
+        if not goes_round:
+            warnings.warn(
+                f"block {self.block.name!r} is not a residual branch: no gradient goes round it, so "
+                "skipping it would cut the gradient to everything before it. It runs in LOW or FULL, and is never "
+                "skipped. Name the right modules with `blocks`, or put the branch in a retrograde.Residual.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
 
     def _measure_profile(self) -> None:
         """After the first executed call of the block: what it counted at the layers inside."""
@@ -231,8 +252,8 @@ def _weights(layer: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
     return [] if weight is None else [(layer, weight)]
 
 
-def cross(y: Tensor, program: BlockProgram) -> Tensor:
-    """`y`, with the block's boundary in its backward pass."""
+def cross(y: Tensor, program: Any) -> Tensor:
+    """`y`, with the boundary of `program`, a `BlockProgram`, in its backward pass."""
     return _BlockBoundary.apply(y, program)  # pyright: ignore[reportReturnType]
 
 

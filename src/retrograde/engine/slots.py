@@ -115,6 +115,9 @@ class Block:
         members: modules that belong to the block alone, `module` or others before its output.
         method: the method of `module` that returns the output.
         why: how it was found.
+        owners: modules around it, inner ones first, whose first pass of training shows whether the gradient goes round
+            it; empty where that is known.
+        trusted: whether it may be skipped before.
     """
 
     name: str
@@ -123,6 +126,8 @@ class Block:
     members: tuple[nn.Module, ...]
     method: str = "forward"
     why: str = ""
+    owners: tuple[nn.Module, ...] = ()
+    trusted: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,12 +139,14 @@ class BlockCall:
         key: 64-bit random key of this call, the same on all ranks.
         step: optimizer steps of the block so far.
         counters: the block's sums; a rule adds its fallbacks and overhead.
+        may_skip: whether SKIP is known to cut no gradient but the block's own; granted all the same it becomes LOW.
     """
 
     delta: Tensor
     key: int
     step: int
     counters: Counters
+    may_skip: bool = True
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class _Router(BlockRule):
         self._below_beta += ratio < self._beta
         if call.step < method.warmup or self._mean is None:
             return Grant(Tier.FULL)
-        if ratio >= self._alpha or not self._may_skip:
+        if ratio >= self._alpha or not (self._may_skip and call.may_skip):
             return Grant(Tier.LOW if low else Tier.FULL)
         p = maths.probe_probability(ratio, self._alpha, method.p_min, method.p_max)
         if u >= p:
