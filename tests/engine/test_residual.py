@@ -115,6 +115,31 @@ class Stack(nn.Module):
         return self.last(x)
 
 
+class Mixer(nn.Module):
+    """Layers over positions, and a shortcut of fewer parameters than its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.tokens, self.shortcut = nn.LayerNorm(8), nn.Linear(5, 5), nn.Linear(8, 8, bias=False)
+        self.tokens2 = nn.Linear(5, 5, bias=False)
+        self.narrow = nn.Linear(5, 5).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tokens2(F.gelu(self.narrow(self.tokens(self.norm(x).mT)))).mT
+        return self.shortcut(x) + y
+
+
+class Cross(nn.Module):
+    """Attention to a memory that has no other way: neither all of it nor one of its parts is a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return x + F.scaled_dot_product_attention(self.q(x), self.k(memory), self.v(memory))
+
+
 FOUND: dict[str, tuple[Callable[[], nn.Module], dict[str, set[str]]]] = {
     "encoder": (lambda: Down(3, 4), {}),
     "gate": (lambda: Gate(4), {}),
@@ -126,6 +151,8 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], dict[str, set[str]]]] = {
     "pre-norm": (Block, {"attn": {"norm1", "attn"}, "mlp": {"norm2", "mlp"}}),
     "parallel": (lambda: Block(parallel=True), {"attn": {"norm1", "attn"}, "mlp": {"norm2", "mlp"}}),
     "chain": (lambda: Block(adds=False), {}),
+    "mixer": (Mixer, {"tokens2": {"norm", "tokens", "narrow", "tokens2"}}),
+    "cross-attention": (Cross, {}),
     "post-norm": (PostNorm, {"output.dense": {"inner", "output.dense"}}),
 }
 

@@ -31,6 +31,8 @@ Edge = tuple[Any, int]
 _SUMS = ("AddBackward", "SubBackward", "AddcmulBackward", "LerpBackward")
 _DEPTH = 2
 """How deep below a module its branches may end, as ``output.dense`` does."""
+_LENGTHS = 4
+"""How many widths of layers are tried as the number of positions."""
 
 
 def edges(values: Any) -> set[Edge]:
@@ -40,7 +42,7 @@ def edges(values: Any) -> set[Edge]:
 
 
 def goes_round(block: Any, inputs: Collection[Edge], outputs: Any, cut: Collection[Any] = ()) -> bool | None:
-    """Whether a sum joins `block` with a way by which the gradient reaches all that lies behind it.
+    """Whether a sum joins `block`, which is all of a term, with a way by which the gradient reaches all behind it.
 
     Args:
         block: what the boundaries of the block carry as their program.
@@ -66,9 +68,8 @@ def goes_round(block: Any, inputs: Collection[Edge], outputs: Any, cut: Collecti
 
 def _joins(edge: Edge, block: Any, inputs: Collection[Edge], cut: Collection[Any]) -> bool:
     terms = [_reached([term], inputs, cut) for term in _next(edge)]
-    holding = [any(_program(e) is block for e in term) for term in terms]
-    round_it = [not held and not term.isdisjoint(inputs) for held, term in zip(holding, terms, strict=True)]
-    return any(holding) and any(round_it)
+    ending = [any(_program(e) is block for e in term) and term.isdisjoint(inputs) for term in terms]
+    return any(ending) and any(not term.isdisjoint(inputs) for term in terms)
 
 
 def _reached(start: Iterable[Edge], inputs: Collection[Edge], cut: Collection[Any] = ()) -> set[Edge]:
@@ -181,14 +182,14 @@ def _arguments(twin: nn.Module) -> Iterator[tuple[Tensor | None, ...]]:
         if p.kind in kinds and p.default is inspect.Parameter.empty
     ]
     count, dtype = max(len(wanted), 1), next(twin.parameters()).dtype
-    for shape in _shapes(first):
+    for shape in _shapes(twin, first):
         given = [torch.zeros(shape, dtype=dtype, device="meta", requires_grad=True) * 1 for _ in range(count)]
         yield tuple(given)
         if count > 1:
             yield (given[0], *[None] * (count - 1))
 
 
-def _shapes(first: nn.Module | None) -> list[tuple[int, ...]]:
+def _shapes(twin: nn.Module, first: nn.Module | None) -> list[tuple[int, ...]]:
     for dims, kinds in (
         (1, (nn.Conv1d, nn.ConvTranspose1d)),
         (2, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)),
@@ -203,7 +204,10 @@ def _shapes(first: nn.Module | None) -> list[tuple[int, ...]]:
         return []
     weight = next(first.parameters(recurse=False))
     width = int(getattr(first, "in_features", weight.shape[-1] if weight.dim() else 1))
-    return [(2, 16, width), (16, width), (2, 8, 8, width), (2, width, 16), (2, width, 32, 32)]
+    # Layers over positions fix their number.
+    lengths = sorted({m.in_features for m in twin.modules() if isinstance(m, nn.Linear)})
+    positions = [(2, length, width) for length in lengths[:_LENGTHS]]
+    return [(2, 16, width), (16, width), (2, 8, 8, width), *positions, (2, width, 16), (2, width, 32, 32)]
 
 
 def _branches(twin: nn.Module, names: dict[str, nn.Module], inputs: set[Edge], outputs: Any) -> list[Traced]:
