@@ -3,6 +3,8 @@
 import weakref
 import gc
 import copy
+import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -355,8 +357,6 @@ print(model(torch.ones(1, 8)).tolist())
 @pytest.mark.parametrize("how", ["torch.save", "pickle"])
 def test_file_loads_without_retrograde(how: str, tmp_path: Path) -> None:
     """A file of an attached model holds a plain one, for readers that do not have retrograde."""
-    import pickle
-
     model = seeded(mlp)
     rg.attach(model, rg.Dither())
     path = tmp_path / "model.pt"
@@ -376,10 +376,45 @@ def test_file_loads_without_retrograde(how: str, tmp_path: Path) -> None:
     assert done.stdout.strip() == str(model.eval()(torch.ones(1, 8)).tolist())
 
 
+@pytest.mark.parametrize("method", [rg.Dither(), rg.DeepFocus(), rg.Perforate()], ids=lambda m: m.name)
+def test_a_restricted_unpickler_takes_the_file(method: rg.Method) -> None:
+    """``torch.load`` with ``weights_only`` needs the plain classes allowed, and nothing else."""
+    model = seeded(mlp)
+    session = rg.attach(model, method)
+    classes = [type(layer) for layer in model]
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.ReLU, nn.Tanh]):
+            twin = torch.load(file)
+        assert [type(layer) for layer in model] == classes
+        assert torch.equal(twin.eval()(torch.ones(1, 8)), model.eval()(torch.ones(1, 8)))
+    session.detach()
+    assert type(model[0]).__name__ in ("Linear", "DendriticLinear")
+
+
+def test_a_pickler_that_fails_leaves_the_layer_attached() -> None:
+    layer = nn.Linear(4, 3)
+    session = rg.attach(nn.Sequential(layer), rg.Dither())
+    attached = type(layer)
+
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        pickle.dump(layer, Full())
+    assert type(layer) is attached
+    kept = layer.__reduce_ex__(2)
+    assert list(kept[3]) == []
+    session.detach()
+    del kept
+    assert type(layer) is nn.Linear
+
+
 def test_copies_are_plain() -> None:
     """deepcopy, copy and pickle of one layer give its plain class; hooks and mode come along."""
-    import pickle
-
     layer = nn.Linear(4, 3).eval()
     rg.attach(nn.Sequential(layer), rg.Dither())
     for twin in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):

@@ -225,7 +225,7 @@ class AttachedBlock(nn.Module):
         return copied(self, _swapped_from(self), _plain_state(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(_swapped_from(self), _plain_state(self), protocol)
+        return reduced(self, _swapped_from(self), _plain_state(self), protocol)
 
 
 class AttachedTransformer(AttachedBlock):

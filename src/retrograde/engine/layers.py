@@ -60,7 +60,7 @@ class AttachedLayer(nn.Module):
         return copied(self, _swapped_from(self, self._retrograde.name), _plain_state(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(_swapped_from(self, self._retrograde.name), _plain_state(self), protocol)
+        return reduced(self, _swapped_from(self, self._retrograde.name), _plain_state(self), protocol)
 
 
 def copied(
@@ -73,14 +73,38 @@ def copied(
     return made
 
 
-def reduced(plain: type[nn.Module], state: dict[str, Any], protocol: Any) -> Any:
-    """How a swapped module is pickled: as one of its plain class, so that whoever loads it needs no retrograde."""
-    if plain.__reduce_ex__ is not object.__reduce_ex__:
-        made = plain.__new__(plain)
-        made.__dict__.update(state)
-        return made.__reduce_ex__(protocol)
-    reconstruct = copyreg._reconstructor  # pyright: ignore[reportAttributeAccessIssue]
-    return reconstruct, (plain, object, None), state
+def reduced(module: nn.Module, plain: type[nn.Module], state: dict[str, Any], protocol: Any) -> Any:
+    """How a swapped module is pickled: as its plain class does it, so that whoever loads it needs no retrograde."""
+    made = plain.__new__(plain)
+    made.__dict__.update(state)
+    found = made.__reduce_ex__(protocol)
+    if found[0] is not copyreg.__newobj__ or found[3] is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return found
+    return (*found[:3], _AsPlain(module, plain), *found[4:])
+
+
+class _AsPlain:
+    """No list items; until a pickler has asked for them the module is of its plain class.
+
+    Unpicklers that are restricted to known classes take a new object by an opcode that picklers write for an object of
+    that very class alone.
+    """
+
+    def __init__(self, module: nn.Module, plain: type[nn.Module]) -> None:
+        self._waiting = [(module, type(module))]
+        module.__class__ = plain
+
+    def __iter__(self) -> "_AsPlain":
+        return self
+
+    def __next__(self) -> Any:
+        self.__del__()
+        raise StopIteration
+
+    def __del__(self) -> None:
+        # Also of a pickler that failed before it asked.
+        while self._waiting:
+            module, module.__class__ = self._waiting.pop()
 
 
 def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:

@@ -178,7 +178,12 @@ def _empty(plain: type[nn.Module], kind: LayerKind | None) -> nn.Module:
             "registers it (retrograde.register_layer) first."
         )
     made = dendritic(plain, kind)
+    torch.serialization.add_safe_globals([made])
     return made.__new__(made)
+
+
+# With the plain class itself allowed, `torch.load` with ``weights_only`` takes its layers with dendrites too.
+torch.serialization.add_safe_globals([State, _empty])
 
 
 def _registered(plain: type[nn.Module]) -> LayerKind | None:
