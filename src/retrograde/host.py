@@ -12,8 +12,11 @@ _INFO = Path("/proc/cpuinfo")
 
 def cache_folder(part: str) -> Path:
     """``$RETROGRADE_CACHE/<part>``, or ``~/.cache/retrograde/<part>`` where that is not set; it may not exist yet."""
-    root = os.environ.get("RETROGRADE_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "retrograde") / part
+    root = os.environ.get("RETROGRADE_CACHE") or "~/.cache/retrograde"
+    try:
+        return Path(root).expanduser() / part
+    except RuntimeError:  # a user without a home, as in many containers: a place where nothing can be kept
+        return Path(os.devnull) / root / part
 
 
 def processor() -> str:

@@ -4,17 +4,24 @@ numba's cache on disk looks at the file of a kernel alone: after a change of wha
 those files.
 """
 
+import contextlib
 import functools
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import torch
 from numba import njit
 from numba.core import cgutils, config, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel as numba_parallel
+
+from retrograde import host
+from retrograde.errors import RetrogradeWarning
 
 if sys.platform == "linux" and "NUMBA_THREADING_LAYER" not in os.environ:
     # The layer that runs in torch's own OpenMP threads: two pools on the same cores would wait for each other.
@@ -25,9 +32,65 @@ _GRAIN = 32768
 
 # Sums may be contracted and reordered, which vectorises them; NaN and Inf keep their meaning.
 _FAST = {"contract", "reassoc", "nsz"}
-jit: Any = njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)
+
+
+class _Cache(FunctionCache):
+    """numba's cache on disk: files that cannot be read or written cost time, and nothing else."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # unpickling damaged bytes raises whatever they lead to
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def _compiler(**options: Any) -> Callable[[Any], Any]:
+    """Compiles a function, and keeps the result on disk where that is possible."""
+
+    def compiled(function: Any) -> Any:
+        made: Any = njit(nogil=True, **options)(function)
+        cache = _cache(function)
+        if cache is not None:
+            made._cache = cache
+        return made
+
+    return compiled
+
+
+def _cache(function: Any) -> _Cache | None:
+    """Where numba keeps what it compiles, else our own cache folder: an installation may be read-only, and a home."""
+    with contextlib.suppress(RuntimeError, OSError):
+        return _Cache(function)
+    numbas = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    config.CACHE_DIR = str(host.cache_folder("numba"))  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        return _Cache(function)
+    except (RuntimeError, OSError):
+        _tell_uncached(config.CACHE_DIR)  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    finally:
+        config.CACHE_DIR = numbas  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _tell_uncached(folder: str) -> None:
+    warnings.warn(
+        f"compiled kernels cannot be kept, neither where numba keeps its own nor in {folder}, so that every process "
+        "compiles them anew, for a minute or more. Set RETROGRADE_CACHE to a folder that can be written.",
+        RetrogradeWarning,
+        stacklevel=2,
+    )
+
+
+jit = _compiler(parallel=True, fastmath=_FAST)
 """Compiles a kernel."""
-serial: Any = njit(cache=True, nogil=True)
+serial = _compiler()
 """Compiles what kernels call."""
 inlined: Any = njit(forceinline=True, nogil=True)
 """Compiles what kernels call so often that a call would cost more than the work."""
@@ -36,9 +99,11 @@ inlined: Any = njit(forceinline=True, nogil=True)
 @intrinsic
 def address(typing: Any, number: Any) -> Any:
     """In a kernel: the memory at an address that came as a number, for `numba.carray`."""
-    return types.voidptr(number), lambda context, builder, signature, args: builder.inttoptr(
-        args[0], cgutils.voidptr_t
-    )
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(number), generate
 
 
 @functools.cache
