@@ -82,3 +82,22 @@ def test_bad_toml_names_the_file(tmp_path: Path, content: bytes) -> None:
 def test_missing_toml_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"gone\.toml cannot be read"):
         read_recipe(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model = "timeit:timeit"\n[model_options]\nstmt = "1"\n',
+        '[recipe]\nmodel = "timeit:timeit"\n',
+        '[tuning.space]\nmodel = ["mlp", "timeit:timeit"]\n',
+        '[tuning.space]\n"recipe.model" = ["timeit:timeit"]\n',
+    ],
+)
+def test_a_file_alone_runs_no_code(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(
+        OptionError, match=r"recipe\.toml: model='timeit:timeit' names code.*--model timeit:timeit"
+    ):
+        read_recipe(path)
+    assert read_recipe(path, code=True)

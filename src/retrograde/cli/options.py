@@ -15,7 +15,7 @@ from retrograde.cli.flags import NOT_FLAGS
 from retrograde.errors import OptionError
 from retrograde.lab import peers
 from retrograde.lab.files import read_run
-from retrograde.lab.recipe import Recipe, make_recipe, read_recipe
+from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.methods.registry import available, suggest
 
 _SEVERAL = (["compare"], ["advise"])
@@ -98,11 +98,16 @@ def read_given(arguments: Sequence[str]) -> Given:
 
 
 def _recipe(arguments: Sequence[str]) -> Recipe:
+    # Whose model the command line names, a file may say what it likes of it.
+    named = arguments[:1] in _SEVERAL or bool(_values(arguments, "--model"))
     if file := _values(arguments, "--recipe"):
-        return make_recipe(read_recipe(Path(file[0])), file[0])
+        return make_recipe(read_recipe(Path(file[0]), code=named), file[0])
     folder = _values(arguments, "--out") or _values(arguments, "-o")
     if "--resume" in arguments and folder:
-        return make_recipe(read_run(Path(folder[0]))["recipe"], folder[0])
+        fields = read_run(Path(folder[0]))["recipe"]
+        if not named:
+            refuse_code(fields, f"the run in {folder[0]}")
+        return make_recipe(fields, folder[0])
     return Recipe()
 
 

@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,7 +20,7 @@ class Recipe(BaseModel):
 
     Attributes:
         data: data set: ``digits``, a folder in the data directory, a path, or a hub id.
-        model: model name, or any importable ``module:callable``.
+        model: model name, or any importable ``module:callable``; a file cannot name the latter, the command line can.
         model_options: keyword arguments of the model.
         methods: methods by name, each with its options; empty is plain backpropagation.
         peers: rivals of the methods by name, each with its options (see `retrograde.lab.peers`).
@@ -131,18 +131,43 @@ class Recipe(BaseModel):
         return not self.methods and not self.peers
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, *, code: bool = False) -> dict[str, Any]:
     """The fields that a TOML recipe sets, for `make_recipe`.
 
+    Args:
+        path: of the file.
+        code: the model may be any ``module:callable``, because the file is trusted or its model not used.
+
     Raises:
-        OptionError: the file is missing or is no TOML.
+        OptionError: the file is missing, is no TOML, or names code.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"recipe {path} cannot be read: {error}. Give the path of a TOML file.") from error
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"recipe {path} is no valid TOML: {error}. Mend that line.") from error
+    if not code:
+        refuse_code(fields, f"recipe {path}")
+    return fields
+
+
+def refuse_code(fields: dict[str, Any], source: str) -> None:
+    """Refuse fields of a file, tables inside each other, in which a model is any ``module:callable``.
+
+    Raises:
+        OptionError: one is.
+    """
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            refuse_code(cast(dict[str, Any], value), source)
+        elif key.rpartition(".")[2] == "model":
+            for name in cast(list[Any], value) if isinstance(value, list) else [value]:
+                if ":" in str(name):
+                    raise OptionError(
+                        f"{source}: model={name!r} names code, which a file alone must not run. Where you trust that "
+                        f"code, name it on the command line: --model {name}."
+                    )
 
 
 def make_recipe(fields: dict[str, Any], source: str = "recipe") -> Recipe:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from retrograde.errors import OptionError
 from retrograde.lab.claims import metrics
-from retrograde.lab.recipe import Recipe, make_recipe
+from retrograde.lab.recipe import Recipe, make_recipe, refuse_code
 from retrograde.methods.registry import suggest
 
 
@@ -204,6 +204,8 @@ class Claim(_Table):
         for key, value in (changes or {}).items():
             fields = _merged(fields, _nested(key, value))
         where = f"{self.id}, contestant {name!r}"
+        # They come from files, of searches and of results.
+        refuse_code(changes or {}, where)
         try:
             return make_recipe(fields, where)
         except OptionError as error:
@@ -234,7 +236,7 @@ def read_claim(path: Path, root: Path) -> Claim:
     """The claim of a file below `root`.
 
     Raises:
-        OptionError: the file is missing, no TOML, or no definition.
+        OptionError: the file is missing, no TOML, no definition, or names code.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -244,6 +246,7 @@ def read_claim(path: Path, root: Path) -> Claim:
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"the definition {path} is no valid TOML: {error}. Mend that line.") from error
+    refuse_code(content, f"the definition {path}")
     identity = path.relative_to(root).with_suffix("").as_posix()
     claim = _checked({"id": identity, **content}, str(path))
     for name, one in claim.contestants.items():
