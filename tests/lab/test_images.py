@@ -1,7 +1,10 @@
+import io
 import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -74,7 +77,6 @@ def test_classes_named_like_splits(tmp_path):
 
 def test_what_is_no_image_is_passed_over(tmp_path):
     where = photos(tmp_path / "x", "cat", "dog")
-    (where / "empty").mkdir()
     (where / "labels.csv").write_text("a,b\n1,2\n")
     for number in range(40):
         (where / "cat" / f"{number}.txt").write_text("a note")
@@ -84,6 +86,95 @@ def test_what_is_no_image_is_passed_over(tmp_path):
     data = load(str(where))
     assert data.label_names == ("cat", "dog")
     assert sum(rows(data)) == 12
+
+
+@pytest.mark.parametrize(("classes", "empty"), [(["a", "c"], "b"), (["train/a", "train/c"], "test")])
+def test_an_empty_folder_is_told(tmp_path, classes, empty):
+    where = photos(tmp_path / "x", *classes)
+    (where / empty).mkdir()
+    with pytest.warns(RetrogradeWarning, match=f"{empty} in .* is empty, .* there are 2 classes"):
+        assert load(str(where)).label_names == ("a", "c")
+
+
+def test_links_are_followed(tmp_path):
+    """To images, to class folders and to splits: whatever lies there would else be left out without a word."""
+    elsewhere = photos(tmp_path / "elsewhere", "dog", "bird", count=10)
+    where = photos(tmp_path / "x", "cat", count=9)
+    (where / "cat" / "9.png").symlink_to(elsewhere / "dog" / "0.png")
+    (where / "dog").symlink_to(elsewhere / "dog")
+    data = load(str(where))
+    assert data.label_names == ("cat", "dog")
+    assert sum(rows(data)) == 20
+    split = tmp_path / "y"
+    split.mkdir()
+    (split / "train").symlink_to(elsewhere)
+    assert load(str(split)).label_names == ("bird", "dog")
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_named(tmp_path):
+    where = photos(tmp_path / "x", "cat", "dog")
+    (where / "cat" / "gone.png").symlink_to(tmp_path / "gone")
+    assert "gone.png" in message(where)
+    circle = photos(tmp_path / "y", "cat", "dog")
+    (circle / "cat" / "up").symlink_to(circle)
+    assert "is unclear" in message(circle)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode("Äpfel".encode("latin-1"))
+    where = photos(tmp_path / "x", "cat", name)
+    (where / name / "0.png").rename(where / name / f"{name}.png")
+    for _ in range(2):
+        assert load(str(where)).label_names == ("cat", name)
+
+
+def test_a_name_that_is_too_long_is_no_data_set(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("x" * 300, "a\0b", "x/" * 3000):
+        with pytest.raises(DataError, match="No data set"):
+            load(name)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+def test_only_formats_of_pictures_are_opened(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("handed on"))
+    where = photos(tmp_path / "x", "cat", "dog")
+    (where / "cat" / "x.png").write_bytes(POSTSCRIPT)
+    assert "x.png" in message(where)
+    table = tmp_path / "y"
+    table.mkdir()
+    parquet(table, [{"bytes": POSTSCRIPT, "path": "x.png"}])
+    assert "Row 0" in message(table)
+
+
+def parquet(where: Path, first: list[dict]) -> None:
+    """A set of ten pictures beside `first`."""
+    content = io.BytesIO()
+    noise().save(content, "PNG")
+    images = [*first, *({"bytes": content.getvalue(), "path": None} for _ in range(10))]
+    labels = [i % 2 for i in range(len(images))]
+    pq.write_table(pa.table({"image": images, "label": labels}), where / "train.parquet")
+
+
+@pytest.mark.parametrize("path", ["{}/secret.png", "../secret.png", "link.png", "https://example.org/x.png"])
+def test_a_row_reaches_nothing_beyond_its_data_set(tmp_path, path):
+    noise().save(tmp_path / "secret.png")
+    where = tmp_path / "x"
+    where.mkdir()
+    (where / "link.png").symlink_to(tmp_path / "secret.png")
+    parquet(where, [{"bytes": None, "path": path.format(tmp_path)}])
+    assert "Row 0" in message(where)
+
+
+def test_a_row_may_name_a_file_of_its_data_set(tmp_path):
+    where = tmp_path / "x"
+    (where / "pictures").mkdir(parents=True)
+    noise().save(where / "pictures" / "0.png")
+    parquet(where, [{"bytes": None, "path": "pictures/0.png"}])
+    assert sum(rows(load(str(where)))) == 11
 
 
 @pytest.mark.parametrize(

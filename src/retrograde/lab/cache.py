@@ -6,6 +6,7 @@ it may be deleted at any time: what is missing or damaged is decoded again.
 """
 
 import hashlib
+import os
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ def fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256(f"format {_FORMAT}".encode())
     for file in sorted(files):
         status = file.stat()
-        digest.update(f"\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        digest.update(b"\0%b\0%d\0%d" % (os.fsencode(file.resolve()), status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:32]
 
 

@@ -20,6 +20,7 @@ import json
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -89,8 +90,8 @@ class Raw:
         return Raw(about["kind"], parts, names, words, about["change"])
 
 
-def decode(dataset: Mapping[str, Any], where: str) -> Raw:
-    """Decode a ``datasets.DatasetDict``; ``where`` is the folder or hub id for messages.
+def decode(dataset: Mapping[str, Any], where: str, root: Path) -> Raw:
+    """Decode a ``datasets.DatasetDict``; ``where`` is the folder or hub id for messages, ``root`` where its files lie.
 
     Raises :class:`~retrograde.errors.DataError` where there is no training split, a split is empty, no
     columns can be used, images cannot be decoded or differ in size, or labels are not integers from 0 up.
@@ -121,7 +122,7 @@ def decode(dataset: Mapping[str, Any], where: str) -> Raw:
             )
     words: dict[str, int] = {}
     decoders: dict[Kind, Callable[[Any, str], _Arrays]] = {
-        "image": lambda split, at: {"pixels": pixels(split, cast(str, image), at)},
+        "image": lambda split, at: {"pixels": pixels(split, cast(str, image), at, root)},
         "text": lambda split, at: _tokens(split, words, at),
         "language": _windows,
         "table": lambda split, at: _cells(split, cast(str, label), at),

@@ -9,6 +9,7 @@ least 8 and at most 64.
 import contextlib
 import statistics
 from collections.abc import Generator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,23 @@ __all__ = ["one_shape", "pixels", "pixels_of_files"]
 
 _BATCH = 1000
 _SMALLEST, _LARGEST = 8, 64
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 up, width and height change places
 
 
-def pixels(split: Any, column: str, at: str) -> NDArray[np.uint8]:
-    """Decode one image column to (n, C, H, W) bytes: C = 1 where every image is grey, else 3."""
+def pixels(split: Any, column: str, at: str, root: Path) -> NDArray[np.uint8]:
+    """Decode one image column to (n, C, H, W) bytes: C = 1 where every image is grey, else 3.
+
+    Args:
+        split: of a ``datasets.DatasetDict``.
+        column: its name.
+        at: the split in words.
+        root: the folder whose files a row may name in place of bytes; a file reaches nothing beyond its data set.
+    """
     from datasets import Image
 
     try:
-        images = split.select_columns([column]).cast_column(column, Image())
+        images = split.select_columns([column]).cast_column(column, Image(decode=False))
     except Exception as error:  # pyarrow has no common base for what it raises here
         raise DataError(
             f"The images of {at} cannot be read: column {column} is of type {split.features[column]} "
@@ -38,13 +47,30 @@ def pixels(split: Any, column: str, at: str) -> NDArray[np.uint8]:
         ) from error
     blocks: list[NDArray[np.uint8]] = []
     for first in range(0, len(images), _BATCH):
-        last = min(first + _BATCH, len(images))
-        try:
-            decoded = [_array(picture) for picture in images[first:last][column]]
-        except Exception as error:  # Pillow and datasets raise many kinds for a damaged file
-            raise _broken_image(images, column, first, last, at) from error
-        blocks.append(_stack([picture[None] for picture in decoded], at))
+        decoded: list[NDArray[np.uint8]] = []
+        for row, value in enumerate(images[first : first + _BATCH][column], first):
+            try:
+                with _opened(_source(value, root)) as picture:
+                    decoded.append(_upright(picture)[None])
+            except Exception as error:  # Pillow raises many kinds for a damaged file
+                raise DataError(
+                    f"Row {row} of {at} holds no image that can be used, in column {column}: {error}. Replace or "
+                    "delete the row."
+                ) from error
+        blocks.append(_stack(decoded, at))
     return _stack(blocks, at)
+
+
+def _source(value: dict[str, Any] | None, root: Path) -> Path | BytesIO:
+    """What a row's image is read from."""
+    if value is None:
+        raise ValueError("no image")
+    if value["bytes"] is not None:
+        return BytesIO(value["bytes"])
+    file = (root / str(value["path"])).resolve()
+    if not file.is_relative_to(root.resolve()):
+        raise ValueError(f"it has no bytes, and names {value['path']}, which lies outside the data set")
+    return file
 
 
 def pixels_of_files(
@@ -80,7 +106,7 @@ def _target(sizes: Sequence[tuple[int, int]]) -> int | None:
 
 def _size(file: Path) -> tuple[int, int]:
     """Return width and height as the image is to be seen."""
-    with _opened(file) as picture:
+    with _reading(file) as picture:
         width, height = picture.size
         return (height, width) if picture.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
 
@@ -89,25 +115,37 @@ def _read(file: Path, side: int | None) -> NDArray[np.uint8]:
     """Return the image in ``file`` as (C, H, W) bytes, upright, as a square of ``side`` where one is given."""
     from PIL import ImageOps
 
-    with _opened(file) as picture:
+    with _reading(file) as picture:
         if side is None:
-            return _array(ImageOps.exif_transpose(picture))
+            return _upright(picture)
         picture.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
         plain = _plain(ImageOps.exif_transpose(picture))
         return _array(ImageOps.fit(plain, (side, side)))
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Generator[Any]:
-    from PIL import Image
-
+def _reading(file: Path) -> Generator[Any]:
     try:
-        with Image.open(file) as picture:
+        with _opened(file) as picture:
             yield picture
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise DataError(
             f"{file} holds no image that can be used: {error}. Replace or delete the file."
         ) from error
+
+
+def _opened(source: Path | BytesIO) -> Any:
+    """A Pillow image of one of `_FORMATS`, whatever the file is called: others hand their content to other programs."""
+    from PIL import Image
+
+    Image.init()
+    return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def _upright(picture: Any) -> NDArray[np.uint8]:
+    from PIL import ImageOps
+
+    return _array(ImageOps.exif_transpose(picture))
 
 
 def _plain(picture: Any) -> Any:
@@ -125,18 +163,6 @@ def _array(picture: Any) -> NDArray[np.uint8]:
     """Return one Pillow image as (1, H, W) or (3, H, W) bytes."""
     values = np.asarray(_plain(picture), dtype=np.uint8)
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-
-
-def _broken_image(images: Any, column: str, first: int, last: int, at: str) -> DataError:
-    for row in range(first, last):
-        try:
-            _array(images[row][column])
-        except Exception as error:
-            return DataError(
-                f"Row {row} of {at} holds no image that can be used, in column {column}: {error}. Replace or "
-                "delete the row."
-            )
-    return DataError(f"Rows {first} to {last - 1} of {at} could not be read. Fetch the file again.")
 
 
 def _sizes_differ(shapes: list[tuple[int, ...]], at: str) -> DataError:

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -63,10 +63,10 @@ def available(data_dir: Path | None = None) -> list[Source]:
     root = _root(data_dir)
     if root is None:
         return found
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"The data folder {root} does not exist. Correct --data-dir or RETROGRADE_DATA.")
     for folder in sorted(root.iterdir()):
-        inside = [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
+        inside = _files(folder) if folder.is_dir() else []
         files = sorted(file for file in inside if file.suffix == ".parquet")
         rows: dict[str, int] = {}
         for file in files:
@@ -84,24 +84,60 @@ def read(name: str, data_dir: Path | None = None) -> Raw:
     """Return the decoded data set ``name``: a folder in the data folder, a path to a folder, or a hub id."""
     folder = _folder(name, _root(data_dir))
     if folder is None:
+        from datasets import config
+
         dataset = _from_hub(name, _root(data_dir))
         files = [Path(entry["filename"]) for split in dataset.values() for entry in split.cache_files]
-        return _decoded(cache.fingerprint(files), lambda: decode(dataset, name))
-    files = [file for file in folder.rglob("*") if file.is_file()]
+        root = Path(config.HF_CACHE_HOME)
+        return _decoded(_fingerprint(files), lambda: decode(dataset, name, root))
+    files = _files(folder)
     images = _image_files(folder, files)
     if images:
         splits = _image_splits(folder, images)
-        raw = _decoded(cache.fingerprint(images), lambda: _from_images(splits, str(folder)))
-        if raw.change is not None:
-            warnings.warn(raw.change, RetrogradeWarning, stacklevel=3)
+        raw = _decoded(_fingerprint(images), lambda: _from_images(splits, str(folder)))
+        for change in (raw.change, _empty(folder, splits["train"].keys())):
+            if change is not None:
+                warnings.warn(change, RetrogradeWarning, stacklevel=3)
         return raw
 
     def decoded() -> Raw:
         # The library's own copy of the files would be a second cache of the same data: it goes at the end.
         with tempfile.TemporaryDirectory() as scratch:
-            return decode(_from_folder(folder, scratch), str(folder))
+            return decode(_from_folder(folder, scratch), str(folder), folder)
 
-    return _decoded(cache.fingerprint(files), decoded)
+    return _decoded(_fingerprint(files), decoded)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies below `folder`; through a link to a folder, as far below it as a split and a class lie."""
+    found: list[Path] = []
+    for entry in folder.rglob("*"):
+        if not entry.is_dir():
+            found.append(entry)
+        elif entry.is_symlink():
+            found += [file for depth in ("*", "*/*") for file in entry.glob(depth) if not file.is_dir()]
+    return found
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
+    try:
+        return cache.fingerprint(files)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror}. Replace or delete it, or what it is a link to."
+        ) from error
+
+
+def _empty(folder: Path, classes: Collection[str]) -> str | None:
+    """A word on folders that would be classes if they held images; None where there are none."""
+    below = [entry for depth in ("*", "*/*") for entry in folder.glob(depth) if entry.is_dir()]
+    names = sorted(entry.name for entry in below if entry.name not in classes and not any(entry.iterdir()))
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)} in {folder} {'are' if len(names) > 1 else 'is'} empty, and no class or split is made of "
+        f"{'them' if len(names) > 1 else 'it'}: there are {len(classes)} classes. Add images, or delete what is empty."
+    )
 
 
 def _decoded(key: str, decoder: Callable[[], Raw]) -> Raw:
@@ -111,7 +147,10 @@ def _decoded(key: str, decoder: Callable[[], Raw]) -> Raw:
         with contextlib.suppress(KeyError, ValueError):
             return Raw.unpack(packed)
     with _quiet():
-        raw = decoder()
+        try:
+            raw = decoder()
+        except UnicodeError as error:
+            raise DataError(f"A text of the data set is not UTF-8: {error}. Store it as UTF-8.") from error
     cache.write(key, raw.pack())
     return raw
 
@@ -125,7 +164,8 @@ def _folder(name: str, root: Path | None) -> Path | None:
     places = [Path(name).expanduser()]
     if root is not None:
         places = [root / name, *([root / _SHORT[name]] if name in _SHORT else []), *places]
-    return next((place for place in places if place.is_dir()), None)
+    # `Path.is_dir` raises for a name that is too long.
+    return next((place for place in places if os.path.isdir(place)), None)
 
 
 def _image_files(folder: Path, files: list[Path]) -> list[Path]:
@@ -217,7 +257,7 @@ def _from_folder(folder: Path, scratch: str) -> dict[str, Any]:
 
 
 def _from_hub(name: str, root: Path | None) -> dict[str, Any]:
-    names = [source.name for source in available(root if root is not None and root.is_dir() else None)]
+    names = [source.name for source in available(root if root is not None and os.path.isdir(root) else None)]
     near = difflib.get_close_matches(name, [*names, *_HUB], n=3)
     looked = f"in {root}" if root is not None else "(RETROGRADE_DATA is not set)"
     nearest = f"nearest to it: {', '.join(near)}; " if near else ""
