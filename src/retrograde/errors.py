@@ -45,11 +45,15 @@ class DataError(RetrogradeError):
 
 
 class CheckpointError(RetrogradeError):
-    """A checkpoint is missing, cut off, or belongs to another recipe."""
+    """A checkpoint is missing, damaged, incomplete, or belongs to another recipe."""
 
 
 class RunError(RetrogradeError):
-    """A run folder or report input cannot be read."""
+    """A run folder or report input cannot be read, or another process trains in the folder."""
+
+
+class WriteError(RetrogradeError):
+    """A file cannot be written: the disk is full, the folder read-only, or the name too long."""
 
 
 class RetrogradeWarning(UserWarning):

@@ -1,6 +1,8 @@
 """Files of a run folder survive a failure while they are written, and damage is named."""
 
 import os
+import signal
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from retrograde import host
-from retrograde.errors import CheckpointError, RunError
+from retrograde.errors import CheckpointError, RunError, WriteError
 from retrograde.lab import files
 
 
@@ -96,6 +98,80 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -
     (tmp_path / files.CHECKPOINT).write_bytes(content)
     with pytest.raises(CheckpointError, match="checkpoint"):
         files.load_checkpoint(tmp_path)
+
+
+def test_a_flipped_bit_anywhere_is_harmless_or_named(tmp_path: Path) -> None:
+    content = {"weight": torch.randn(500), "step": 3, "names": ["a"] * 20}
+    files.save_checkpoint(tmp_path, content)
+    path = tmp_path / files.CHECKPOINT
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found = files.load_checkpoint(tmp_path)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert torch.equal(found.pop("weight"), content["weight"])
+        assert found == {"format": files.CHECKPOINT_FORMAT, "step": 3, "names": ["a"] * 20}
+    assert refused > 2000 / 7, "every byte of the tensor at least"
+
+
+@pytest.fixture
+def small_disk() -> Generator[None]:
+    """Writing fails beyond 100 kB a file, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_named_and_the_old_files_stay(tmp_path: Path) -> None:
+    """One error for what json, torch and safetensors each raise in their own words."""
+    large = torch.zeros(50_000)
+    layer = torch.nn.Linear(250, 250)
+    for name, write in {
+        "a.json": lambda value: files.write_json(tmp_path / "a.json", {"a": "x" * len(value)}),
+        files.CHECKPOINT: lambda value: files.save_checkpoint(tmp_path, {"a": value}),
+        files.MODEL: lambda value: files.save_model(
+            tmp_path, layer if len(value) > 1 else torch.nn.Linear(1, 1)
+        ),
+    }.items():
+        write(large[:1].clone())
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(
+            WriteError, match=rf"{name} cannot be written: .*arge.*What was written before is whole"
+        ):
+            write(large.repeat(4))
+        assert (tmp_path / name).read_bytes() == before
+    assert names(tmp_path) == {"a.json", files.CHECKPOINT, files.MODEL}
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    lock = files.Lock(tmp_path)
+    for _ in range(2):
+        with pytest.raises(RunError, match="another run is training in"):
+            files.Lock(tmp_path)
+    lock.release()
+    lock.release()
+    again = files.Lock(tmp_path)
+    del again
+    files.Lock(tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_json_holds_names_that_are_not_utf8(tmp_path: Path) -> None:
+    content = {"name": os.fsdecode("Äpfel".encode("latin-1")), "größe": "Ω\\"}
+    files.write_json(tmp_path / "a.json", content)
+    assert files.read_json(tmp_path / "a.json") == content
+    assert "größe" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
 class Trap:

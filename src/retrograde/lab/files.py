@@ -1,16 +1,25 @@
 """Files of a run folder, written so that a kill at any moment leaves the old or the new content, never half of it."""
 
+import contextlib
 import json
 import math
-import pickle
-import warnings
+import os
+import zipfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
-from retrograde.errors import CheckpointError, RunError
+from retrograde.errors import CheckpointError, RunError, WriteError
 from retrograde.host import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -18,16 +27,67 @@ MODEL = "model.safetensors"
 RESULT = "result.json"
 RUN = "run.json"
 CHECKPOINT_FORMAT = 2
-# What torch.load raises on bytes that are no checkpoint, or half of one.
-_UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),
-    *(ValueError, LookupError, TypeError, AttributeError),
-)
+
+
+class Lock:
+    """Keeps other processes from training in a folder, until it is released or the process ends.
+
+    Args:
+        folder: of a run; nothing is written into it.
+
+    Raises:
+        RunError: another run has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._opened: int | None = None
+        if fcntl is None:
+            return
+        self._opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another run is training in {folder} at this moment, and two would overwrite each other's files. Wait "
+                "for its end, or choose another folder (--out)."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        """Let others train there."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            os.close(opened)
+
+    __del__ = release
+
+
+@contextlib.contextmanager
+def writing(path: Path, *others: type[Exception]) -> Generator[None]:
+    """What cannot be written inside is a `WriteError`.
+
+    Args:
+        path: what is written, for the message.
+        others: exceptions that mean it too, besides OSError.
+    """
+    try:
+        yield
+    except (OSError, *others) as error:
+        # torch's writer buries what the file said under an error of its own.
+        causes = [cause for cause in (error, error.__context__) if isinstance(cause, OSError)]
+        why = (causes[-1].strerror if causes else None) or _first_line(error)
+        raise WriteError(
+            f"{path} cannot be written: {why}. What was written before is whole. Make room, or choose another folder; "
+            "then give the command again (for `train` with --resume, where a checkpoint was written)."
+        ) from error
 
 
 def to_json(content: dict[str, Any], indent: int | None = None) -> str:
     """JSON that every reader takes: a figure that is not finite (a diverged loss) becomes null."""
-    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    # Names of files that are not UTF-8 have surrogates, which only JSON's own escapes can carry.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _finite(value: Any) -> Any:
@@ -41,7 +101,8 @@ def _finite(value: Any) -> Any:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, atomically."""
     text = to_json(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    with writing(path):
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,27 +123,44 @@ def read_json(path: Path) -> dict[str, Any]:
 def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     """Write the run's checkpoint, atomically."""
     whole = {"format": CHECKPOINT_FORMAT, **content}
-    write_atomically(folder / CHECKPOINT, lambda file: torch.save(whole, file))
+    path = folder / CHECKPOINT
+    with writing(path, RuntimeError):
+        write_atomically(path, lambda file: torch.save(whole, file))
+
+
+def save_model(folder: Path, model: nn.Module) -> None:
+    """Write the weights of the run's model, atomically; one copy of tied ones."""
+    from safetensors.torch import save_model as save
+
+    path, temporary = folder / MODEL, folder / f".{MODEL}"
+    with writing(path, SafetensorError):
+        try:
+            save(model, str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """Read the run's checkpoint; only tensors and plain values are unpickled.
 
     Raises:
-        CheckpointError: it is missing, cut off, or of another format.
+        CheckpointError: it is missing, cut off, damaged, or of another format.
     """
     path = folder / CHECKPOINT
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"there is no checkpoint at {path}. Start the run without --resume.")
     try:
-        with warnings.catch_warnings():
-            # Bytes that are no checkpoint make torch muse about pickle protocols before it refuses them.
-            warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, weights_only=True, map_location="cpu")
-    except _UNREADABLE as error:
+        # torch does not check the sums that it writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is not as it was written")
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # bytes that are no checkpoint, or half of one, raise whatever they lead to
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({_first_line(error)}): it is cut off or no checkpoint. Put a whole "
-            "copy in its place, or remove it and start the run anew."
+            f"the checkpoint {path} cannot be read ({_first_line(error)}): it is cut off, damaged, or no checkpoint. "
+            "Put a whole copy in its place, or remove it and start the run anew."
         ) from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(

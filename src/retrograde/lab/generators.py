@@ -48,6 +48,9 @@ class Generators:
 
     def load_state_dict(self, state: list[Tensor]) -> None:
         """Go on from there, in the next `in_use`."""
+        # torch refuses here what is no state of its generators.
+        with torch.random.fork_rng(self._cuda):
+            self._write(state)
         self._kept = state
 
     def _read(self) -> list[Tensor]:

@@ -1,7 +1,11 @@
 """TensorBoard logs, when TensorBoard is installed."""
 
+import os
+import warnings
 from pathlib import Path
 from typing import Protocol
+
+from retrograde.errors import RetrogradeWarning
 
 
 class Writer(Protocol):
@@ -40,4 +44,13 @@ def open_writer(folder: Path, purge_step: int | None) -> Writer:
         return _NoWriter()
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    try:
+        return SummaryWriter(str(folder), purge_step=purge_step)
+    except UnicodeEncodeError:
+        warnings.warn(
+            f"TensorBoard's logs are left out: it cannot write into {os.fsencode(folder)!r}, whose name is not UTF-8. "
+            "Choose another folder to have them.",
+            RetrogradeWarning,
+            stacklevel=2,
+        )
+        return _NoWriter()

@@ -1,5 +1,6 @@
 """The training loop of experiments: resumable to the bit, and measured."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, machine, measure, models
+from retrograde.lab.checkpoint import Checkpoint, misfit, read_checkpoint, restore
 from retrograde.lab.data import Data
 from retrograde.lab.generators import Generators, seeded
 from retrograde.lab.optimization import make_optimizer, make_schedule
@@ -130,13 +132,20 @@ class Trainer:
         if (recipe.only or recipe.skip) and not self._methods:
             raise OptionError("`only` and `skip` choose layers for methods, and no method is given. Add one.")
         self._progress, self._stop, self._checkpoint_seconds = progress, stop, checkpoint_seconds
-        checkpoint = files.load_checkpoint(folder) if resume else None
-        if checkpoint is not None:
-            files.check_metrics(folder, checkpoint["metrics_bytes"])
+        self._lock: files.Lock | None = None
+        try:
+            self._set_up(resume, group, label)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _set_up(self, resume: bool, group: str | None, label: str | None) -> None:
+        recipe, folder, data = self.recipe, self.folder, self.data
+        checkpoint = self._begun() if resume else None
         if checkpoint is None:
             _refuse_used(folder)
-        elif checkpoint["recipe"] != recipe.model_dump():
-            changed = [k for k, v in recipe.model_dump().items() if checkpoint["recipe"].get(k) != v]
+        elif checkpoint.recipe != recipe.model_dump():
+            changed = [k for k, v in recipe.model_dump().items() if checkpoint.recipe.get(k) != v]
             raise CheckpointError(
                 f"the checkpoint in {folder} belongs to another recipe: {', '.join(changed)} differ. Resume with the "
                 "recipe that the run was started with, or start a new run in another folder."
@@ -174,18 +183,20 @@ class Trainer:
         self._step_seconds: list[float] = []
         # Of the processes before this one.
         self._clocked: dict[str, tuple[float, int]] = {}
-        _make_folder(folder)
         # Dropout and the like draw from torch's generators.
         self._generators = Generators(recipe.seed, cuda)
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
-            self._describe(group, label)
-            (folder / files.METRICS).write_bytes(b"")
-        self._metrics = (folder / files.METRICS).open("ab")
-        self._writer = open_writer(
-            folder / "tensorboard", purge_step=None if checkpoint is None else self.step + 1
-        )
+            self._begin(group, label)
+        with files.writing(folder):
+            self._metrics = (folder / files.METRICS).open("ab")
+            # Lines written after the checkpoint belong to steps that will run again.
+            self._metrics.truncate(0 if checkpoint is None else checkpoint.metrics_bytes)
+            self._metrics.seek(0, os.SEEK_END)
+            self._writer = open_writer(
+                folder / "tensorboard", purge_step=None if checkpoint is None else self.step + 1
+            )
         self._saved_at = time.monotonic()
         if checkpoint is None:
             self.save()
@@ -213,14 +224,13 @@ class Trainer:
             trial: of a search, which must not read the test set and keeps no model: the result alone is written.
             measures: figures to take of the folded model: ``"sharpness"``.
         """
-        result = self._write_result("finished", {} if trial else self._finish_model(measures))
-        self.close()
-        return result
+        try:
+            return self._write_result("finished", {} if trial else self._finish_model(measures))
+        finally:
+            self.close()
 
     def _finish_model(self, measures: Collection[str]) -> dict[str, Any]:
         """Test, fold and write the model; what the result says of that."""
-        from safetensors.torch import save_model
-
         if self._best_weights is not None:
             self.model.load_state_dict(self._best_weights)
         test = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
@@ -231,10 +241,7 @@ class Trainer:
         plain = self.session.fold() if self.session else self.model
         for peer in reversed(self._peers):
             plain = peer.finish(plain)
-        # save_model keeps one copy of tied weights.
-        temporary = self.folder / f".{files.MODEL}"
-        save_model(plain, str(temporary))
-        temporary.replace(self.folder / files.MODEL)
+        files.save_model(self.folder, plain)
         taken: dict[str, float] = {}
         if "sharpness" in measures:
             x, y = lab_data.first_batch(self.data.train, _SHARPNESS_ROWS)
@@ -248,9 +255,16 @@ class Trainer:
             self.close()
 
     def close(self) -> None:
-        """Close the log files."""
-        self._metrics.close()
-        self._writer.close()
+        """Close the log files, and let others train in the folder."""
+        # What a full disk did not take has been reported when it was written.
+        for close in (self._metrics.close, self._writer.close):
+            with contextlib.suppress(OSError):
+                close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _run_epoch(self, epoch: int) -> None:
         self.model.train()
@@ -313,8 +327,7 @@ class Trainer:
                     "seconds": self._seconds,
                 }
             )
-            self._writer.add_scalar("train/loss", value, self.step)
-            self._writer.add_scalar("train/learning_rate", rate, self.step)
+            self._log_scalars({"train/loss": value, "train/learning_rate": rate})
         if self._progress:
             mean = self._epoch_sums["loss"] / self._epoch_sums["count"]
             self._progress(Progress(epoch, self.step, self.steps, mean, self._validation))
@@ -379,10 +392,8 @@ class Trainer:
             figures = self.session.metrics(reset=True)
             line |= figures
             line["flops"] = self.session.flops().to_dict()
-            for name in ("zeros", "own_zeros"):
-                self._writer.add_scalar(f"gradients/{name}", figures[name], self.step)
-        for name, value in self._validation.items():
-            self._writer.add_scalar(f"validation/{name}", value, self.step)
+            self._log_scalars({f"gradients/{name}": figures[name] for name in ("zeros", "own_zeros")})
+        self._log_scalars({f"validation/{name}": value for name, value in self._validation.items()})
         self._log(line)
         self._step_seconds.clear()
         self._epoch_sums = dict.fromkeys(sums, 0.0)
@@ -390,22 +401,28 @@ class Trainer:
         self.save()
 
     def _log(self, line: dict[str, Any]) -> None:
-        self._metrics.write(files.to_json(line).encode() + b"\n")
-        self._metrics.flush()
+        with files.writing(self.folder / files.METRICS):
+            self._metrics.write(files.to_json(line).encode() + b"\n")
+            self._metrics.flush()
+
+    def _log_scalars(self, values: dict[str, float]) -> None:
+        with files.writing(self.folder / "tensorboard"):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, self.step)
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         # Everything that the run will ask of its batches is asked here, before anything is written.
         x, y = lab_data.first_batch(self.data.train, self.recipe.batch_size, augment=self.recipe.augment)
         return x.to(self.device), y.to(self.device)
 
-    def _attach(self, x: Tensor, y: Tensor, checkpoint: dict[str, Any] | None) -> Session | None:
+    def _attach(self, x: Tensor, y: Tensor, checkpoint: Checkpoint | None) -> Session | None:
         """Attach, with a forecast from the batch; a run that goes on has one, and the layers that it led to."""
         recipe = self.recipe
         methods = self._methods
         if not methods:
             return None
         if checkpoint is not None and recipe.decline:
-            only = [escape(name) for name in checkpoint["session"]["layers"]]
+            only = [escape(name) for name in dict((checkpoint.session or {}).get("layers") or {})]
             return attach(self.model, methods, only=only, seed=recipe.seed)
         loss = partial(measure.batch_loss, self.model, x, y, recipe.precision, recipe.label_smoothing)
         return attach(
@@ -423,8 +440,9 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint."""
         # The checkpoint names a length of this file: the bytes must be on disk before it is.
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with files.writing(self.folder / files.METRICS):
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
         files.save_checkpoint(
             self.folder,
             {
@@ -450,25 +468,53 @@ class Trainer:
         )
         self._saved_at = time.monotonic()
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        if self.session:
-            self.session.load_state_dict(state["session"])
-        self.step, self._seconds = state["step"], state["seconds"]
-        self._passes = measure.Passes(**state["passes"])
-        self._finished_epochs = state["finished_epochs"]
-        self._generators.load_state_dict(state["rng"])
-        self._epoch_sums = state["epoch_sums"]
-        self._step_seconds, self._clocked = state["step_seconds"], state["clocked"]
-        self._validation, self._best = state["validation"], state["best"]
-        self._best_weights = state["best_weights"]
-        if self._selector is not None:
-            self._selector.load_state_dict(state["selector"])
-        # Lines written after the checkpoint belong to steps that will run again.
-        with (self.folder / files.METRICS).open("r+b") as file:
-            file.truncate(state["metrics_bytes"])
+    def _begun(self) -> Checkpoint:
+        """The checkpoint of the folder's run, which no other process goes on with."""
+        if not os.path.isdir(self.folder):
+            raise CheckpointError(f"there is no run folder {self.folder}. Start the run without --resume.")
+        self._lock = files.Lock(self.folder)
+        # What the end of the run will read.
+        self._forecast()
+        return read_checkpoint(self.folder)
+
+    def _restore(self, state: Checkpoint) -> None:
+        first = min(state.finished_epochs * self._steps_in_epoch, self.steps)
+        last = min(first + self._steps_in_epoch, self.steps)
+        if not first <= state.step <= last:
+            why = f"{state.step} is not one of {first} to {last}, where {state.finished_epochs} epochs are finished"
+            raise misfit(self.folder, "step", why)
+        own = self._schedule.state_dict()
+        if {k: type(v) for k, v in own.items()} != {k: type(v) for k, v in state.schedule.items()} or (
+            state.schedule["last_epoch"] != state.step
+        ):
+            raise misfit(self.folder, "schedule", "it is another schedule, or at another step")
+        parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self._schedule,
+            "session": self.session,
+            "rng": self._generators,
+            "selector": self._selector,
+        }
+        for name, part in parts.items():
+            if part is not None:
+                restore(self.folder, name, part, getattr(state, name))
+        self.step, self._seconds = state.step, state.seconds
+        self._passes = measure.Passes(**state.passes)
+        self._finished_epochs = state.finished_epochs
+        self._epoch_sums = state.epoch_sums
+        self._step_seconds, self._clocked = state.step_seconds, state.clocked
+        self._validation, self._best = state.validation, state.best
+        self._best_weights = state.best_weights
+
+    def _begin(self, group: str | None, label: str | None) -> None:
+        """Make the folder this run's own."""
+        with files.writing(self.folder, ValueError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = files.Lock(self.folder)
+        # Another process may have been faster.
+        _refuse_used(self.folder)
+        self._describe(group, label)
 
     def _describe(self, group: str | None, label: str | None) -> None:
         recipe = self.recipe
@@ -503,8 +549,12 @@ class Trainer:
         """Backward passes of the attached layers, beside what was forecast when the run began."""
         if self.session is None:
             return None
-        forecast: dict[str, Any] = files.read_run(self.folder).get("plan", {}).get("forecast") or {}
-        return measure.timing(self._backward_seconds(), forecast)
+        return measure.timing(self._backward_seconds(), self._forecast())
+
+    def _forecast(self) -> dict[str, Any]:
+        """What the plan said when the run began."""
+        plan = files.read_run(self.folder).get("plan")
+        return (plan.get("forecast") if isinstance(plan, dict) else None) or {}
 
     def _write_result(self, status: str, model: dict[str, Any]) -> dict[str, Any]:
         """Write what is known; `model` is what `_finish_model` found, nothing where it has not run."""
@@ -553,18 +603,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"the run folder {folder} cannot be made: {error}. Choose another (--out)."
-        ) from error
-
-
 def _refuse_used(folder: Path) -> None:
     # A run that was killed before its first checkpoint has nothing to lose.
-    if (folder / files.CHECKPOINT).exists() or (folder / files.RESULT).exists():
+    if any(os.path.exists(folder / name) for name in (files.CHECKPOINT, files.RESULT)):
         raise CheckpointError(
             f"the folder {folder} holds a run already, and starting anew would overwrite it. Go on with it (--resume), "
             "or choose another folder (--out)."
