@@ -1,5 +1,6 @@
 """``retrograde train``: what it leaves, what it refuses to overwrite, and how it goes on."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,7 +159,10 @@ def test_resume_takes_the_runs_own_recipe(run: Run, monkeypatch: pytest.MonkeyPa
         stopped = run("train", *recipe, "--out", "a", "--json")
     assert (stopped.code, stopped.out) == (130, "")
     assert strict_json(Path("a/result.json"))["status"] == "interrupted"
-    outcome = run("train", "--resume", "--out", "a")
+    refused = run("train", "--resume", "--out", "a")
+    assert refused.code == 3
+    assert "--model toy_models:dropout" in refused.err, "a run's file names code"
+    outcome = run("train", "--resume", "--out", "a", "--model", "toy_models:dropout")
     assert outcome.code == 0, outcome.err
     assert_same_run(Path("whole"), Path("a"))
 
@@ -327,3 +331,30 @@ def test_compile_trains(run: Run) -> None:
     assert outcome.json["zeros"] > 0.2
     plain = models.build("toy_models:dropout", lab_data.load("digits"))
     load_model(plain, "a/model.safetensors")
+
+
+def test_the_same_command_resumes(run: Run) -> None:
+    """Flags that are on in the run already are given again."""
+    command = ("train", *QUICK, "--model", "lenet", "--augment", "--no-standardise", "--out", "a")
+    assert run(*command).code == 0
+    assert run(*command, "--resume").code == 0
+    assert "augment differ" in run(*command, "--no-augment", "--resume").err
+
+
+def test_a_recipe_runs_code_only_where_the_command_line_names_it(run: Run) -> None:
+    Path("recipe.toml").write_text('model = "toy_models:dropout"\nlimit = 100\nepochs = 1\n')
+    refused = run("train", "--recipe", "recipe.toml", "--out", "a")
+    assert refused.code == 3
+    assert "names code" in refused.err
+    assert run("train", "--recipe", "recipe.toml", "--model", "toy_models:dropout", "--out", "a").code == 0
+    assert run("train", "--recipe", "recipe.toml", "--model", "mlp-small", "--out", "b").code == 0
+
+
+def test_names_that_are_not_utf8_or_too_long(run: Run) -> None:
+    name = os.fsdecode("Äpfel".encode("latin-1"))
+    assert run("train", *QUICK, "--out", name).code == 0
+    assert strict_json(Path(name, "run.json"))["name"] == name
+    assert run("train", *QUICK, "--out", name, "--resume", "--json").json["folder"] == name
+    assert run("report", name).code == 0
+    for command in (["train", "--out"], ["train", "--resume", "--out"], ["train", "--recipe"], ["report"]):
+        assert run(*command, "x" * 300, "--json").code in (2, 3)

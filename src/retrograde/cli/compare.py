@@ -23,6 +23,7 @@ from retrograde.lab.claims.advice import Advice, advise, points, times
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.result import Result, write_result
+from retrograde.lab.files import writing
 from retrograde.lab.recipe import Recipe, make_recipe
 from retrograde.methods.registry import available, make
 from retrograde.report.claims import write_claims
@@ -146,7 +147,8 @@ class Advise:
         methods = next((one for one in chosen if "+".join(one) == advice.name), {})
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "methods": methods}
         if self.write is not None:
-            self.write.write_text(to_toml(fields), encoding="utf-8")
+            with writing(self.write, UnicodeEncodeError):
+                self.write.write_text(to_toml(fields), encoding="utf-8")
         left_out = {} if self.methods else late
         if self.json:
             output.print_json(

@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flushed = machine.flushes_denormals()
     torch.set_flush_denormal(True)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), output.escapes():
             warnings.showwarning = _Warnings()
             return _run(read_given(argv))
-    except RetrogradeError as error:
+    except (RetrogradeError, OSError) as error:  # a file or folder that the command was given
         if as_json:
             output.print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         output.log.print(f"[bold red]{type(error).__name__}[/]", highlight=False, end=": ")
@@ -103,7 +103,7 @@ def _run(given: Given) -> int:
             prog="retrograde",
             description=_DESCRIPTION,
             args=given.rest or ["--help"],
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            config=(tyro.conf.OmitArgPrefixes,),
         )
     except SystemExit as error:
         if error.code and given.flags:

@@ -1,5 +1,9 @@
 """What the commands print: results on stdout, as a table or as JSON; progress and messages on stderr."""
 
+import contextlib
+import io
+import sys
+from collections.abc import Generator
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +21,21 @@ from rich.table import Table
 from retrograde.lab.files import to_json
 
 log = Console(stderr=True, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def escapes() -> Generator[None]:
+    """Inside, stdout shows what its encoding lacks (names of files that are not UTF-8) by escapes, as stderr does."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -64,7 +64,8 @@ def save(text: str, output: Path) -> Path:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        # Names of files that are not UTF-8 are shown with escapes.
+        output.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise RunError(f"The report cannot be written to {output}: {error}. Name another file.") from error
     return output
