@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import importlib
 import math
+import sys
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +28,8 @@ from retrograde.plan import Plan
 from retrograde.planning import BlockPlacement, Decision, decide
 
 _STATE_FORMAT = 2
+_CHOOSE = "retrograde.kernels.choose"
+"""Loaded where a product first needs it: a compiler comes with it."""
 _ORDER = (
     "The order is: build, load pretrained weights, attach, activation checkpointing, compile, DDP or fully_shard, "
     "optimizer, train."
@@ -345,6 +349,8 @@ class Session:
             "conductors": {name: conductor.state_dict() for name, conductor in self._conductors.items()},
             "blocks": {name: block.state_dict() for name, block in self._blocks.items()},
             "block_window": {name: dict(counts) for name, counts in self._block_window.items()},
+            # Kernels round differently: a run goes on with those that it began with.
+            "calibration": None if (choose := sys.modules.get(_CHOOSE)) is None else choose.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -383,6 +389,8 @@ class Session:
         self._scores = [(int(step), float(score)) for step, score in state["scores"]]
         self._window = {name: Counters(**counts) for name, counts in state["window"].items()}
         self._block_window = {name: dict(counts) for name, counts in state["block_window"].items()}
+        if state.get("calibration") is not None:
+            importlib.import_module(_CHOOSE).load_state_dict(state["calibration"])
 
 
 def _make_blocks(

@@ -1,6 +1,7 @@
 """The choice among kernels: fitted, kept, and taken where it may be."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import retrograde as rg
+from retrograde.errors import RetrogradeWarning, StateError
 from retrograde.kernels import calibrate, choose, linear, reference
 from retrograde.kernels.choose import ConvolutionProblem, CostModel, Problem
 from retrograde.kernels.delta import Delta
@@ -180,3 +182,53 @@ def test_a_damaged_fit_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(choose, "_models", {})
         choose.model()
     assert len(made) == 1 + len(contents)
+
+
+def test_a_run_goes_on_with_its_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's, or a new one on this machine, would choose kernels that round differently."""
+    fits = choose._fits()
+    mine = CostModel({name: [1.0] * size for name, size in fits.items()})
+    other = CostModel({name: [2.0] * size for name, size in fits.items()})
+    layer = nn.Linear(4, 4)
+    session = rg.attach(layer, rg.Dither())
+    monkeypatch.setattr(choose, "_models", {})
+    assert session.state_dict()["calibration"] is None
+    choose._models[choose._which()] = mine
+    state = session.state_dict()
+    monkeypatch.setattr(choose, "_models", {})
+    session.load_state_dict(state)
+    assert choose.model().weights == mine.weights
+    session.load_state_dict(state)
+    monkeypatch.setattr(choose, "_models", {choose._which(): other})
+    with pytest.warns(RetrogradeWarning, match="another calibration"):
+        session.load_state_dict(state)
+    assert choose.model() is other
+    monkeypatch.setattr(choose, "_models", {})
+    state["calibration"]["weights"].popitem()
+    with pytest.warns(RetrogradeWarning, match="another calibration"):
+        session.load_state_dict(state)
+    for damaged in ({}, {"for": [1], "weights": [1]}, {"for": [1], "weights": {"a": ["x"]}}):
+        with pytest.raises(StateError, match="damaged"):
+            session.load_state_dict({**state, "calibration": damaged})
+    assert not choose._models
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_a_long_calibration_is_announced_once(
+    patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "_PATIENCE", patience)
+    monkeypatch.setattr(choose, "_models", {})
+
+    def make() -> CostModel:
+        time.sleep(0.2)
+        return CostModel({name: [1.0] * size for name, size in choose._fits().items()})
+
+    monkeypatch.setattr(calibrate, "calibrate", make)
+    choose.model()
+    monkeypatch.setattr(choose, "_models", {})
+    choose.model()
+    said = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == (patience == 0)
+    assert all(str(tmp_path / "kernels") in record.getMessage() for record in said)

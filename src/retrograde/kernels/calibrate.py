@@ -40,6 +40,8 @@ _CONVOLUTIONS = (
 """(images, inputs, height and width, outputs, kernel, stride, groups) of the calibration."""
 _SHARES = (0.5, 0.8, 0.92, 0.98)
 _REPEATS = 3
+_ENOUGH = 0.02
+"""Seconds of runs after which there are no more."""
 _EVICTED = 1 << 22
 """Entries that are read and written before each run: more than the cores' own caches hold."""
 
@@ -142,11 +144,11 @@ def _time(work: Callable[[], Any], other: Tensor) -> float:
     """The least of a few runs: whatever else the machine does only ever adds.
 
     Operands come from beyond the cores' own caches, which `other` fills, as in training, where a layer's passes lie far
-    apart.
+    apart. What takes long is disturbed little, and is run fewer times.
     """
     work()
     times: list[float] = []
-    for _ in range(_REPEATS):
+    while len(times) < _REPEATS and sum(times) < _ENOUGH:
         other.add_(1.0)
         start = time.perf_counter()
         work()

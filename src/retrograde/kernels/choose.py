@@ -3,23 +3,29 @@
 A backward product of a linear layer is ``(a × m) · (m × i)``: the gradient's matrix, sparse or not, times a dense
 operand. Each kernel's time is a sum of a few terms (a constant, multiply-adds, entries read and written), whose weights
 are fitted to measured times, all positive, relative errors alike. The fit is kept in ``$RETROGRADE_CACHE/kernels``, or
-``~/.cache/retrograde/kernels``, by processor, threads and versions; it takes seconds, and happens when a product first
-needs it, or in ``retrograde doctor``.
+``~/.cache/retrograde/kernels``, by processor, threads and versions; it takes a minute or more, which is said, and
+happens when a product first needs it, or in ``retrograde doctor``.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import logging
+import threading
 import time
+import warnings
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from retrograde import host
+from retrograde.errors import RetrogradeWarning
 from retrograde.kernels import convolution, linear
 
 _VERSION = 8
@@ -27,6 +33,9 @@ _VERSION = 8
 
 _LANES = 16
 """Numbers in a vector register that convolutions fill."""
+
+_PATIENCE = 3.0
+"""Seconds of calibration before a user is told of it."""
 
 _LOG = logging.getLogger("retrograde")
 
@@ -151,7 +160,7 @@ _models: dict[tuple[object, ...], CostModel] = {}
 
 def model() -> CostModel:
     """The cost model of this machine at torch's present number of threads: cached, stored, or calibrated now."""
-    which = torch.get_num_threads(), *linear.registered()
+    which = _which()
     known = _models.get(which)
     if known is None:
         path = _path()
@@ -159,11 +168,40 @@ def model() -> CostModel:
     return known
 
 
+def _which() -> tuple[object, ...]:
+    return torch.get_num_threads(), *linear.registered()
+
+
+def state_dict() -> dict[str, Any] | None:
+    """The calibration in use at the present number of threads; None where no product has needed one."""
+    known = _models.get(_which())
+    return None if known is None else {"for": list(_which()), "weights": known.weights}
+
+
+def load_state_dict(state: dict[str, Any]) -> None:
+    """Choose by the calibration that a run began with, so that it goes on with the same kernels.
+
+    Where this process has chosen by another one already, or runs on another number of threads, it says so.
+    """
+    found, which = _complete(state["weights"]), _which()
+    same = list(which) == state["for"]
+    if found is not None and same and _models.setdefault(which, found).weights == found.weights:
+        return
+    warnings.warn(
+        "kernels are chosen by another calibration than the run began with (another number of threads, other kernels, "
+        "or another run in this process), so that it may go on with others, whose results differ in rounding. Resume "
+        "it in a process of its own, with as many threads as before, to have the same.",
+        RetrogradeWarning,
+        stacklevel=2,
+    )
+
+
 def _calibrated(path: Path) -> CostModel:
     from retrograde.kernels.calibrate import calibrate
 
     start = time.perf_counter()
-    found = calibrate()
+    with _announced(path):
+        found = calibrate()
     _LOG.info("kernels calibrated in %.1f s; the result is kept in %s", time.perf_counter() - start, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,12 +212,33 @@ def _calibrated(path: Path) -> CostModel:
     return found
 
 
+@contextlib.contextmanager
+def _announced(path: Path) -> Generator[None]:
+    """Say why a backward pass takes so long, where it does."""
+    text = (
+        "the first backward pass on this machine compiles the kernels and measures which are fastest, with %d "
+        "thread(s): about a minute, or a few on a slow machine. It happens once, the result is kept in %s; "
+        "`retrograde doctor` does it beforehand."
+    )
+    timer = threading.Timer(_PATIENCE, _LOG.warning, (text, torch.get_num_threads(), path.parent))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _stored(path: Path) -> CostModel | None:
     try:
-        weights = json.loads(path.read_text())
-        found = {str(name): [float(w) for w in row] for name, row in weights.items()}
+        return _complete(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError, TypeError):
         return None
+
+
+def _complete(weights: dict[str, list[float]]) -> CostModel | None:
+    """The model of these weights; None where some are missing."""
+    found = {str(name): [float(w) for w in row] for name, row in weights.items()}
     return CostModel(found) if all(len(found.get(n, ())) == size for n, size in _fits().items()) else None
 
 
