@@ -350,6 +350,7 @@ def test_a_recipe_runs_code_only_where_the_command_line_names_it(run: Run) -> No
     assert run("train", "--recipe", "recipe.toml", "--model", "mlp-small", "--out", "b").code == 0
 
 
+@pytest.mark.filterwarnings("default:TensorBoard's logs are left out")
 def test_names_that_are_not_utf8_or_too_long(run: Run) -> None:
     name = os.fsdecode("Äpfel".encode("latin-1"))
     assert run("train", *QUICK, "--out", name).code == 0

@@ -32,6 +32,7 @@ _DESCRIPTION = """Better backward passes for PyTorch: what they do to your model
 Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted. --version: the version."""
 
 
+@output.escapes()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flushed = machine.flushes_denormals()
     torch.set_flush_denormal(True)
     try:
-        with warnings.catch_warnings(), output.escapes():
+        with warnings.catch_warnings():
             warnings.showwarning = _Warnings()
             return _run(read_given(argv))
     except (RetrogradeError, OSError) as error:  # a file or folder that the command was given

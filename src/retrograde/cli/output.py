@@ -25,17 +25,16 @@ log = Console(stderr=True, soft_wrap=True)
 
 @contextlib.contextmanager
 def escapes() -> Generator[None]:
-    """Inside, stdout shows what its encoding lacks (names of files that are not UTF-8) by escapes, as stderr does."""
-    stream = sys.stdout
-    if not isinstance(stream, io.TextIOWrapper):
-        yield
-        return
-    before = stream.errors
-    stream.reconfigure(errors="backslashreplace")
+    """Inside, the streams show what their encoding lacks (names of files that are not UTF-8) by escapes."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        stream.reconfigure(errors=before)
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 def print_json(content: dict[str, Any]) -> None:

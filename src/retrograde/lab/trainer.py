@@ -132,11 +132,11 @@ class Trainer:
         if (recipe.only or recipe.skip) and not self._methods:
             raise OptionError("`only` and `skip` choose layers for methods, and no method is given. Add one.")
         self._progress, self._stop, self._checkpoint_seconds = progress, stop, checkpoint_seconds
-        self._lock: files.Lock | None = None
+        self._opened = contextlib.ExitStack()
         try:
             self._set_up(resume, group, label)
         except BaseException:
-            self._unlock()
+            self.close()
             raise
 
     def _set_up(self, resume: bool, group: str | None, label: str | None) -> None:
@@ -190,13 +190,14 @@ class Trainer:
         else:
             self._begin(group, label)
         with files.writing(folder):
-            self._metrics = (folder / files.METRICS).open("ab")
+            self._metrics = self._opened.enter_context((folder / files.METRICS).open("ab"))
             # Lines written after the checkpoint belong to steps that will run again.
             self._metrics.truncate(0 if checkpoint is None else checkpoint.metrics_bytes)
             self._metrics.seek(0, os.SEEK_END)
             self._writer = open_writer(
                 folder / "tensorboard", purge_step=None if checkpoint is None else self.step + 1
             )
+            self._opened.callback(self._writer.close)
         self._saved_at = time.monotonic()
         if checkpoint is None:
             self.save()
@@ -257,14 +258,11 @@ class Trainer:
     def close(self) -> None:
         """Close the log files, and let others train in the folder."""
         # What a full disk did not take has been reported when it was written.
-        for close in (self._metrics.close, self._writer.close):
-            with contextlib.suppress(OSError):
-                close()
-        self._unlock()
+        with contextlib.suppress(OSError):
+            self._opened.close()
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+    def _lock(self) -> None:
+        self._opened.callback(files.Lock(self.folder).release)
 
     def _run_epoch(self, epoch: int) -> None:
         self.model.train()
@@ -472,7 +470,7 @@ class Trainer:
         """The checkpoint of the folder's run, which no other process goes on with."""
         if not os.path.isdir(self.folder):
             raise CheckpointError(f"there is no run folder {self.folder}. Start the run without --resume.")
-        self._lock = files.Lock(self.folder)
+        self._lock()
         # What the end of the run will read.
         self._forecast()
         return read_checkpoint(self.folder)
@@ -511,7 +509,7 @@ class Trainer:
         """Make the folder this run's own."""
         with files.writing(self.folder, ValueError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = files.Lock(self.folder)
+            self._lock()
         # Another process may have been faster.
         _refuse_used(self.folder)
         self._describe(group, label)
