@@ -132,7 +132,7 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example)
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
     """Whatever runs inside, buffers and torch's random state are in the end what they were."""
-    lazy = nn.parameter.UninitializedTensorMixin
+    lazy = nn.parameter.UninitializedBuffer
     buffers = {buffer: buffer.clone() for buffer in model.buffers() if not isinstance(buffer, lazy)}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):

@@ -765,14 +765,16 @@ def _replace(model: nn.Module) -> None:
     model[0].load_state_dict(state, assign=True)
 
 
-@pytest.mark.parametrize(("change", "why"), [(_freeze, "frozen after attaching"), (_replace, "replaced after")])
+@pytest.mark.parametrize(
+    ("change", "why"), [(_freeze, "frozen after attaching"), (_replace, "replaced after")]
+)
 def test_layers_that_steps_pass_by_are_named(change: Callable[[nn.Module], None], why: str) -> None:
     """Once, and the others step on."""
     model = mlp()
     session = rg.attach(model, rg.Dither())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     change(model)
-    with pytest.warns(rg.errors.RetrogradeWarning, match=f"1 of the 3 attached layers.*'0', .*{why}") as said:
+    with pytest.warns(rg.errors.RetrogradeWarning, match=f"1 of 3 attached layers.*'0', .*{why}") as said:
         train(model, optimizer, (6, 8), 40)
     assert len(said) == 1
     assert session.step == 40

@@ -1,12 +1,12 @@
 """Neutral settings equal autograd on every layer kind; a class swap changes nothing else."""
 
-import weakref
-import gc
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -64,7 +64,9 @@ class Clock:
         """Of these, the last one that was each layer's own."""
         # What was frozen already was attached for its input's gradient alone, and the plan says so.
         self._passed = {
-            i for i, (layer, program) in enumerate(self._attached) if _first_trainable(layer, program.names[0]) is None
+            i
+            for i, (layer, program) in enumerate(self._attached)
+            if _first_trainable(layer, program.names[0]) is None
         }
         if optimizer is not None and attached and not self._owned(optimizer):
             raise AttachError(
@@ -165,7 +167,7 @@ class Clock:
             "(load_state_dict(assign=True)), or the model has another layer in its place"
         )
         warnings.warn(
-            f"{_STRAY_STEPS} optimizer steps have passed by {len(strays)} of the {len(self._attached)} attached layers. "
+            f"{_STRAY_STEPS} optimizer steps have passed by {len(strays)} of {len(self._attached)} attached layers. "
             f"Of the first, {program.name!r}, {why}. The methods' own state there (scales, bases, dendrites) is never "
             "updated. Make the optimizer from model.parameters() after the last change to the model; after a change "
             "to its layers, detach and attach again.",

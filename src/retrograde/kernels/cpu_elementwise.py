@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, prange
+from numba import prange
+from numba.np.numpy_support import carray
 from torch import Tensor
 
 from retrograde.kernels.cpu_memory import flat, in_memory_order

@@ -47,7 +47,7 @@ def array(tensor: Tensor) -> Any:
     kind: Any = _TYPES[tensor.dtype]
     if not tensor.numel():
         return np.empty(tensor.shape, kind)
-    memory = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory: Any = (ctypes.c_byte * tensor.nbytes).from_address(tensor.data_ptr())
     # Kept alive by whatever is made of the array.
     memory.tensor = tensor
     return np.frombuffer(memory, kind).reshape(tensor.shape)

@@ -96,14 +96,16 @@ inlined: Any = njit(forceinline=True, nogil=True)
 """Compiles what kernels call so often that a call would cost more than the work."""
 
 
-@intrinsic
-def address(typing: Any, number: Any) -> Any:
-    """In a kernel: the memory at an address that came as a number, for `numba.carray`."""
+def _address(typing: Any, number: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(number), generate
+
+
+address: Any = intrinsic(_address)
+"""In a kernel: the memory at an address that came as a number, for `numba.carray`."""
 
 
 @functools.cache
