@@ -1,6 +1,8 @@
 """What ranks tell each other; in one process nothing is sent."""
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +48,26 @@ def first(tensor: Tensor) -> Tensor:
     if count() > 1:
         torch.distributed.broadcast(tensor, 0)
     return tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of what ``fully_shard`` has spread over ranks, which must ask for it together; other tensors themselves."""
+    shards: Any = tensor
+    return shards.full_tensor() if _is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """``target ← value``, the same on all ranks; of a sharded target each rank writes its part."""
+    if _is_sharded(target):
+        shards: Any = target
+        from torch.distributed.tensor import distribute_tensor  # loaded already, where there are any
+
+        # Every rank has the value: none is sent.
+        value = distribute_tensor(value, shards.device_mesh, shards.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

@@ -147,11 +147,11 @@ class CoordinateRule(DecorrelateRule):
         self._refuse_line_search(step)
         if weight is None or weight.grad is None or map is None or not self._ready():
             return
-        matrix, gradient = wide(map.matrix(weight)), wide(map.matrix(weight.grad))
+        matrix, gradient = _matrix(weight, map), _matrix(weight.grad, map)
         self._follow(matrix)
         if self._mean is not None and bias is not None and bias.grad is not None:
             self._shift = matrix @ self._mean.unsqueeze(-1)
-            rows = map.per_row(wide(bias.grad), weight.shape)
+            rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
             gradient.baddbmm_(rows.unsqueeze(-1), self._mean.unsqueeze(-2), alpha=-1)
         self._before = self._remember(matrix)
         self._rotate(gradient)
@@ -163,7 +163,7 @@ class CoordinateRule(DecorrelateRule):
         """What equations (7) and (8) need, of A as it is now."""
         if self._before is None or step.weight is None or step.map is None:
             return
-        matrix = wide(step.map.matrix(step.weight))
+        matrix = _matrix(step.weight, step.map)
         self._before = self._remember(matrix)
         if self._shift is not None and self._mean is not None:
             self._shift = matrix @ self._mean.unsqueeze(-1)
@@ -175,12 +175,12 @@ class CoordinateRule(DecorrelateRule):
         self._before = self._shift = None
         if before is None or weight is None or map is None:
             return
-        matrix = wide(map.matrix(weight))
+        matrix = _matrix(weight, map)
         self._advance(matrix, before, _kept(step, weight))
         bias = step.bias
         if shift is not None and bias is not None and self._mean is not None:
             moved = (matrix @ self._mean.unsqueeze(-1) - shift).squeeze(-1)
-            bias.sub_(map.per_output(moved, weight.shape).to(bias.dtype))
+            ranks.write(bias, ranks.whole(bias) - map.per_output(moved, weight.shape).to(bias.dtype))
         _store(weight, matrix, map)
 
     def local(self, step: Step) -> None:
@@ -350,7 +350,7 @@ class PreconditionRule(DecorrelateRule):
         weight, map = step.weight, step.map
         if weight is None or weight.grad is None or map is None or self._basis is None or self._gain is None:
             return
-        matrix = wide(map.matrix(weight.grad))
+        matrix = _matrix(weight.grad, map)
         self._follow(matrix)
         changed = decorrelate.transform(matrix, self._basis, self._gain ** (2 * self._settings.power))
         _store(weight.grad, changed, map)
@@ -385,7 +385,12 @@ def _kept(step: Step, weight: Tensor) -> float:
     return 1.0
 
 
+def _matrix(tensor: Tensor, map: Map) -> Tensor:
+    """What is shaped like the weight, as (g, o, d) in the precision of statistics: a view where it can be one."""
+    return wide(map.matrix(ranks.whole(tensor)))
+
+
 def _store(target: Tensor, matrix: Tensor, map: Map) -> None:
     """Write `matrix` back where it is not a view of `target`."""
-    if matrix.data_ptr() != target.data_ptr():
-        target.copy_(map.from_matrix(matrix, target.shape))
+    if ranks.whole(target) is not target or matrix.data_ptr() != target.data_ptr():
+        ranks.write(target, map.from_matrix(matrix, target.shape))

@@ -178,7 +178,7 @@ class DendriteRule(Rule):
         """Put one more dendrite set into use: new parameters, and a row of w that is exactly zero."""
         parts = dendrites.parameters(self.layer, self.active)
         for part, value in self._new_values(attempt).items():
-            parts[part].copy_(value)
+            ranks.write(parts[part], value)
         parts["output"].zero_()
         self.state.count += 1
 
@@ -190,7 +190,7 @@ class DendriteRule(Rule):
         for i, (part, value) in enumerate(dendrites.parameters(self.layer, index).items()):
             if part != "output":
                 key = mix_key(self._key, attempt, index, candidate, i)
-                drawn[part] = ranks.first((normal(key, value.shape, value.device) * _INITIAL).to(value))
+                drawn[part] = ranks.first((normal(key, value.shape, value.device) * _INITIAL).to(value.dtype))
         return drawn
 
     # Figures and state.

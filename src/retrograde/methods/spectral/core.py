@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Call, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
@@ -170,7 +171,7 @@ class SpectralRule(Rule):
         if self._method.side != "output":
             step.spend(self._inputs.refresh(rows))
         if self._outputs is not None:
-            w = map.matrix(weight).to(rows)
+            w = map.matrix(ranks.whole(weight)).to(rows)
             step.spend(linear_flops(rows.shape[0] * rows.shape[1], w.shape[1], w.shape[2]))
             step.spend(self._outputs.refresh(rows @ w.mT))
         known = any(basis is not None for basis in old)
@@ -184,13 +185,13 @@ class SpectralRule(Rule):
         if not kept.keys() <= _MOMENTS:
             return
         for moment in kept.values():
-            m = map.matrix(moment)
+            m = map.matrix(ranks.whole(moment))
             if u is not None and self._inputs.basis is not None:
                 m = spectral.reexpress(m, u.to(m), self._inputs.basis.to(m))
             new = self._output_basis()
             if v is not None and new is not None:
                 m = spectral.reexpress(m.mT, v.to(m), new.to(m)).mT
-            moment.copy_(map.from_matrix(m, weight.shape))
+            ranks.write(moment, map.from_matrix(m, weight.shape))
 
     @torch.no_grad()
     def _decay(self, step: Step, weight: Tensor, lr: float) -> None:
@@ -198,10 +199,10 @@ class SpectralRule(Rule):
         first = self._outputs.first_eigenpair() if self._outputs is not None and self._method.decay else None
         if first is None or step.map is None:
             return
-        w = step.map.matrix(weight)
+        w = step.map.matrix(ranks.whole(weight))
         value, direction = first[0].to(w), first[1].to(w)
         w = spectral.decayed(w, direction, lr * self._method.decay * value)
-        weight.copy_(step.map.from_matrix(w, weight.shape))
+        ranks.write(weight, step.map.from_matrix(w, weight.shape))
         step.spend(4 * weight.numel())
 
     def read(self) -> None:
