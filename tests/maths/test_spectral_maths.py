@@ -175,3 +175,12 @@ def test_decay_follows_the_gradient_of_lambda_1() -> None:
     torch.testing.assert_close(gradient, 2 * torch.outer(e, e @ w.detach()) @ x.T @ x)
     after = x @ spectral.decayed(w.detach()[None], e[None], torch.tensor([0.01], dtype=torch.float64))[0].T
     assert torch.linalg.eigvalsh(after.T @ after)[-1] < values[-1]
+
+
+def test_eigenpairs_of_nearly_equal_eigenvalues() -> None:
+    """Finite, and in the matrix's own precision, where one direction outweighs all the others."""
+    direction = torch.randn(4, 33, 1)
+    matrix = direction @ direction.mT + 1e-9 * torch.eye(33)
+    values, vectors = spectral.eigh(matrix)
+    assert values.dtype == vectors.dtype == torch.float32
+    torch.testing.assert_close((vectors * values.unsqueeze(-2)) @ vectors.mT, matrix, rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from retrograde.engine import ranks
+from retrograde.maths.spectral import eigh
 
 _MEAN_MOMENTUM = 0.5
 _COLD_ITERATIONS = 5
@@ -146,7 +147,7 @@ class InputStatistics:
         before = self.basis
         if d <= 2 * k:
             self.flops += 2.0 * centred.numel() * d
-            values, vectors = torch.linalg.eigh(ranks.mean(centred.mT @ centred / m))
+            values, vectors = eigh(ranks.mean(centred.mT @ centred / m))
             basis = vectors[..., -k:].flip(-1)
         else:
             if before is None:
@@ -158,7 +159,7 @@ class InputStatistics:
                 q = before
             for _ in range(_COLD_ITERATIONS if before is None else _WARM_ITERATIONS):
                 q, _ = torch.linalg.qr(times_covariance(q))
-            values, vectors = torch.linalg.eigh(q.mT @ times_covariance(q))
+            values, vectors = eigh(q.mT @ times_covariance(q))
             basis = q @ vectors.flip(-1)
         self.eigenvalues, self.basis = values[:, -k:].flip(-1).clamp_min(0), basis
         if before is not None:

@@ -15,6 +15,8 @@ Reference: Dalm, Offergeld, Ahmad, van Gerven, *Efficient Deep Learning with Dec
 import torch
 from torch import Tensor
 
+from retrograde.maths.spectral import eigh
+
 _POWER_ITERATIONS = 10
 _SMALLEST_GAIN = 1e-3
 """No direction is shrunk more than a thousandfold: its weight would hardly move."""
@@ -58,7 +60,7 @@ def second_moment(mean: Tensor, basis: Tensor, eigenvalues: Tensor, rest: Tensor
     inside = (q.mT @ basis) * (eigenvalues - rest.unsqueeze(-1)).unsqueeze(-2) @ (basis.mT @ q)
     along = q.mT @ mean.unsqueeze(-1)
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    values, vectors = torch.linalg.eigh(inside + along @ along.mT + rest[:, None, None] * eye)
+    values, vectors = eigh(inside + along @ along.mT + rest[:, None, None] * eye)
     return q @ vectors[..., -k:].flip(-1), values[:, -k:].flip(-1).clamp_min(0)
 
 

@@ -43,6 +43,15 @@ def polish(q: Tensor) -> Tensor:
     return q + 0.5 * (q - q @ (q.mT @ q))
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, smallest first, and eigenvectors of a symmetric matrix, computed in float64.
+
+    In float32 LAPACK fails, or finds NaN, where many eigenvalues are nearly equal, as those of a constant input are.
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix), vectors.to(matrix)
+
+
 def leading_eigenpairs(multiply: Multiply, q: Tensor) -> tuple[Tensor, Tensor]:
     """Rayleigh–Ritz: the eigenpairs of C within span(q), largest first.
 
@@ -53,7 +62,7 @@ def leading_eigenpairs(multiply: Multiply, q: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Eigenvalues (…, k) and orthonormal vectors (…, d, k) that span what q spans.
     """
-    values, vectors = torch.linalg.eigh(q.mT @ multiply(q))
+    values, vectors = eigh(q.mT @ multiply(q))
     return values.flip(-1).clamp_min(0), polish(q @ vectors.flip(-1))
 
 

@@ -97,7 +97,7 @@ class Subspace:
         elif d <= 2 * k:
             eye = torch.eye(d, dtype=rows.dtype, device=rows.device).expand(groups, d, d)
             moment = multiply(eye)
-            q = torch.linalg.eigh((moment + moment.mT) / 2)[1][..., -k:]
+            q = spectral.eigh((moment + moment.mT) / 2)[1][..., -k:]
         else:
             q = spectral.qr_steps(multiply, before, steps)
         self.eigenvalues, leading = spectral.leading_eigenpairs(multiply, q)
