@@ -10,10 +10,12 @@ from typing import Any
 import decorrelate_step
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import retrograde as rg
 from cases import in_two_ranks
+from retrograde.engine import ranks
 from retrograde.errors import NoEffectError
 from retrograde.testing import CHECKS, LAYERS, Case, Layer, check_method, declined
 from retrograde.testing.cases import Make, optimizer_of, require_same, state_of, train
@@ -91,7 +93,7 @@ COMPILED = ("linear", "linear-turned", "conv2d-grouped", "transposed2d", "attent
 
 def ddp(case: Case, method: Entry, tmp_path: Path) -> None:
     """Two gloo ranks with different data end with the same model, bit for bit, and with one that learnt."""
-    started, *ends = _two_ranks(tmp_path)[method.name, case.layer.name]
+    started, *ends = _two_ranks(tmp_path)[method.name, case.layer.name][:3]
     if isinstance(ends[0], str):
         pytest.fail(ends[0])
     require_same(ends[1], ends[0], 0.0, "The ranks' models differ.")
@@ -99,11 +101,22 @@ def ddp(case: Case, method: Entry, tmp_path: Path) -> None:
     assert any(not torch.equal(ends[0][name], value) for name, value in started.items())
 
 
+def fsdp(case: Case, method: Entry, tmp_path: Path) -> None:
+    """Sharded over two ranks a model learns what it learns in DDP."""
+    _, replicated, _, sharded, _ = _two_ranks(tmp_path)[method.name, case.layer.name]
+    if isinstance(sharded, str):
+        pytest.fail(sharded)
+    require_same(sharded, replicated, 1e-5, "Sharded and replicated models differ.")
+
+
 _ranks: dict[tuple[str, str], list[Any]] = {}
 
 
 def _two_ranks(folder: Path) -> dict[tuple[str, str], list[Any]]:
-    """States of every cell: before, and at the end of both ranks. One pair of processes runs them all."""
+    """States of every cell: before, and at the end of both ranks, in DDP and sharded.
+
+    One pair of processes runs them all.
+    """
     if not _ranks:
         with pytest.MonkeyPatch.context() as patch:
             in_two_ranks(_train_all, folder, patch)
@@ -111,34 +124,45 @@ def _two_ranks(folder: Path) -> dict[tuple[str, str], list[Any]]:
         for kind in LAYERS:
             for method in METHODS:
                 cell = method.name, kind.name
-                _ranks[cell] = [state_of(method.case(kind).plain()), *(found.get(cell) for found in both)]
+                ends = [found.get((*cell, how)) for how in _PARALLEL for found in both]
+                _ranks[cell] = [state_of(method.case(kind).plain()), *ends]
     return _ranks
 
 
 def _train_all(rank: int, folder: str) -> None:
-    found: dict[tuple[str, str], Any] = {}
+    found: dict[tuple[str, str, str], Any] = {}
     for kind in LAYERS:
         for method in METHODS:
             if (method.name, kind.name) in DECLINES:
                 continue
-            try:
-                case = method.case(kind)
-                model, session = case.attached()
-                parallel = nn.parallel.DistributedDataParallel(model)
-                train(case, parallel, optimizer_of(model), 4, session=session, first=10 * rank)
-                found[method.name, kind.name] = state_of(model)
-            except Exception:
-                found[method.name, kind.name] = traceback.format_exc()
-                raise
-            finally:
-                torch.save(found, f"{folder}/{rank}.pt")
+            for how, parallel in _PARALLEL.items():
+                try:
+                    case = method.case(kind)
+                    model, session = case.attached()
+                    wrapped = parallel(model)
+                    train(case, wrapped, optimizer_of(model), 4, session=session, first=10 * rank)
+                    found[method.name, kind.name, how] = _whole(state_of(model))
+                except Exception:
+                    found[method.name, kind.name, how] = traceback.format_exc()
+                    raise
+                finally:
+                    torch.save(found, f"{folder}/{rank}.pt")
 
+
+def _whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: ranks.whole(value) for name, value in state.items()}
+
+
+_PARALLEL: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": nn.parallel.DistributedDataParallel,
+    "fsdp": fully_shard,
+}
 
 CELLS = [
     (method, kind, mode)
     for method in METHODS
     for kind in LAYERS
-    for mode in (*CHECKS, "explicit", "ddp")
+    for mode in (*CHECKS, "explicit", "ddp", "fsdp")
     if (mode != "compiled" or kind.name in COMPILED) and (mode != "explicit" or method.explicit is not None)
 ]
 
@@ -160,8 +184,8 @@ def test_conformance(
         with pytest.raises(NoEffectError, match=expected):
             rg.attach(case.plain(), method.make())
         record_property("reason", reason)
-    elif mode == "ddp":
-        ddp(case, method, tmp_path)
+    elif mode in ("ddp", "fsdp"):
+        {"ddp": ddp, "fsdp": fsdp}[mode](case, method, tmp_path)
     elif mode == "explicit":
         assert method.explicit is not None
         method.explicit(case)
