@@ -32,5 +32,9 @@ from retrograde.planning import make_plan as make_plan
 from retrograde.session import Session as Session
 from retrograde.session import Summary as Summary
 from retrograde.session import attach as attach
+from retrograde.session import detach as detach
+from retrograde.session import fold as fold
+from retrograde.session import resume as resume
+from retrograde.session import session_of as session_of
 
 __version__ = "0.1.0"

@@ -229,7 +229,7 @@ class Candidate:
     name: str
     layer: nn.Module
     kind: LayerKind
-    make_rules: Callable[[nn.Module], tuple[Rule, ...]]
+    make_rules: Callable[[nn.Module], Mapping[str, Rule]]
 
 
 class Trials:

@@ -1,10 +1,17 @@
 """Layers chosen by glob patterns over their full names."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from retrograde.errors import PatternError
+
+Choice = str | Iterable[str] | Callable[[str, nn.Module], bool]
+"""Glob patterns over full layer names, or a function of a layer's name and the layer."""
 
 ROOT = "(root)"
 """What a layer that is the whole model is called."""
@@ -15,28 +22,81 @@ def escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
+@dataclass(frozen=True)
+class PatternRow:
+    """What a pattern of the user's matched.
+
+    Attributes:
+        option: where it was given.
+        pattern: itself.
+        matches: how many layers it matches.
+        partly: of layers that differ by a number alone it matches some and not others: ``"3 of 12 blocks.*.fc"``.
+    """
+
+    option: str
+    pattern: str
+    matches: int
+    partly: str
+
+
+def pattern_row(
+    option: str, pattern: str, matches: set[str], candidates: Mapping[str, Sequence[str]]
+) -> PatternRow:
+    """The row of one pattern.
+
+    Args:
+        option: where it was given.
+        pattern: itself.
+        matches: full names of the layers that it matches.
+        candidates: full name → all names of every layer that it could match.
+    """
+    families: dict[str, set[str]] = {}
+    for name in candidates:
+        families.setdefault(re.sub(r"\d+", "*", name), set()).add(name)
+    partly = [
+        f"{len(family & matches)} of {len(family)} {key}"
+        for key, family in families.items()
+        if 0 < len(family & matches) < len(family)
+    ]
+    return PatternRow(option, pattern, len(matches), ", ".join(partly))
+
+
 def select(
-    candidates: dict[str, list[str]], patterns: str | Iterable[str], option: str, strict: bool
-) -> set[str]:
-    """The candidates that the patterns match by any of their names.
+    candidates: dict[str, list[str]],
+    patterns: Choice,
+    option: str,
+    strict: bool,
+    modules: Mapping[str, nn.Module],
+) -> tuple[set[str], list[PatternRow]]:
+    """The candidates that the user chose, by any of their names, and what each pattern matched.
 
     Args:
         candidates: full name → all names that the layer is called by.
-        patterns: one or several.
+        patterns: one or several, or a function.
         option: where the user gave them, for messages.
         strict: raise on a pattern that matches nothing.
+        modules: the layers by full name.
 
     Raises:
-        PatternError: a pattern is empty or, when strict, matches no layer.
+        PatternError: a pattern is empty or, when strict, matches no layer; or a function chooses none.
     """
     names = list(candidates)
+    if callable(patterns):
+        found = {name for name in names if patterns(name or ROOT, modules[name])}
+        if not found and strict:
+            raise PatternError(
+                f"the function that `{option}` is chose no layer of the model. It is called with a layer's full name "
+                f"and the layer, and returns whether to choose it. Layers: {some(names)}."
+            )
+        return found, []
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise PatternError(
             f"`{option}` is an empty list of patterns, which would match no layer. Leave `{option}` out, or name "
             f"layers: {some(names)}."
         )
-    found: set[str] = set()
+    found = set[str]()
+    rows: list[PatternRow] = []
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PatternError(
@@ -51,7 +111,8 @@ def select(
             hint = f"Nearest names: {', '.join(near)}." if near else f"Layers: {some(names)}."
             raise PatternError(f"pattern {pattern!r} in `{option}` matches no layer of the model. {hint}")
         found |= matches
-    return found
+        rows.append(pattern_row(option, pattern, matches, candidates))
+    return found, rows
 
 
 def some(names: list[str]) -> str:

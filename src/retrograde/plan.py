@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from retrograde.forecast import LayerForecast, StepForecast
+from retrograde.patterns import PatternRow
 
 Status = Literal["attached", "declined", "left", "bypassed"]
 
@@ -69,6 +70,8 @@ class Plan:
     blocks: tuple[BlockRow, ...] = ()
     step: StepForecast | None = None
     """Forward and backward pass of the whole model, where an example was given."""
+    patterns: tuple[PatternRow, ...] = ()
+    """What each pattern of the user's matched."""
 
     @property
     def attached(self) -> tuple[PlanRow, ...]:
@@ -81,7 +84,13 @@ class Plan:
         for row in rows:
             del row["forecast"]
         blocks = {"blocks": [asdict(row) for row in self.blocks]} if self.blocks else {}
-        return {"layers": rows, **blocks, **({"forecast": found} if (found := self.forecast()) else {})}
+        patterns = {"patterns": [asdict(row) for row in self.patterns]} if self.patterns else {}
+        return {
+            "layers": rows,
+            **blocks,
+            **patterns,
+            **({"forecast": found} if (found := self.forecast()) else {}),
+        }
 
     def forecast(self) -> dict[str, Any] | None:
         """Seconds of a step, plain and as forecast, of the model and of each layer that was tried; None if none was."""
@@ -122,6 +131,8 @@ class Plan:
             parts += ["", _step_line(self.step)]
         if self.blocks:
             parts += ["", _block_table(self.blocks)]
+        if self.patterns:
+            parts += ["", *map(_pattern_line, self.patterns)]
         return Group(*parts) if len(parts) > 1 else table
 
     def __str__(self) -> str:
@@ -142,6 +153,12 @@ def _step_line(step: StepForecast) -> str:
         f"Forward and backward pass: {step.plain * 1e3:.1f} ms plain, measured; {step.attached * 1e3:.1f} ms forecast "
         f"(×{step.ratio:.2f}), from each layer tried by itself."
     )
+
+
+def _pattern_line(row: PatternRow) -> str:
+    layers = "1 layer" if row.matches == 1 else f"{row.matches} layers"
+    partly = f"; only {row.partly}: is that what you meant?" if row.partly else ""
+    return f"{row.option}: {row.pattern!r} matches {layers}{partly}"
 
 
 def _block_table(rows: Sequence[BlockRow]) -> Any:

@@ -1,17 +1,17 @@
 """What happens to each layer of a model, decided before anything is changed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from retrograde.assignment import Assignment, Given, assign
 from retrograde.engine.layers import AttachedLayer, find_kind
 from retrograde.engine.maps.base import LayerKind
-from retrograde.engine.program import ordered
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError
 from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe, untouched
-from retrograde.patterns import ROOT, select, some
+from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.plan import BlockRow, Plan, PlanRow
 
 _NORMALISATIONS = (
@@ -23,10 +23,11 @@ _NORMALISATIONS = (
 
 @dataclass(frozen=True)
 class Placement:
-    """A layer that will be attached, as methods were asked about it, with their rules by method name."""
+    """A layer that will be attached, as methods were asked about it, and these with their rules, by method name."""
 
     site: Site
     kind: LayerKind
+    methods: dict[str, Method]
     rules: dict[str, Rule]
 
     @property
@@ -55,10 +56,10 @@ class Decision:
 
 def make_plan(
     model: nn.Module,
-    methods: Sequence[Method],
+    methods: Given,
     *,
-    only: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
+    only: Choice | None = None,
+    skip: Choice | None = None,
     strict: bool = True,
     example: Example | None = None,
     decline: bool = True,
@@ -67,9 +68,10 @@ def make_plan(
 
     Args:
         model: any module.
-        methods: what to attach.
-        only: glob patterns over full layer names (``"features.*"``); nothing else is attached.
-        skip: glob patterns of layers to leave alone.
+        methods: what to attach, as `attach` takes it.
+        only: glob patterns over full layer names (``"features.*"``), or a function of name and layer; nothing else is
+            attached.
+        skip: likewise, of layers to leave alone.
         strict: raise on a pattern or a method without effect.
         example: one batch, to try with what each layer would save (`retrograde.forecast.Example`): its inputs, or a
             function that returns its loss, whose gradients are the true ones. Only layers whose methods are there to
@@ -81,14 +83,16 @@ def make_plan(
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
         OptionError: the example is no batch, or the model is attached already.
     """
-    return decide(model, methods, only, skip, strict, example, decline).plan
+    # Without a method every layer is left, which the plan may well say.
+    assignment = Assignment(()) if methods == [] else assign(methods)
+    return decide(model, assignment, only, skip, strict, example, decline).plan
 
 
 def decide(
     model: nn.Module,
-    methods: Sequence[Method],
-    only: str | Iterable[str] | None,
-    skip: str | Iterable[str] | None,
+    assignment: Assignment,
+    only: Choice | None,
+    skip: Choice | None,
     strict: bool,
     example: Example | None,
     decline: bool,
@@ -96,25 +100,31 @@ def decide(
     """`make_plan`, with the rules that attaching puts in place."""
     # To read a computed weight is to compute it, which may step a power iteration or draw a random number.
     with untouched(model):
-        return _decide(model, methods, only, skip, strict, example, decline)
+        return _decide(model, assignment, only, skip, strict, example, decline)
 
 
 def _decide(
     model: nn.Module,
-    methods: Sequence[Method],
-    only: str | Iterable[str] | None,
-    skip: str | Iterable[str] | None,
+    assignment: Assignment,
+    only: Choice | None,
+    skip: Choice | None,
     strict: bool,
     example: Example | None,
     decline: bool,
 ) -> Decision:
+    methods = assignment.methods
     layers = _layers(model)
     fused, aliases, sharers = _fused(model), _aliases(model), _sharers(layers)
     candidates = {
         name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
     }
-    chosen = select(candidates, only, "only", strict) if only is not None else set(candidates)
-    left = select(candidates, skip, "skip", strict) if skip is not None else set[str]()
+    chosen, left, patterns = set(candidates), set[str](), [*assignment.check(candidates, strict)]
+    if only is not None:
+        chosen, found = select(candidates, only, "only", strict, dict(layers))
+        patterns += found
+    if skip is not None:
+        left, found = select(candidates, skip, "skip", strict, dict(layers))
+        patterns += found
     selected = [
         name for name, layer in layers if isinstance(find_kind(layer), LayerKind) and name in chosen - left
     ]
@@ -130,6 +140,8 @@ def _decide(
             why = "not in `only`"
         elif name in left:
             why = "in `skip`"
+        elif not (acting := assignment.of(candidates[name])[0]):
+            why = assignment.why_plain(candidates[name])
         elif (weight := _weight(layer, kind)) is not None and not weight.is_floating_point():
             why = f"weight is {weight.dtype}: only real floating-point layers are attached"
         elif weight is not None and not weight.numel():
@@ -153,7 +165,7 @@ def _decide(
             alone = any(id(module) not in around for module in inside)
             if alone:
                 reasons.append("nn.MultiheadAttention is left alone, and multiplies by this weight itself")
-            for method in () if alone else methods:
+            for method in () if alone else acting:
                 answer = method.make_rule(site)
                 if isinstance(answer, Rule):
                     rules[method.name] = answer
@@ -163,7 +175,8 @@ def _decide(
             why = "; ".join([*reasons, *remarks, *_remarks(name, site, aliases, sharers)])
             if rules:
                 status = "attached"
-                placements.append(Placement(site, kind, rules))
+                mine = {method.name: method for method in acting if method.name in rules}
+                placements.append(Placement(site, kind, mine, rules))
         rows.append(
             PlanRow(
                 name or ROOT,
@@ -178,16 +191,15 @@ def _decide(
         )
     step = None
     if example is not None:
-        step = _forecast(model, methods, rows, placements, example, decline)
+        step = _forecast(model, rows, placements, example, decline)
     block_rows, blocks = _plan_blocks(model, methods, placements)
-    plan = Plan(tuple(rows), block_rows, step)
+    plan = Plan(tuple(rows), block_rows, step, tuple(patterns))
     _refuse_no_effect(plan, methods, strict)
     return Decision(plan, tuple(placements), blocks)
 
 
 def _forecast(
     model: nn.Module,
-    methods: Sequence[Method],
     rows: list[PlanRow],
     placements: list[Placement],
     example: Example,
@@ -198,8 +210,7 @@ def _forecast(
         raise OptionError(
             "the model is attached already: what attaching would save shows on a plain one only."
         )
-    acting = {method.name: method for method in methods}
-    tried = [p for p in placements if all(acting[name].saves_time for name in p.rules)]
+    tried = [p for p in placements if all(method.saves_time for method in p.methods.values())]
     if not tried:
         return None
     seen = observe(model, {place.name: place.site.layer for place in tried}, example)
@@ -209,9 +220,10 @@ def _forecast(
         if not calls:
             continue
 
-        def make_rules(layer: nn.Module, place: Placement = place) -> tuple[Rule, ...]:
-            made = {name: acting[name].make_rule(replace(place.site, layer=layer)) for name in place.rules}
-            return ordered({name: rule for name, rule in made.items() if isinstance(rule, Rule)})
+        def make_rules(layer: nn.Module, place: Placement = place) -> dict[str, Rule]:
+            site = replace(place.site, layer=layer)
+            made = {name: method.make_rule(site) for name, method in place.methods.items()}
+            return {name: rule for name, rule in made.items() if isinstance(rule, Rule)}
 
         found = trials.run(Candidate(place.name, place.site.layer, place.kind, make_rules), calls)
         index = next(i for i, row in enumerate(rows) if row.name == place.name)

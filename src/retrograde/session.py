@@ -2,28 +2,33 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import math
+import os
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
+from retrograde.assignment import Assignment, Given, assign, exactly
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
-from retrograde.engine.program import LayerProgram, ordered
+from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Block, Conductor, Method
 from retrograde.errors import AttachError, DetachError, OptionError, StateError
 from retrograde.forecast import Example
-from retrograde.patterns import ROOT
+from retrograde.patterns import ROOT, Choice
 from retrograde.plan import Plan
 from retrograde.planning import BlockPlacement, Decision, decide
 
@@ -38,10 +43,10 @@ _ORDER = (
 
 def attach(
     model: nn.Module,
-    methods: Method | Sequence[Method],
+    methods: Given,
     *,
-    only: str | Iterable[str] | None = None,
-    skip: str | Iterable[str] | None = None,
+    only: Choice | None = None,
+    skip: Choice | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     strict: bool = True,
     seed: int | None = None,
@@ -52,9 +57,11 @@ def attach(
 
     Args:
         model: any module; its layers change class, and keep parameters, ``state_dict`` keys and hooks.
-        methods: one method or several; their order means nothing.
-        only: glob patterns over full layer names; nothing else is attached.
-        skip: glob patterns of layers to leave alone.
+        methods: one method or several, whose order means nothing; or a dict of glob patterns over full layer names,
+            ``{"features.*": Dither(1), "head": None, "*": Dither(4)}``: the first pattern that matches a layer decides
+            about it, and None leaves it plain.
+        only: glob patterns over full layer names, or a function ``(name, layer) → bool``; nothing else is attached.
+        skip: likewise, of layers to leave alone.
         optimizer: drive the methods by this optimizer's steps alone. None: by every optimizer's that owns a parameter
             of an attached layer, including those made later.
         strict: raise on whatever would have no effect; False warns where it can.
@@ -74,10 +81,95 @@ def attach(
         NoEffectError: a method would touch no layer.
         OptionError: `methods` is empty, holds something else, or a method twice.
     """
-    chosen = _check_methods(methods)
+    return attached(model, assign(methods), only, skip, optimizer, strict, seed, example, decline)
+
+
+def attached(
+    model: nn.Module,
+    assignment: Assignment,
+    only: Choice | None,
+    skip: Choice | None,
+    optimizer: torch.optim.Optimizer | None,
+    strict: bool,
+    seed: int | None,
+    example: Example | None,
+    decline: bool,
+) -> "Session":
+    """`attach`, for methods that are assigned to layers already."""
     _check_model(model)
-    decision = decide(model, chosen, only, skip, strict, example, decline)
-    return Session(model, chosen, decision, optimizer, strict, torch.initial_seed() if seed is None else seed)
+    decision = decide(model, assignment, only, skip, strict, example, decline)
+    seed = torch.initial_seed() if seed is None else seed
+    return Session(model, assignment.methods, decision, optimizer, strict, seed)
+
+
+def resume(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    methods: Given | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    strict: bool = True,
+) -> "Session":
+    """Attach to a fresh `model` what `Session.save` wrote, and go on where it was written.
+
+    Load the model's own state after this call, which brings back parameters that a method has added, and make the
+    optimizer after it.
+
+    Args:
+        model: built as the one that was saved, and plain.
+        path: the file.
+        methods: as for `attach`, for methods that are not registered under their names; None takes the saved ones, on
+            the layers that they were on.
+        optimizer: as for `attach`.
+        strict: as for `attach`.
+
+    Raises:
+        StateError: the file cannot be read, or is of another model, or names a method that is not installed.
+    """
+    layers, state = saving.read(path, known=methods is None)
+    assignment = exactly(layers) if methods is None else assign(methods)
+    names = {name or ROOT for name, _ in model.named_modules()}
+    if absent := sorted(layers.keys() - names):
+        raise StateError(
+            f"{os.fspath(path)} is of another model: this one has no layer {', '.join(map(repr, absent[:5]))}. Build "
+            "the model as it was when the session was saved."
+        )
+    session = attached(model, assignment, None, None, optimizer, strict, None, None, decline=False)
+    try:
+        session.load_state_dict(state)
+    except StateError:
+        session.detach()
+        raise
+    return session
+
+
+def session_of(model: nn.Module) -> "Session":
+    """The session of an attached model, or of one that contains it: wrapped, compiled, or as a part.
+
+    Raises:
+        AttachError: nothing in `model` is attached, or several sessions are.
+    """
+    found: list[Session] = []
+    for module in model.modules():
+        owner = module._retrograde.owner if isinstance(module, AttachedLayer) else None  # pyright: ignore[reportPrivateUsage]
+        if isinstance(owner, Session) and owner not in found:
+            found.append(owner)
+    if len(found) != 1:
+        what = f"{len(found)} sessions are attached to parts of it" if found else "nothing in it is attached"
+        raise AttachError(
+            f"session_of: the {type(model).__name__} has no one session: {what}. Pass the module that was attached."
+        )
+    return found[0]
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A plain copy of an attached model that computes the same function: `Session.fold` of its session."""
+    return session_of(model).fold()
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: `Session.detach` of the model's session."""
+    return session_of(model).detach()
 
 
 @dataclass(frozen=True)
@@ -151,7 +243,7 @@ class Session:
         self._window: dict[str, Counters] = {}
         for place in decision.layers:
             names = place.kind.names(place.site.layer)
-            self._programs[place.name] = LayerProgram(place.name, ordered(place.rules), seed, names)
+            self._programs[place.name] = LayerProgram(place.name, place.rules, seed, names)
         # Nothing is changed before every program could be made: an error leaves the model as it was.
         for place in decision.layers:
             swap_in(place.site.layer, place.kind, self._programs[place.name])
@@ -161,12 +253,22 @@ class Session:
         swap_in_blocks(list(self._blocks.values()))
         pairs = [(self._layers[name], program) for name, program in self._programs.items()]
         self._conductors = self._make_conductors(decision)
+        self._schedules: dict[tuple[str, str], Callable[[int], Any]] = {}
         blocks = Blocks(model, list(self._blocks.values())) if self._blocks else None
-        self._clock = Clock(pairs, tuple(self._conductors.values()), optimizer, strict, blocks)
+        after = weakref.WeakMethod(self._follow_schedules)
+        conductors = *self._conductors.values(), _Schedules(after)
+        self._clock = Clock(pairs, conductors, optimizer, strict, blocks)
         for program in self._programs.values():
-            program.clock = self._clock
+            program.owner = self
+        self._acting = {place.name: tuple(place.methods.values()) for place in decision.layers}
         self._attached = True
         self._pauses = 0
+
+    def __repr__(self) -> str:
+        methods = ", ".join(map(str, self.methods))
+        layers = f"{len(self._programs)} of {len(self._plan.rows)} layers"
+        end = f"step {self.step}" if self._attached else "detached"
+        return f"Session({type(self.model).__name__}: {methods}; {layers}; {end})"
 
     def _make_conductors(self, decision: Decision) -> dict[str, Conductor]:
         found: dict[str, Conductor] = {}
@@ -278,26 +380,90 @@ class Session:
         for block in self._blocks.values():
             block.active = not paused
 
-    def report(self, *, val: float) -> None:
+    def validated(self, score: float) -> None:
         """Tell the methods a validation score, higher is better; those with phases act on it.
 
         Args:
-            val: the score; kept, and the best one appears in `summary`.
+            score: kept, and the best one appears in `summary`.
 
         Raises:
-            OptionError: `val` is not a finite number.
+            OptionError: `score` is not a finite number.
         """
         try:
-            score = float(val)
+            value = float(score)
         except (TypeError, ValueError):
-            score = math.nan
-        if not math.isfinite(score):
+            value = math.nan
+        if not math.isfinite(value):
             raise OptionError(
-                f"report: val={val!r} is not a finite number. Report a score where higher is better."
+                f"validated: {score!r} is not a finite number. Give a score where higher is better."
             )
-        self._scores.append((self.step, score))
+        self._scores.append((self.step, value))
         for conductor in self._conductors.values():
-            conductor.validated(score)
+            conductor.validated(value)
+
+    def report(self, *, val: float) -> None:
+        """The earlier name of `validated`."""
+        self.validated(val)
+
+    def set(self, method: str | None = None, /, **options: Any) -> None:
+        """Change options of an attached method while it trains.
+
+        Args:
+            method: its name; None where one method alone is attached.
+            options: new values; a function is called with the number of steps so far, now and after each step, and
+                returns the value. Functions are no part of the session's state: set them again after resuming.
+
+        Raises:
+            OptionError: the method is not attached, or refuses the value; or its layers have learnt with the option, so
+                that it cannot change (`Method.adjustable` lists those that can).
+
+        Example:
+            >>> session.set("dither", scale=lambda step: 1.0 if step < 1000 else 4.0)
+        """
+        names = sorted({each.name for each in self.methods})
+        name = names[0] if method is None and len(names) == 1 else method
+        if name not in names:
+            raise OptionError(
+                f"set: method {method!r} is not attached, of which there are {', '.join(names)}."
+            )
+        can = {option for each in self.methods if each.name == name for option in each.adjustable}
+        fixed = sorted(options.keys() - can)
+        if fixed:
+            raise OptionError(
+                f"set: {name} cannot change {', '.join(fixed)} in training. It can change "
+                f"{', '.join(sorted(can)) or 'nothing'}; for another setting detach, and attach again."
+            )
+        now = {option: value(self.step) if callable(value) else value for option, value in options.items()}
+        self._adjust(name, now)
+        for option, value in options.items():
+            self._schedules.pop((name, option), None)
+            if callable(value):
+                self._schedules[name, option] = value
+
+    def _adjust(self, name: str, options: dict[str, Any]) -> None:
+        def changed(method: Method) -> Method:
+            return dataclasses.replace(cast(Any, method), **options) if method.name == name else method
+
+        acting = {layer: tuple(map(changed, methods)) for layer, methods in self._acting.items()}
+        distinct: list[Method] = []
+        for method in map(changed, self.methods):
+            distinct += [] if method in distinct else [method]
+        self.methods, self._acting = tuple(distinct), acting
+        for layer, program in self._programs.items():
+            for method in acting[layer]:
+                if method.name == name:
+                    program.rule_of(name).adjust(method)
+                    if program.block is not None:
+                        program.block.rule.adjust(method)
+
+    def _follow_schedules(self) -> None:
+        found: dict[str, dict[str, Any]] = {}
+        for (name, option), value in self._schedules.items():
+            found.setdefault(name, {})[option] = value(self.step)
+        for name, options in found.items():
+            known = [method for method in self.methods if method.name == name]
+            if any(getattr(method, option) != value for method in known for option, value in options.items()):
+                self._adjust(name, options)
 
     def detach(self) -> nn.Module:
         """Undo `attach`: every layer is of its own class again. Returns the model.
@@ -311,7 +477,7 @@ class Session:
         swap_out(self._layers)
         self._clock.stop()
         for program in self._programs.values():
-            program.clock = None
+            program.owner = None
         self._attached = False
         return self.model
 
@@ -336,6 +502,16 @@ class Session:
         return copied
 
     # State.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the methods with their settings, the layers they act on, and `state_dict`: what `resume` takes.
+
+        The model's and the optimizer's state are saved as ever. The file is replaced as a whole.
+
+        Raises:
+            OSError: it cannot be written; an earlier one stays.
+        """
+        saving.write(path, self._acting, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's state: plain values and tensors."""
@@ -393,6 +569,18 @@ class Session:
             importlib.import_module(_CHOOSE).load_state_dict(state["calibration"])
 
 
+class _Schedules(Conductor):
+    """Options that follow a function of the step: read after each."""
+
+    def __init__(self, follow: "weakref.WeakMethod[Callable[[], None]]") -> None:
+        self._follow = follow
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        follow = self._follow()
+        if follow is not None:
+            follow()
+
+
 def _make_blocks(
     places: Sequence[BlockPlacement], layers: dict[str, LayerProgram], seed: int
 ) -> dict[str, BlockProgram]:
@@ -421,29 +609,6 @@ def _shares(counts: Counters) -> dict[str, float | None]:
     if not counts.entries:
         return {"zeros": None, "own_zeros": None}
     return {"zeros": counts.zeros / counts.entries, "own_zeros": counts.own_zeros / counts.entries}
-
-
-def _check_methods(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
-    if isinstance(methods, Method):
-        chosen: tuple[Method, ...] = (methods,)
-    elif isinstance(methods, Sequence) and not isinstance(methods, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        chosen = tuple(methods)
-    else:
-        hint = " Call it: the class alone is no method." if callable(methods) else ""
-        raise OptionError(
-            f"attach was given {methods!r} for its methods.{hint} Pass a method, or a list of them."
-        )
-    if not chosen:
-        raise OptionError("attach was given no method. Pass at least one, for example retrograde.Dither().")
-    for method in chosen:
-        if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
-            hint = " Call it: the class alone is no method." if callable(method) else ""
-            raise OptionError(f"attach was given {method!r}, which is no retrograde.Method.{hint}")
-    names = [method.name for method in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise OptionError(f"attach was given {name!r} {names.count(name)} times. Give each method once.")
-    return chosen
 
 
 def _check_model(model: nn.Module) -> None:

@@ -78,7 +78,7 @@ KINDS = {
 def called(delta: Tensor, x: Tensor, weight: Tensor, map: Map) -> Call:
     """A call of a layer without rules."""
     flops = map.flops(x.shape, weight.shape, delta.shape)
-    return Call(delta, (x,), weight, x.shape, map, ALL, flops, True, LayerProgram("layer", (), 0), 0)
+    return Call(delta, (x,), weight, x.shape, map, ALL, flops, True, LayerProgram("layer", {}, 0), 0)
 
 
 def correlation(a: Tensor, delta: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ class Clock:
     def _owned(self, optimizer: torch.optim.Optimizer) -> Attached:
         """The layers whose first trainable parameter (the weight, if it trains) is this optimizer's."""
         theirs = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        mine = [id(_first_trainable(layer, program.names[0])) for layer, program in self._attached]
+        mine = [id(_weight(layer, program)) for layer, program in self._attached]
         known = self._known.get(optimizer)
         if known is not None and known[0] == theirs and known[1] == mine:
             return known[2]
@@ -124,7 +124,10 @@ class Clock:
         # Blocks first: what they take away, no rule should see.
         if self._blocks is not None:
             self._blocks.before_step(optimizer)
-        for layer, program in self._owned(optimizer):
+        owned = self._owned(optimizer)
+        if any(program.loaded and not program.step for _, program in owned):
+            self._look_for_a_resumed_run(optimizer, owned)
+        for layer, program in owned:
             program.before_step(layer, optimizer)
         for conductor in self._conductors:
             conductor.before_step(optimizer)
@@ -144,6 +147,25 @@ class Clock:
         if owned:
             for conductor in self._conductors:
                 conductor.after_step(optimizer)
+
+    def _look_for_a_resumed_run(self, optimizer: torch.optim.Optimizer, owned: Attached) -> None:
+        """The first step after the model's state was loaded: an optimizer with a past is one that was loaded too."""
+        for _, program in owned:
+            program.loaded = False
+        past = [
+            (layer, program)
+            for layer, program in owned
+            if optimizer.state.get(cast(Any, _weight(layer, program)))
+        ]
+        if past:
+            warnings.warn(
+                f"the model's and the optimizer's state were loaded, and the session's was not: at {len(past)} layers "
+                "its methods (scales, bases, thresholds, random numbers) begin anew, and the run is another one than "
+                "without the stop. Save session.save(path) beside the others, and resume by rg.resume(model, path) "
+                "before they are loaded.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
 
     def _look_for_strays(self, owned: Attached) -> None:
         """Warn once of layers that no optimizer has stepped for long: frozen, or replaced, since they were attached."""
@@ -199,6 +221,10 @@ class Clock:
             warnings.warn(what, RetrogradeWarning, stacklevel=2)
         elif idle >= _IDLE_STEPS and self._strict:
             raise NoEffectError(what + " (strict=False turns this error into the warning alone.)")
+
+
+def _weight(layer: nn.Module, program: LayerProgram) -> nn.Parameter | None:
+    return _first_trainable(layer, program.names[0])
 
 
 def _first_trainable(layer: nn.Module, weight: str) -> nn.Parameter | None:

@@ -56,6 +56,10 @@ class AttachedLayer(nn.Module):
             return self._retrograde_kind.forward(self, program.product, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._retrograde.loaded = True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copied(self, _swapped_from(self, self._retrograde.name), _plain_state(self), memo)
 

@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from retrograde.kernels.int8 import Quantised
 from retrograde.kernels.work import DISCOUNTS, DTYPE_DISCOUNTS, Work
 from retrograde.maths.philox import key_of, mix_key
 
-if TYPE_CHECKING:
-    from retrograde.engine.clock import Clock
-
 _PASSES_WITHOUT_STEP = 1000
 _ROUNDING_FLOPS = 6
 """For each entry of an operand that a forward pass in 8 bits rounds: largest magnitude, scaling and rounding, twice."""
@@ -36,9 +33,9 @@ _FULL = Grant(Tier.FULL)
 autocasting: Any = torch._C._is_any_autocast_enabled  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-def ordered(rules: Mapping[str, Rule]) -> tuple[Rule, ...]:
+def ordered(rules: Mapping[str, Rule]) -> dict[str, Rule]:
     """Rules by method name, as slots run them."""
-    return tuple(rules[name] for name in sorted(rules, key=lambda name: (rules[name].precedence, name)))
+    return {name: rules[name] for name in sorted(rules, key=lambda name: (rules[name].precedence, name))}
 
 
 class LayerProgram:
@@ -46,17 +43,18 @@ class LayerProgram:
 
     Args:
         name: full name of the layer in the model.
-        rules: the methods' rules for this layer, as `ordered` returns them.
+        rules: the methods' rules for this layer by method name.
         seed: the session's seed.
         names: of the layer's weight and bias.
     """
 
     def __init__(
-        self, name: str, rules: Sequence[Rule], seed: int, names: tuple[str, str] = ("weight", "bias")
+        self, name: str, rules: Mapping[str, Rule], seed: int, names: tuple[str, str] = ("weight", "bias")
     ) -> None:
         self.name = name
         self.names = names
-        self.rules = tuple(rules)
+        self._by_method = ordered(rules)
+        self.rules = tuple(self._by_method.values())
         self.seed = seed
         for rule in self.rules:
             rule.seed = seed
@@ -65,12 +63,14 @@ class LayerProgram:
         """The innermost block around the layer, or its own when it is a chain; its grant is the tier to begin with."""
         self.exit: BlockProgram | None = None
         """The block that ends at this layer's output."""
-        self.clock: Clock | None = None
-        """Kept by the layers, so that a model trains on when nothing keeps the session."""
+        self.owner: object = None
+        """The session, kept by its layers, so that a model trains on when nothing else keeps it."""
         self.map: Map | None = None
         """How the layer multiplied in its last backward call."""
         self.may_idle = False
         """Whether a step without a backward pass is as the user wants it: the session was paused."""
+        self.loaded = False
+        """Whether the layer's state was loaded, and none of this program's since."""
         self.step = 0
         self.calls = 0
         self.idle_steps = 0
@@ -362,6 +362,10 @@ class LayerProgram:
         for rule in self._grad:
             rule.remember(Step(layer, self.step, optimizer, self))
 
+    def rule_of(self, method: str) -> Rule:
+        """The rule of a method by its name."""
+        return self._by_method[method]
+
     def pause(self, paused: bool) -> None:
         """Let the plain layer run (True), or the program again (False)."""
         self.active = not paused
@@ -413,6 +417,7 @@ class LayerProgram:
                 f"the state of layer {self.name!r} is of {len(state['rules'])} methods, but {len(self.rules)} are "
                 "attached. Attach the methods that the state was saved with."
             )
+        self.loaded = False
         self.step, self.calls = int(state["step"]), int(state["calls"])
         self.tally.load_state_dict(state)
         if self.statistics is not None:

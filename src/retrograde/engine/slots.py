@@ -3,10 +3,11 @@
 A slot is a method of `Rule`. `docs/design.md` shows where each sits in the layer's program and who fills it.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -274,6 +275,10 @@ class Rule:
     def release(self, layer: nn.Module) -> None:
         """Once, when detaching: undo `prepare`."""
 
+    def adjust(self, method: "Method") -> None:
+        """Take another setting of the method, which differs in options that are `Method.adjustable`."""
+        raise NotImplementedError
+
     def output(self, x: Tensor, z: Tensor, map: Map) -> Tensor:
         """Forward, under autograd: ``(x, z) → z'``."""
         raise NotImplementedError
@@ -346,6 +351,9 @@ class BlockRule:
     def local(self) -> None:
         """After the optimizer's step."""
 
+    def adjust(self, method: "Method") -> None:
+        """As of `Rule`; a method's layers share their blocks' rules, which may be told several times."""
+
     def metrics(self) -> dict[str, float]:
         """The rule's figures, for logs and reports."""
         return {}
@@ -368,7 +376,7 @@ class Conductor:
         """An optimizer that owns attached parameters made a step; the rules' `local` has run."""
 
     def validated(self, score: float) -> None:
-        """The user reported a validation score, higher is better (`Session.report`)."""
+        """The user reported a validation score, higher is better (`Session.validated`)."""
 
     def fold(self, model: nn.Module) -> None:
         """On a folded copy of the model: undo what concerned more than single layers."""
@@ -400,6 +408,9 @@ class Method:
     """Whether a faster step is what the method is for, and its work in every call is the same: what it saves can then
     be forecast, and a layer where it would lose may be declined."""
 
+    adjustable: ClassVar[Collection[str]] = ()
+    """Options that may change in training (`Session.set`); the method's rules then have an `Rule.adjust`."""
+
     adds_parameters: ClassVar[bool] = False
     """Whether the model that is trained may have more parameters than the plain one: tables then show their number."""
 
@@ -414,6 +425,12 @@ class Method:
     benchmarks: ClassVar[Mapping[str, Sequence[Mapping[str, Any]]]] = {}
     """Options with which ``retrograde bench steps`` times the method beside its defaults, by the precision that the
     model runs in: ``"float32"``, or ``"bfloat16"`` for autocast."""
+
+    def __str__(self) -> str:
+        """The method with the options that are not at their defaults."""
+        fields = dataclasses.fields(cast(Any, self))
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> "Conductor | None":
         """What decides for the whole model, if the method needs that.

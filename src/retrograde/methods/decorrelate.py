@@ -52,6 +52,7 @@ Reference:
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -90,6 +91,7 @@ class Decorrelate(Method):
     """
 
     name: ClassVar[str] = "decorrelate"
+    adjustable: ClassVar[Collection[str]] = ("damping", "kappa", "lr", "power")
 
     mode: Literal["lowrank", "full", "precondition"] = "lowrank"
     rank: int = 32
@@ -152,9 +154,10 @@ class Decorrelate(Method):
         if not site.weight.requires_grad:
             return "weight frozen: nothing is learnt from its input"
         kinds = {"lowrank": LowRankRule, "full": FullRule, "precondition": PreconditionRule}
-        return kinds[self.mode](site.name, self._settings())
+        return kinds[self.mode](site.name, self.settings())
 
-    def _settings(self) -> Settings:
+    def settings(self) -> Settings:
+        """The options with their defaults filled in."""
         until = None if self.total_steps is None else math.ceil(self.until * self.total_steps)
         lr = _LR if self.lr is None else self.lr
         power = _POWER if self.power is None else self.power

@@ -5,17 +5,20 @@ changes gradients alone.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
-from retrograde.engine.slots import Rule, Step
+from retrograde.engine.slots import Method, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
 from retrograde.errors import OptionError
 from retrograde.maths import decorrelate
+
+if TYPE_CHECKING:
+    from retrograde.methods.decorrelate import Decorrelate
 
 _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
@@ -45,6 +48,10 @@ class DecorrelateRule(Rule):
         self._next = 0
         self._overhead = 0.0
         self.needs_statistics = StatisticsSpec(settings.rows, settings.every, rank, settings.until)
+
+    def adjust(self, method: Method) -> None:
+        """From the next R on."""
+        self._settings = cast("Decorrelate", method).settings()
 
     def _spend(self, step: Step, flops: float) -> None:
         self._overhead += flops

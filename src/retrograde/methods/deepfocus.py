@@ -42,7 +42,7 @@ depth*, ECCV 2016.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -95,6 +95,7 @@ class DeepFocus(Method):
     """
 
     name: ClassVar[str] = "deepfocus"
+    adjustable: ClassVar[Collection[str]] = ("q_skip", "q_full", "p_min", "p_max", "h", "low", "unbiased")
     short_run: ClassVar[Mapping[str, Any]] = {"warmup": 40}
 
     q_skip: float = 0.5
@@ -162,6 +163,12 @@ class _Router(BlockRule):
         self._probes = 0
         # Of this step: calls, sum of e, calls with r < α, calls with r < β.
         self._calls, self._errors, self._below_alpha, self._below_beta = 0, 0.0, 0, 0
+
+    def adjust(self, method: Method) -> None:
+        assert isinstance(method, DeepFocus)
+        if method.controller == "random":
+            self._alpha, self._beta = method.q_skip, 1 - method.q_full
+        self._method = method
 
     def gate(self, call: BlockCall) -> Grant:
         method = self._method
@@ -255,6 +262,10 @@ class _LowPrecision(Rule):
 
     def __init__(self, name: str, method: DeepFocus) -> None:
         super().__init__(name)
+        self._low = method.low
+
+    def adjust(self, method: Method) -> None:
+        assert isinstance(method, DeepFocus)
         self._low = method.low
 
     def delta(self, call: Call, delta: Delta) -> Delta:

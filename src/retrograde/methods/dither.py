@@ -28,7 +28,7 @@ Reference:
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -73,6 +73,7 @@ class Dither(Method):
 
     name: ClassVar[str] = "dither"
     saves_time: ClassVar[bool] = True
+    adjustable: ClassVar[Collection[str]] = ("scale", "target_sparsity", "products")
     short_run: ClassVar[Mapping[str, Any]] = {"scale": 1.0}
     benchmarks: ClassVar[Mapping[str, Sequence[Mapping[str, Any]]]] = {
         "float32": ({"scale": 2.0}, {"scale": 4.0}, {"scale": 2.0, "forward": "int8"}),
@@ -125,6 +126,13 @@ class _DitherRule(Rule):
         self._warned = False
         self._unread: list[tuple[Counters, tuple[float | Tensor, ...]]] = []
         """Of calls on a GPU: where their fallbacks count, and step, largest level, and whether δ is finite."""
+
+    def adjust(self, method: Method) -> None:
+        """Another scale, target or precision."""
+        assert isinstance(method, Dither)
+        if method.scale != self._method.scale:
+            self._scale = method.scale
+        self._method = method
 
     def delta(self, call: Call, delta: Delta) -> Delta:
         """Equations (1) and (2)."""

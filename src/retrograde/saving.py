@@ -1,0 +1,110 @@
+"""The file of a session: methods, the layers that they act on, and state; plain values and tensors alone."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from retrograde.engine.slots import Method
+from retrograde.errors import OptionError, StateError
+from retrograde.methods import registry
+
+_FORMAT = 1
+
+
+def write(
+    path: str | os.PathLike[str], layers: Mapping[str, Sequence[Method]], state: Mapping[str, Any]
+) -> None:
+    """Replace the file at `path` as a whole, or leave it as it was.
+
+    Args:
+        path: in a folder that exists.
+        layers: the methods of each attached layer by its full name.
+        state: of the session.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    methods: list[Method] = []
+    for acting in layers.values():
+        methods += [method for method in acting if method not in methods]
+    whole = {
+        "retrograde_session": _FORMAT,
+        "methods": [{"name": method.name, "options": _options(method)} for method in methods],
+        "layers": {name: [methods.index(method) for method in acting] for name, acting in layers.items()},
+        "state": dict(state),
+    }
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(whole, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read(path: str | os.PathLike[str], *, known: bool) -> tuple[dict[str, list[Method]], dict[str, Any]]:
+    """The methods of each layer, and the session's state.
+
+    Args:
+        path: what `write` wrote.
+        known: whether the methods are made; else each layer has none.
+
+    Raises:
+        StateError: the file cannot be read, is damaged or something else, or names an unknown method.
+    """
+    where = os.fspath(path)
+    try:
+        whole: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what damaged bytes raise is anyone's guess
+        raise StateError(
+            f"{where} cannot be read ({type(error).__name__}: {error}): it is missing, damaged, or no session that "
+            "session.save(path) wrote. Give a whole one."
+        ) from error
+    if not isinstance(whole, dict) or cast(Any, whole).get("retrograde_session") != _FORMAT:
+        raise StateError(
+            f"{where} is no session of this version of retrograde. Give what session.save(path) wrote."
+        )
+    try:
+        methods = [_method(entry, where) for entry in whole["methods"]] if known else []
+        layers = {
+            str(name): [methods[i] for i in acting if known] for name, acting in whole["layers"].items()
+        }
+        return layers, whole["state"]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise StateError(
+            f"{where} is damaged: {type(error).__name__}: {error}. Give one that is whole."
+        ) from error
+
+
+def _options(method: Method) -> dict[str, Any]:
+    return {
+        field.name: getattr(method, field.name)
+        for field in dataclasses.fields(cast(Any, method))
+        if field.init
+    }
+
+
+def _method(entry: Mapping[str, Any], where: str) -> Method:
+    name, options = entry["name"], entry["options"]
+    cls = registry.available().get(name)
+    if cls is None:
+        raise StateError(
+            f"{where} names the method {name!r}, which is not installed. Install what brings it, or give "
+            "`methods` to resume."
+        )
+    try:
+        return cast(Any, cls)(**options)
+    except (OptionError, TypeError) as error:
+        raise StateError(
+            f"{where} names {name!r} with options that it refuses ({error}): they are of another version. Give "
+            "`methods` to resume."
+        ) from error
