@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ def _decide(
 ) -> Decision:
     methods = assignment.methods
     layers = _layers(model)
-    fused, aliases, sharers = _fused(model), _aliases(model), _sharers(layers)
+    fused, aliases, sharers, adapters = _fused(model), _aliases(model), _sharers(layers), _adapters(model)
     candidates = {
         name: [name, *aliases.get(name, [])] for name, layer in layers if find_kind(layer) is not None
     }
@@ -158,6 +159,7 @@ def _decide(
                 name in sharers,
                 name == last,
                 tuple(fused.get(id(layer), ())),
+                adapters.get(id(layer)),
             )
             reasons: list[str] = []
             around = {id(place.site.layer) for place in placements}
@@ -330,6 +332,30 @@ def _fused(model: nn.Module) -> dict[int, list[nn.Module]]:
             inside = [linear for layer in layers for linear in (layer.linear1, layer.linear2)]
         for layer in inside:
             found.setdefault(id(layer), []).append(module)
+    return found
+
+
+def _adapters(model: nn.Module) -> dict[int, Literal["factor", "peft"]]:
+    """By layer: its part in an adapter. LoRA is known by its shape: (r, i) and (o, r) beside a frozen (o, i)."""
+    found: dict[int, Literal["factor", "peft"]] = {}
+    for module in model.modules():
+        if hasattr(module, "peft_config"):
+            return {id(layer): "peft" for layer in module.modules()}
+        inside = [
+            child
+            for part in module.children()
+            for child in (part.children() if isinstance(part, nn.ModuleDict) else (part,))
+            if isinstance(child, nn.Linear) and isinstance(child._parameters.get("weight"), Tensor)  # pyright: ignore[reportPrivateUsage]
+        ]
+        frozen = [layer for layer in inside if not layer.weight.requires_grad]
+        factors = [layer for layer in inside if layer.weight.requires_grad and layer.bias is None]  # pyright: ignore[reportUnnecessaryComparison]
+        for base in frozen:
+            for a in factors:
+                for b in factors:
+                    rank = a.out_features
+                    fits = a.in_features == base.in_features and b.out_features == base.out_features
+                    if fits and rank == b.in_features and rank < min(base.weight.shape):
+                        found |= {id(a): "factor", id(b): "factor"}
     return found
 
 

@@ -1210,3 +1210,55 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool(one["used"].any())
     # Neither decay nor momentum moves what has no gradient.
     assert all(one["idle"])
+
+
+# Layers whose dendrites others would lose.
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter beside a frozen layer, as they are written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 8).requires_grad_(False)
+        self.a, self.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_factors_and_frozen_layers_are_left() -> None:
+    """A merge multiplies factors by their weights; what is frozen shall not train by a detour."""
+    model = nn.Sequential(Adapted(), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 2))
+    rows = {row.name: row for row in rg.make_plan(model, [Perforate()]).rows}
+    for name, why in {
+        "0.base": "frozen",
+        "0.a": "low-rank adapter",
+        "0.b": "low-rank adapter",
+        "1": "frozen",
+    }.items():
+        assert rows[name].status == "left"
+        assert why in rows[name].why
+    assert rows["2"].status == "attached"
+    with pytest.raises(NoEffectError, match="a merge multiplies its weight"):
+        rg.attach(Adapted(), Perforate())
+    model[0].peft_config = {}
+    assert "peft" in {row.name: row for row in rg.make_plan(model, [Perforate()]).rows}["0.a"].why
+
+
+def test_dendrites_on_a_frozen_layer_that_is_named() -> None:
+    """They train, and before they are in use the layer may go without a backward pass."""
+    model = nn.Sequential(
+        nn.Linear(8, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 2).requires_grad_(False)
+    )
+    session = rg.attach(model, Perforate(where="*", period=6, max_dendrites=1))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetrogradeWarning)
+        for step in range(20):
+            loss = model(batch((4, 8), step)).square().mean()
+            if loss.requires_grad:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert session.metrics()["perforate"]["dendrites"] > 0

@@ -139,7 +139,8 @@ class Clock:
             self._look_for_strays(owned)
         idle = not any(program.calls for _, program in owned)
         if idle:
-            self._refuse_idleness([program for _, program in owned])
+            # What was added to a frozen layer has no backward pass before it is in use.
+            self._refuse_idleness([program for layer, program in owned if _learns(layer, program)])
         for layer, program in owned:
             program.after_step(layer, optimizer, idle=idle)
         if self._blocks is not None:
@@ -221,6 +222,11 @@ class Clock:
             warnings.warn(what, RetrogradeWarning, stacklevel=2)
         elif idle >= _IDLE_STEPS and self._strict:
             raise NoEffectError(what + " (strict=False turns this error into the warning alone.)")
+
+
+def _learns(layer: nn.Module, program: LayerProgram) -> bool:
+    own = layer._parameters.get(program.names[0])  # pyright: ignore[reportPrivateUsage]
+    return own is None or own.requires_grad
 
 
 def _weight(layer: nn.Module, program: LayerProgram) -> nn.Parameter | None:

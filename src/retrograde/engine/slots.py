@@ -219,6 +219,8 @@ class Site:
         tied: whether another layer shares a parameter of this one.
         last: whether it is the last of several layers that were chosen: the head, as a rule.
         fused_by: modules around it that multiply by its weight themselves in evaluation, without calling it.
+        adapter: its part in low-rank adapters (LoRA): ``"factor"``, whose weight is merged into another layer's;
+            ``"peft"``, any layer of a model whose adapters the package peft saves and merges.
     """
 
     name: str
@@ -230,6 +232,7 @@ class Site:
     tied: bool = False
     last: bool = False
     fused_by: tuple[nn.Module, ...] = ()
+    adapter: Literal["factor", "peft"] | None = None
 
 
 class Rule:

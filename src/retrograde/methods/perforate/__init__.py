@@ -161,8 +161,19 @@ class Perforate(Method):
             return "nn.MultiheadAttention multiplies by this weight itself in evaluation, past any dendrite"
         if site.weight is None:
             return "dendrites would be copies of a weight that is computed"
-        if not site.weight.requires_grad and self.rule == "perforated":
-            return "weight frozen: its input, which candidate dendrites read, is not kept"
+        if site.adapter == "peft":
+            return "in a peft model, which saves and merges its own adapters alone, and would leave dendrites out"
+        if site.adapter == "factor":
+            return (
+                "factor of a low-rank adapter: a merge multiplies its weight, and would leave dendrites out"
+            )
+        if not site.weight.requires_grad:
+            if self.rule == "perforated":
+                return "weight frozen: its input, which candidate dendrites read, is not kept"
+            if self.where is None:
+                return (
+                    "weight frozen, and dendrites would train: name it in Perforate(where=…) if that is meant"
+                )
         rule = (PerforatedRule if self.rule == "perforated" else DendriteRule)(site, site.kind, self)
         names = ", ".join(f"dendrite_{part}_*" for part in dendrites.NAMES)
         grows = "each session.report(val=…) decides" if self.period is None else f"every {self.period} steps"
