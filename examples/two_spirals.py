@@ -43,7 +43,7 @@ def train(model: nn.Module, reports: int, session: rg.Session | None) -> int:
         with torch.no_grad():
             loss = float(F.binary_cross_entropy_with_logits(model(x)[:, 0], y))
         if session is not None:
-            session.report(val=-loss)
+            session.validated(-loss)
         if loss < 0.005 or (session is not None and session.metrics()["perforate"]["phase"] == "finished"):
             return report * STEPS_PER_REPORT
     return reports * STEPS_PER_REPORT

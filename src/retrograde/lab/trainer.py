@@ -386,7 +386,7 @@ class Trainer:
             "layers": {},
         }
         if self.session:
-            self.session.report(val=self._validation["accuracy"])
+            self.session.validated(self._validation["accuracy"])
             figures = self.session.metrics(reset=True)
             line |= figures
             line["flops"] = self.session.flops().to_dict()

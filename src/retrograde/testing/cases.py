@@ -197,7 +197,7 @@ def train(
         optimizer.step()
         score = -float(loss.detach())
         if session is not None and math.isfinite(score):
-            session.report(val=score)
+            session.validated(score)
 
 
 def loss_of(z: Tensor) -> Tensor:

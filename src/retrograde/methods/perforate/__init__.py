@@ -22,7 +22,7 @@ their neuron:
 Means and signs are running averages (weight 0.01; the first hundred batches prime them). Candidates climb by
 Adam.
 
-Phases, driven by ``session.report(val=…)``: train until no new best score came for `patience` reports;
+Phases, driven by ``session.validated(…)``: train until no new best score came for `patience` reports;
 restore the best state; grow one set at every layer at once (perforated: after a dendrite phase); train on. A
 set that brought no new best is undone and tried again, `tries` times in all; then the best state stays.
 `bound` says how many reports that can take.
@@ -105,7 +105,7 @@ class Perforate(Method):
 
     Example:
         >>> session = rg.attach(model, rg.Perforate(where="features.*"))
-        >>> session.report(val=accuracy)  # after each validation
+        >>> session.validated(accuracy)  # after each validation
     """
 
     name: ClassVar[str] = "perforate"
@@ -176,7 +176,7 @@ class Perforate(Method):
                 )
         rule = (PerforatedRule if self.rule == "perforated" else DendriteRule)(site, site.kind, self)
         names = ", ".join(f"dendrite_{part}_*" for part in dendrites.NAMES)
-        grows = "each session.report(val=…) decides" if self.period is None else f"every {self.period} steps"
+        grows = "each session.validated(…) decides" if self.period is None else f"every {self.period} steps"
         rule.remark = (
             f"parameters for {self.max_dendrites} dendrite sets from the start, and keys in state_dict: {names}; "
             f"when one grows: {grows}"
@@ -188,7 +188,7 @@ class Perforate(Method):
         return PerforateConductor(self, model, cast(Mapping[str, DendriteRule], rules))
 
     def bound(self) -> int:
-        """Most calls of ``session.report`` until the method has finished.
+        """Most calls of ``session.validated`` until the method has finished.
 
         One neuron phase, then for each try at each set a dendrite phase (perforated) and a neuron phase.
         """

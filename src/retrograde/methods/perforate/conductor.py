@@ -127,7 +127,7 @@ class PerforateConductor(Conductor):
             warnings.warn(
                 f"Perforate has seen {self._steps} steps and no validation score: no dendrite has grown. While no "
                 f"score comes, its phases last {_DEFAULT_PERIOD} steps each, nothing is judged, and no state is "
-                "restored. Call session.report(val=…) after each validation (higher is better), or set `period`.",
+                "restored. Call session.validated(…) after each validation (higher is better), or set `period`.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
