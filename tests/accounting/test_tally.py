@@ -45,6 +45,29 @@ def test_first_calls_of_first_steps_and_of_one_in_so_many() -> None:
     assert all(math.gcd(_EVERY, period) == 1 for period in (2, 3, 4, 5, 10, 16, 32, 100))
 
 
+def note(tally: Tally, dtype: torch.dtype = torch.float32, needs: tuple[bool, ...] = BOTH) -> None:
+    """A call whose zeros nobody counted, the short way."""
+    own = Delta(torch.ones(100))
+    assert tally.note(1000.0, own, own, dtype, needs)
+
+
+def test_noted_as_added() -> None:
+    """Counts of δ and of δ̃ enter by either way alike, and are gone by until the next ones."""
+    short, long = Tally(), Tally()
+    for own, zeros in ((20, 70), (30, 90)):
+        for tally in (short, long):
+            first, second = delta(own), delta(zeros)
+            tally.look(first, second, counting=True)
+            if tally is short:
+                assert tally.note(1000.0, first, second, torch.float32, BOTH)
+            else:
+                tally.add(1000.0, (1.0, 1.0), BOTH, True, first, second)
+    assert short.state_dict() == long.state_dict()
+    assert short.total.zeros == 160
+    assert not short.note(1000.0, on_a_device(30), on_a_device(50), torch.float32, BOTH)
+    assert not short.note(0.0, Delta(torch.ones(0)), Delta(torch.ones(0)), torch.float32, BOTH)
+
+
 @pytest.mark.parametrize("short", [False, True])
 def test_assumed_as_last_counted(short: bool) -> None:
     """Between counts a call has the share of the last one, by either way of adding it."""
@@ -53,7 +76,7 @@ def test_assumed_as_last_counted(short: bool) -> None:
         call(tally, delta(share), counting=True)
         for _ in range(3):
             if short:
-                tally.note(1000.0, torch.ones(100), torch.float32, BOTH)
+                note(tally)
             else:
                 call(tally, delta(0))
     total = tally.total
@@ -90,7 +113,7 @@ def test_products_that_nobody_asked_for(
 ) -> None:
     tally, factor = Tally(), 0.5 if dtype == torch.bfloat16 else 1.0
     if short:
-        tally.note(1000.0, torch.ones(100), dtype, needs)
+        note(tally, dtype, needs)
     else:
         own = delta(0)
         tally.add(1000.0, (factor, factor), needs, needs[1], own, own)
@@ -146,7 +169,7 @@ def test_zeros_of_a_step() -> None:
     tally.end_step()
     assert tally.zeros_of_step() is None
     for _ in range(2):
-        tally.note(1000.0, torch.ones(100), torch.float32, BOTH)
+        note(tally)
     assert tally.zeros_of_step() == pytest.approx(0.2)
     tally.end_step()
     assert tally.zeros_of_step() is None
@@ -157,7 +180,7 @@ def test_state() -> None:
     tally, again = Tally(), Tally()
     call(tally, delta(20), counting=True)
     tally.end_step()
-    tally.note(1000.0, torch.ones(100), torch.float32, BOTH)
+    note(tally)
     call(tally, on_a_device(30), on_a_device(50), counting=True)
     state = tally.state_dict()
     again.load_state_dict(json.loads(json.dumps(state)))

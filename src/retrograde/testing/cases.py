@@ -149,13 +149,18 @@ class Case:
         """The model, or one that is given, with those of the methods that act on it."""
         model = self.plain() if model is None else model
         methods = several(self.make if make is None else make)
-        plan = make_plan(model, [*methods, Bystander()], strict=False)
+        plan = make_plan(model, watched(methods), strict=False)
         acting = {name for row in plan.rows for name in row.methods}
         return model, attach(model, [method for method in methods if method.name in acting], seed=seed)
 
     def batch(self, seed: int = 1) -> Tensor:
         """Inputs that depend on `seed` alone."""
         return torch.randn(self.layer.input_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def watched(methods: list[Method]) -> list[Method]:
+    """With one that acts on every layer, so that a plan is made where the others act on none."""
+    return methods if Bystander() in methods else [*methods, Bystander()]
 
 
 def several(make: Make) -> list[Method]:

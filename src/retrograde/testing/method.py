@@ -32,6 +32,7 @@ from retrograde.testing.cases import (
     several,
     state_of,
     train,
+    watched,
 )
 
 STEPS = 4
@@ -103,7 +104,7 @@ def declined(make: Make, layer: Layer) -> str:
         AssertionError: a method leaves a layer out without a reason.
     """
     methods = several(make)
-    plan = make_plan(Case(make, layer).plain(), [*methods, Bystander()], strict=False)
+    plan = make_plan(Case(make, layer).plain(), watched(methods), strict=False)
     rows = [row for row in plan.rows if row.methods]
     for row in rows:
         for method in methods:
