@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -431,7 +431,7 @@ class Method:
 
     def __str__(self) -> str:
         """The method with the options that are not at their defaults."""
-        fields = dataclasses.fields(cast(Any, self))
+        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(given)})"
 

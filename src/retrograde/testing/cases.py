@@ -160,7 +160,8 @@ class Case:
 
 def watched(methods: list[Method]) -> list[Method]:
     """With one that acts on every layer, so that a plan is made where the others act on none."""
-    return methods if Bystander() in methods else [*methods, Bystander()]
+    known = any(isinstance(method, Bystander) for method in methods)
+    return methods if known else [*methods, Bystander()]
 
 
 def several(make: Make) -> list[Method]:
