@@ -1,0 +1,54 @@
+"""The scripts of ``repro/public_scripts.py`` with every method, a few steps each and all of its phases within them."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import retrograde as rg
+from retrograde.engine.slots import Method
+
+FILE = Path(__file__).parents[1] / "repro" / "public_scripts.py"
+STEPS = 16
+METHODS: dict[str, Method] = {
+    "dither": rg.Dither(),
+    "deepfocus": rg.DeepFocus(warmup=4),
+    "decorrelate": rg.Decorrelate(every=4),
+    "perforate": rg.Perforate(period=5, max_dendrites=2),
+    "spectral": rg.Spectral(warmup=4, every=4),
+}
+
+
+def _scripts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[FILE.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+scripts = _scripts()
+
+
+# The frameworks warn of their own choices; ours stay errors.
+@pytest.mark.filterwarnings("ignore", "error::retrograde.errors.RetrogradeWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("script", scripts.SCRIPTS)
+def test_trains_reloads_and_folds(script: str, method: str) -> None:
+    if package := scripts.missing(script):
+        pytest.skip(f"{package} is not installed")
+    run = scripts.train(script, METHODS[method], STEPS, seed=0)
+    assert len(run.losses) == scripts.EVALUATIONS
+    assert all(math.isfinite(loss) for loss in run.losses)
+    assert run.finite
+    assert run.checkpoint == 0
+    assert run.folded <= scripts.TOLERANCE
+
+
+def test_every_method_is_run() -> None:
+    assert set(scripts.METHODS) == set(METHODS)
