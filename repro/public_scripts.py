@@ -343,7 +343,7 @@ def dqn(run: Run, *, polyak: bool = False) -> None:
 
 
 class LSTM(nn.Module):
-    def __init__(self, letters: int, hidden: int = 64) -> None:
+    def __init__(self, letters: int, hidden: int = 32) -> None:
         super().__init__()
         self.encoder = nn.Embedding(letters, 32)
         self.x2h = nn.Linear(32, 4 * hidden)
@@ -367,7 +367,7 @@ class LSTM(nn.Module):
 
 def lstm(run: Run) -> None:
     text, letters = corpus()
-    batch, bptt = 16, 16
+    batch, bptt = 16, 8
     test_x, test_y = windows(text[-2000:], 32, 64)
     source = text[:-2002][: (len(text) - 2002) // batch * batch].view(batch, -1)
     model = LSTM(letters)
@@ -406,10 +406,10 @@ class DoubleConv(nn.Sequential):
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inc, self.down1, self.down2 = DoubleConv(1, 8), DoubleConv(8, 16), DoubleConv(16, 32)
-        self.up1, self.conv1 = nn.ConvTranspose2d(32, 16, 2, stride=2), DoubleConv(32, 16)
-        self.up2, self.conv2 = nn.ConvTranspose2d(16, 8, 2, stride=2), DoubleConv(16, 8)
-        self.outc = nn.Conv2d(8, 1, 1)
+        self.inc, self.down1, self.down2 = DoubleConv(1, 4), DoubleConv(4, 8), DoubleConv(8, 16)
+        self.up1, self.conv1 = nn.ConvTranspose2d(16, 8, 2, stride=2), DoubleConv(16, 8)
+        self.up2, self.conv2 = nn.ConvTranspose2d(8, 4, 2, stride=2), DoubleConv(8, 4)
+        self.outc = nn.Conv2d(4, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x1 = self.inc(x)
@@ -434,7 +434,7 @@ def unet(run: Run) -> None:
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, weight_decay=1e-8, momentum=0.9)
     criterion = nn.BCEWithLogitsLoss()
     for step in range(run.steps):
-        images, masks = discs(8)
+        images, masks = discs(4)
         loss = criterion(model(images), masks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -480,7 +480,7 @@ def vit(run: Run) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=run.steps)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    train = loader(images.train.inputs, images.train.targets, batch_size=16)
+    train = loader(images.train.inputs, images.train.targets, batch_size=8)
     for step, (x, y) in zip(range(run.steps), train, strict=False):
         loss = criterion(model(x + torch.randn_like(x)), y)
         optimizer.zero_grad()
@@ -522,7 +522,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, letters: int, block_size: int = 32, dim: int = 32) -> None:
+    def __init__(self, letters: int, block_size: int = 16, dim: int = 32) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(letters, dim), nn.Embedding(block_size, dim)
         self.h = nn.Sequential(Block(dim, 2), Block(dim, 2))
@@ -541,7 +541,7 @@ class GPT(nn.Module):
 
 def gpt(run: Run) -> None:
     text, letters = corpus()
-    test_x, test_y = windows(text[-2000:], 32, 64)
+    test_x, test_y = windows(text[-2000:], 16, 64)
     model = GPT(letters)
     session = run.attach(model)
     decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -560,7 +560,7 @@ def gpt(run: Run) -> None:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
     for step in range(run.steps):
-        loss_of(*windows(text[:-2000], 32, 8)).backward()
+        loss_of(*windows(text[:-2000], 16, 8)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
@@ -603,7 +603,7 @@ def siamese(run: Run) -> None:
 
     for step in range(run.steps):
         optimizer.zero_grad()
-        contrastive_loss(*pairs(images.train, 32)).backward()
+        contrastive_loss(*pairs(images.train, 16)).backward()
         optimizer.step()
         run.watch(step, model, lambda: contrastive_loss(*test))
     run.check(model, session, embedder(), lambda m: m(test[0]))
@@ -701,7 +701,7 @@ def trainer(run: Run) -> None:
             "save_steps": run.steps,
             "learning_rate": 1e-3,
         },
-        **{"per_device_train_batch_size": 16, "use_cpu": True, "disable_tqdm": True, "report_to": "none"},
+        **{"per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True, "report_to": "none"},
         **{"logging_strategy": "no", "dataloader_pin_memory": False, "seed": torch.initial_seed()},
     )
     train, rows = sentences(10_000), sentences(512)
