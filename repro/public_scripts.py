@@ -74,10 +74,9 @@ class Run:
 
     @torch.no_grad()
     def watch(self, step: int, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        """Evaluate, where `step` (from 0) is one of the ten."""
-        left = self.steps - 1 - step
-        every = max(1, self.steps // (20 * EVALUATIONS))
-        if left % every or left >= EVALUATIONS * every:
+        """Evaluate, where `step` (from 0) is one of the ten in the last twentieth; of a short run the last one."""
+        left, last = self.steps - 1 - step, max(1, self.steps // 20)
+        if left >= last or left % max(1, last // EVALUATIONS):
             return
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -201,7 +200,7 @@ def vae(run: Run) -> None:
     run.check(model, session, VAE(), lambda m: m(test)[0])
 
 
-# 2. Generative adversarial network: two networks, two optimizers, two sessions.
+# 2. Generative adversarial network: two networks and two optimizers, with two sessions or one.
 
 
 def generator() -> nn.Sequential:
@@ -218,11 +217,17 @@ def discriminator() -> nn.Sequential:
     )
 
 
-def gan(run: Run) -> None:
+def networks() -> nn.ModuleDict:
+    return nn.ModuleDict({"G": generator(), "D": discriminator()})
+
+
+def gan(run: Run, *, together: bool = False) -> None:
     images = digits(standardise=False)
     real_images, test = (2 * part.inputs.flatten(1) - 1 for part in (images.train, images.test))
-    netG, netD = generator(), discriminator()
-    sessionG, sessionD = run.attach(netG), run.attach(netD)
+    both = networks()
+    netG, netD = both["G"], both["D"]
+    attached = [both] if together else [netG, netD]
+    sessions = [run.attach(network) for network in attached]
     optimizerG = torch.optim.Adam(netG.parameters(), lr=5e-4, betas=(0.5, 0.999))
     optimizerD = torch.optim.Adam(netD.parameters(), lr=5e-4, betas=(0.5, 0.999))
     criterion = nn.BCEWithLogitsLoss()
@@ -247,8 +252,11 @@ def gan(run: Run) -> None:
         criterion(netD(fake), ones).backward()
         optimizerG.step()
         run.watch(step, netG, energy_distance)
-    run.check(netG, sessionG, generator(), lambda m: m(fixed_noise))
-    run.check(netD, sessionD, discriminator(), lambda m: m(test))
+    if together:
+        run.check(both, *sessions, networks(), lambda m: torch.cat([m["G"](fixed_noise), m["D"](test)], 1))
+    else:
+        run.check(netG, sessions[0], generator(), lambda m: m(fixed_noise))
+        run.check(netD, sessions[1], discriminator(), lambda m: m(test))
 
 
 # 3. Deep Q-learning with replay and a target network. The world is small enough for its true Q to be known.
@@ -729,6 +737,7 @@ def trainer(run: Run) -> None:
 SCRIPTS: dict[str, Callable[[Run], None]] = {
     "vae": vae,
     "gan": gan,
+    "gan-one-session": functools.partial(gan, together=True),
     "dqn": dqn,
     "dqn-polyak": functools.partial(dqn, polyak=True),
     "lstm": lstm,
