@@ -780,7 +780,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
-    for seed, script, name in itertools.product(given.seeds, given.scripts, given.methods):
+    methods = dict.fromkeys(["plain", *given.methods])
+    for seed, script, name in itertools.product(given.seeds, given.scripts, methods):
         key = {"script": script, "method": name, "seed": seed, "steps": given.steps}
         if package := missing(script):
             print(f"{script}: left out, {package} is not installed", flush=True)
@@ -823,24 +824,24 @@ def _row(key: dict[str, Any]) -> dict[str, Any]:
 def _summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each script and method.
 
-    `ratio`: to plain backpropagation from the same seed, mean over the seeds; None where a loss is not finite.
-    `chance`: the largest loss of plain backpropagation's seeds over the least.
+    `ratio`: of the loss to plain backpropagation's from the same seed, mean over the seeds; None where one is not
+    finite. `chance`: the largest loss of plain backpropagation over the least, of all its seeds.
     """
     losses = {(row["script"], row["method"], row["seed"]): row["loss"] for row in rows}
     found: list[dict[str, Any]] = []
     for script, name in dict.fromkeys((row["script"], row["method"]) for row in rows):
         runs = [row for row in rows if (row["script"], row["method"]) == (script, name)]
-        plain = [losses[script, "plain", row["seed"]] for row in runs]
+        pairs = [(row["loss"], losses[script, "plain", row["seed"]]) for row in runs]
         finite = all(row["finite"] for row in runs)
-        same = all(max(row["checkpoint"], row["fold"] or 0.0) <= TOLERANCE for row in runs)
-        ratios = [row["loss"] / base for row, base in zip(runs, plain, strict=True)] if finite else []
+        ratios = [loss / base for loss, base in pairs if base] if finite else []
         ratio = sum(ratios) / len(ratios) if ratios else None
+        plain = [loss for key, loss in losses.items() if key[:2] == (script, "plain") and loss]
+        same = all(max(row["checkpoint"], row["fold"] or 0.0) <= TOLERANCE for row in runs)
         found.append(
             {
-                **{"script": script, "method": name, "seeds": len(runs), "ratio": ratio, "ratios": ratios},
-                "chance": max(plain) / min(plain),
-                "finite": finite,
-                "checkpoint_and_fold": same,
+                **{"script": script, "method": name, "ratio": ratio, "ratios": ratios},
+                "chance": max(plain) / min(plain) if len(plain) > 1 else None,
+                **{"finite": finite, "same": same},
                 "passed": ratio is not None and ratio <= ALLOWED and same,
             }
         )
