@@ -4,10 +4,10 @@
 
 A VAE, a GAN with two optimizers, DQN with a target network (copied, or as a Polyak average), an LSTM language model, a
 U-Net, a vision transformer, a GPT, a Siamese network, a Lightning module and a `Trainer` of transformers; tiny, on
-bundled or synthetic data. The loss is the mean of ten evaluations of a fixed batch in the last twentieth of a run, and
-the ratio is that to plain backpropagation's from the same seed: mean over the seeds, beside how far chance alone moves
-plain backpropagation. Every run leaves a row in ``runs/public-scripts.jsonl``, so that what was interrupted goes on; at
-the end ``results/public-scripts.json`` is written. About an hour on one core.
+bundled or synthetic data. The loss is the mean of ten evaluations of a fixed batch in the last twentieth of a run; it
+is compared with plain backpropagation's from the same seed, and two more seeds of plain backpropagation show how far
+chance alone moves it. Every run leaves a row in ``runs/public-scripts.jsonl``, so that what was interrupted goes on; at
+the end ``results/public-scripts.json`` is written. About half an hour on one core.
 """
 
 import argparse
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
     "perforate": rg.Perforate(period=500),
     "spectral": rg.Spectral(),
 }
-SEEDS = (0, 1, 2)
+PLAIN_SEEDS = (0, 1, 2)
 ALLOWED = 1.05
 TOLERANCE = 1e-5
 EVALUATIONS = 10
@@ -771,7 +771,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--scripts", nargs="+", choices=[*SCRIPTS], default=[*SCRIPTS])
     parser.add_argument("--methods", nargs="+", choices=["plain", *METHODS], default=["plain", *METHODS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the methods")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -780,17 +780,19 @@ def main() -> None:
     torch.set_flush_denormal(True)
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.rows.exists() else []
-    methods = dict.fromkeys(["plain", *given.methods])
-    for seed, script, name in itertools.product(given.seeds, given.scripts, methods):
-        key = {"script": script, "method": name, "seed": seed, "steps": given.steps}
+    for script, name in itertools.product(given.scripts, dict.fromkeys(["plain", *given.methods])):
+        seeds = {*PLAIN_SEEDS, *given.seeds} if name == "plain" else given.seeds
         if package := missing(script):
             print(f"{script}: left out, {package} is not installed", flush=True)
-        elif not any(key.items() <= row.items() for row in done):
-            done.append(_row(key))
-            print(done[-1], flush=True)
-            with given.rows.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-    rows = [row for row in done if row["steps"] == given.steps and row["seed"] in given.seeds]
+            continue
+        for seed in sorted(seeds):
+            key = {"script": script, "method": name, "seed": seed, "steps": given.steps}
+            if not any(key.items() <= row.items() for row in done):
+                done.append(_row(key))
+                print(done[-1], flush=True)
+                with given.rows.open("a") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+    rows = [row for row in done if row["steps"] == given.steps]
     files.write_json(
         given.out,
         {
