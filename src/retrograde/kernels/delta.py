@@ -40,7 +40,9 @@ class Delta:
         """δ̃ as an ordinary tensor of `dtype`."""
         if self.step is None:
             return self.values.to(dtype)
-        return self.values.to(dtype) * self.step
+        # Levels may be beyond what float16 holds, and a step below it: their product is what fits.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (self.values.to(wide) * self.step).to(dtype)
 
     def count(self) -> "int | Tensor":
         """Number of zero entries, counted once; on a GPU it stays there, so that the host need not wait."""

@@ -92,10 +92,11 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _factor(values: Tensor, delta: Delta, dtype: torch.dtype) -> Tensor:
-    """δ̃'s factor in a product: the bare levels, exact even in bfloat16. Sums of levels would overflow float16."""
+    """δ̃'s factor in a product: the bare levels, exact even in bfloat16. They and their sums would overflow float16."""
+    if dtype == torch.float16 and delta.step is not None:
+        return Delta(values, delta.step).dense(dtype)
     # Small layers are called often: each call that does nothing counts.
-    factor = values if values.dtype is dtype else values.to(dtype)
-    return factor * delta.step if dtype == torch.float16 and delta.step is not None else factor
+    return values if values.dtype is dtype else values.to(dtype)
 
 
 def _scaled(product: Tensor, delta: Delta) -> Tensor:
