@@ -229,13 +229,14 @@ class ConvolutionKind(LayerKind):
 
     def forward(self, layer: Any, product: Callable[..., Tensor], input: Tensor) -> Tensor:
         """Padding that is not by equal zeros on both sides is applied to the input beforehand."""
-        if input.dim() == layer.weight.dim() - 1:
+        # A parametrised weight is computed at each reading, which may step a power iteration: it is read once, below.
+        if input.dim() == len(layer.kernel_size) + 1:
             return self.forward(layer, product, input.unsqueeze(0)).squeeze(0)
         if layer.padding_mode != "zeros":
             # (left, right) for each dimension, last dimension first: torch computes them when the layer is built.
             input = F.pad(input, list(layer._reversed_padding_repeated_twice), mode=layer.padding_mode)
         elif layer.padding == "same":
-            kernel = layer.weight.shape[2:]
+            kernel = layer.kernel_size
             dilation = _each(layer.dilation, kernel)
             odd = [d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)]
             if any(odd):
@@ -282,7 +283,7 @@ class TransposedKind(ConvolutionKind):
         self, layer: Any, product: Callable[..., Tensor], input: Tensor, output_size: list[int] | None = None
     ) -> Tensor:
         """The output padding follows from `output_size`, where that is given."""
-        if input.dim() == layer.weight.dim() - 1:
+        if input.dim() == len(layer.kernel_size) + 1:
             return self.forward(layer, product, input.unsqueeze(0), output_size).squeeze(0)
         if output_size is None:
             return product(input, layer.weight, layer.bias, self.map(layer))
