@@ -339,7 +339,9 @@ class LayerProgram:
     def kernel_shares(self) -> dict[str, float]:
         """Share of the products since attaching by the kernel that computed them."""
         kernels = self.tally.kernels
-        return {f"kernel_{name}": count / kernels.total() for name, count in kernels.items()}
+        # Calls of a frozen layer whose input needs no gradient have no products.
+        total = kernels.total() or 1
+        return {f"kernel_{name}": count / total for name, count in kernels.items()}
 
     def before_step(self, layer: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Rules' `grad`, once for a gradient: one that an optimizer refused is not treated again."""
