@@ -110,7 +110,8 @@ class SpectralRule(Rule):
         if self._method.side != "output" and not narrow and u is not None:
             g = spectral.project_rows(g, u.to(g))
             call.spend(2 * linear_flops(g.shape[1], u.shape[-1], g.shape[0] * g.shape[2]))
-        if v is not None:
+        # Attention with other keys than queries multiplies by parts of its weight, whose outputs are not all of V's.
+        if v is not None and v.shape[-2] == g.shape[-2]:
             g = spectral.project_columns(g, v.to(g))
             call.spend(2 * linear_flops(g.shape[1], v.shape[-1], g.shape[0] * g.shape[2]))
         return whole - g if self._method.basis == "bulk" else g
