@@ -9,7 +9,7 @@ demo: .venv/installed  ## plain backpropagation and every method on the bundled 
 	$(BIN)/retrograde demo
 
 test: .venv/installed-dev  ## the test suite
-	$(BIN)/python -m pytest -n 2 --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 15  # a thread for each of the two
 
 lint: .venv/installed-dev  ## format, lint, types, one-way imports
 	$(BIN)/ruff format --check .

@@ -723,6 +723,12 @@ def trainer(run: Run) -> None:
     model = BertForSequenceClassification(config)
     session = run.attach(model)
     fit(model)
+
+    def reload(fresh: nn.Module) -> None:
+        if session is not None:
+            rg.session_of(fresh).load_state_dict(session.state_dict())
+        fit(fresh, resume=True)
+
     run.check(
         *(
             model,
@@ -730,7 +736,7 @@ def trainer(run: Run) -> None:
             BertForSequenceClassification(config),
             lambda m: m(input_ids=test["input_ids"]).logits,
         ),
-        reload=lambda fresh: fit(fresh, resume=True),
+        reload=reload,
     )
 
 

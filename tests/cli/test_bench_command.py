@@ -8,7 +8,7 @@ import pytest
 from outcome import Outcome, strict_json
 from torch import nn
 
-from retrograde.lab import bench
+from retrograde.lab import bench, overhead
 from retrograde.lab.bench import Row
 from retrograde.lab.contestants import Convolution, Linear, Workload
 
@@ -30,6 +30,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "SHAPES", (Linear(48, 32, 24), Convolution(3, 8, 6, 4, 3)))
     monkeypatch.setattr(bench, "QUICK_SHAPES", (Linear(48, 32, 24),))
     monkeypatch.setattr(bench, "workloads", workloads)
+    monkeypatch.setattr(overhead, "_CALLS", {32: 2, 512: 1})
     return parts
 
 

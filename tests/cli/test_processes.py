@@ -80,7 +80,7 @@ def test_a_polite_signal_ends_between_steps_and_the_run_goes_on(run: Run, start:
         result = strict_json(folder / "result.json")
         assert result["status"] == "interrupted"
         assert 0 < result["steps"] < 600
-        assert run("train", "--resume", "--out", folder).code == 0
+        assert run("train", "--resume", "--model", "toy_models:dropout", "--out", folder).code == 0
         assert_same_run(whole, folder)
 
 
@@ -100,7 +100,7 @@ def test_killed_again_and_again(start: Start, whole: Path) -> None:
         assert not (folder / "model.safetensors").exists()
         seen.append(lines(folder)[-1]["step"])
     assert seen == sorted(seen), "each attempt goes on where the last one was"
-    process = start("train", "--resume", "--out", folder)
+    process = start("train", "--resume", "--model", "toy_models:dropout", "--out", folder)
     assert process.wait(timeout=120) == 0
     assert_same_run(whole, folder)
     names = {path.name for path in folder.iterdir()}

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -69,11 +70,15 @@ def test_channels_last(case: Case) -> None:
     assert attached(x, **case.call).stride() == plain(x, **case.call).stride()
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(4, 0), (0, 3)])
+@pytest.mark.parametrize("widths", [(4, 4, 0), (0, 3, 3)])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_linear_without_features(inputs: int, outputs: int) -> None:
-    """A degenerate layer that plain autograd accepts is accepted attached."""
-    compare(lambda: nn.Linear(inputs, outputs), batch((5, inputs), dtype=torch.float64), rg.Dither(scale=0))
+def test_linear_without_features(widths: tuple[int, int, int]) -> None:
+    """A degenerate layer is left plain among others, which train as ever."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(i, o) for i, o in itertools.pairwise(widths)))
+
+    compare(make, batch((5, widths[0]), dtype=torch.float64), rg.Dither(scale=0))
 
 
 @pytest.mark.parametrize("neutral", NEUTRAL)

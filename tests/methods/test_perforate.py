@@ -1068,7 +1068,7 @@ def test_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = seeded(mlp)
     session = rg.attach(model, Perforate())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.warns(RetrogradeWarning, match="report") as caught:
+    with pytest.warns(RetrogradeWarning, match="validated") as caught:
         run(model, optimizer, 0, 6, (16, 8))
     assert len(caught) == 1
     assert "seen 1 steps" in str(caught[0].message)
