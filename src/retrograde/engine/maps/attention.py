@@ -88,8 +88,8 @@ class AttentionKind(LayerKind):
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
-            return z.squeeze(0), None if weights is None else weights.squeeze(0)
-        return z if layer.batch_first else z.transpose(0, 1), weights
+            return z.squeeze(1), None if weights is None else weights.squeeze(0)
+        return z.transpose(0, 1) if layer.batch_first else z, weights
 
 
 def _project(layer: Any, product: Product, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -114,7 +114,7 @@ def _attend(
     need_weights: bool,
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (B, L, E) queries to (B, S, E) keys: (B, L, E), and the weights (B, H, L, S) where needed."""
+    """Attention of (B, L, E) queries to (B, S, E) keys: (L, B, E), and the weights (B, H, L, S) where needed."""
     q, k, v = projected
     batch, heads = q.shape[0], layer.num_heads
     if layer.bias_k is not None:
@@ -140,7 +140,8 @@ def _attend(
     else:
         weights = None
         attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    return attended.transpose(1, 2).flatten(2), weights
+    # As it lies in torch's own: a dropout behind draws its mask in the order of memory.
+    return attended.permute(2, 0, 1, 3).flatten(2), weights
 
 
 register_layer(nn.MultiheadAttention, AttentionKind())
