@@ -230,6 +230,22 @@ def test_dropout(batch_first: bool, needed: str) -> None:
     assert torch.equal(attached(*x, **NEEDED[needed])[0], attached(*x, **NEEDED[needed])[0])
 
 
+@pytest.mark.parametrize("needed", NEEDED)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_behind(batch_first: bool, needed: str) -> None:
+    """The output lies in memory as torch's does: a dropout draws its mask in that order."""
+    x = inputs("self", batch_first=batch_first)
+    layer = attention(batch_first=batch_first).to(x[0].dtype)
+    plain = layer(*x, **NEEDED[needed])[0]
+    rg.attach(layer, rg.Dither(scale=0))
+    attached = layer(*x, **NEEDED[needed])[0]
+    assert attached.stride() == plain.stride()
+    torch.manual_seed(5)
+    expected = nn.functional.dropout(plain, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(nn.functional.dropout(attached, 0.5) == 0, expected == 0)
+
+
 def test_dropout_trains() -> None:
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.2, batch_first=True)

@@ -55,6 +55,40 @@ def test_neutral_equals_autograd(case: Case, neutral: str) -> None:
     assert session.flops().dense > 0 or 0 in case.shape
 
 
+@pytest.mark.parametrize("case", [c for c in LAYERS if "empty" not in c.name], ids=str)
+def test_a_computed_weight_is_computed_once_a_pass(case: Case) -> None:
+    """A spectral norm steps its power iteration at every reading."""
+    counts: list[int] = []
+    for attached in (False, True):
+        layer = seeded(case.make)
+        parametrize.register_parametrization(layer, "weight", counting := Counting())
+        if attached:
+            rg.attach(layer, rg.Dither(scale=0))
+        counting.readings = 0
+        layer(batch(case.shape), **case.call)
+        counts.append(counting.readings)
+    assert counts == [1, 1]
+
+
+class Counting(nn.Module):
+    """The weight itself, and how often it was read."""
+
+    readings = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.readings += 1
+        return weight
+
+
+def test_figures_of_calls_without_products() -> None:
+    """A frozen layer whose input needs no gradient, and whose bias alone learns."""
+    layer = nn.Conv2d(2, 2, 1)
+    layer.weight.requires_grad_(False)
+    session = rg.attach(layer, rg.Perforate())
+    layer(batch((1, 2, 3, 3))).sum().backward()
+    assert session.metrics()["layers"]["(root)"]["zeros"] is not None
+
+
 @pytest.mark.parametrize("case", [c for c in LAYERS if len(c.shape) >= 4 and "un" not in c.name], ids=str)
 def test_channels_last(case: Case) -> None:
     """Memory format of input and weight makes no difference, and is kept in the output."""

@@ -74,6 +74,21 @@ def test_float16_weight_gradient_does_not_overflow() -> None:
     assert float(dw) == pytest.approx(200.0, rel=1e-2)
 
 
+@pytest.mark.parametrize("step", [1e-6, 1e-9])
+def test_float16_levels_may_be_beyond_float16(step: float) -> None:
+    """Unbounded levels of a small step: a level, or the step, does not fit into float16 where their product does."""
+    delta = Delta(torch.tensor([[0.5 / step]]), step)
+    assert float(delta.dense(torch.float16)) == pytest.approx(0.5, rel=1e-3)
+    weight = torch.full((1, 1), 2.0, dtype=torch.float16)
+    assert float(reference.linear_input_grad(delta, weight, (1, 1))) == pytest.approx(1.0, rel=1e-3)
+    assert float(reference.linear_weight_grad(delta, weight)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_float64_levels_stay_exact() -> None:
+    delta = Delta(torch.tensor([3], dtype=torch.int8), 0.1)
+    assert delta.dense(torch.float64).item() == 3 * 0.1
+
+
 def test_nsd_takes_any_layout() -> None:
     """Noise follows the elements' row-major numbers, not their places in memory."""
     delta = torch.randn(6, 8)

@@ -740,3 +740,17 @@ def test_every_combination_trains() -> None:
         train(model, sgd(model), (16, 8), 5)
         assert torch.isfinite(model[2].weight).all()
         assert not torch.equal(before, model[2].weight)
+
+
+@pytest.mark.parametrize("side", ["output", "both"])
+def test_attention_with_other_keys_than_queries(side: Any) -> None:
+    """It multiplies by parts of its weight, with outputs of their own: V is of all of them, and leaves these alone."""
+    layer = nn.MultiheadAttention(6, 2, batch_first=True)
+    rg.attach(layer, Spectral(2, side=side, every=1, warmup=0, skip_head=False))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step in range(4):
+        queries, keys = batch((3, 4, 6), step), batch((3, 5, 6), 10 + step)
+        optimizer.zero_grad()
+        layer(queries, keys, keys)[0].square().sum().backward()
+        optimizer.step()
+    assert all(bool(torch.isfinite(p).all()) for p in layer.parameters())
