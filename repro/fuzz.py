@@ -5,13 +5,14 @@
 A program is a model of nested, shared, tied, computed and frozen layers, a training loop with exceptions, casts and
 resumed checkpoints in it, and one or two methods; ``tests/fuzzing`` draws it, runs it plain and attached, and compares.
 It is *the same as plain*, ends in a *typed error* (of retrograde, or what plain training raises, too), or is *wrong*.
-``results/fuzz.json`` gets the counts after every chunk of programs, and each wrong program; an interrupted run of the
-same commit goes on after its last chunk. `--only` runs one chunk again, and prints what is wrong in it.
+``results/fuzz.json`` gets the counts after every chunk of programs, and each wrong program; an interrupted run goes
+on after its last chunk, as long as the library is the same. `--only` runs one chunk again, and prints what is wrong.
 """
 
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -60,6 +61,12 @@ def run(number: int, cases: int, first: int) -> dict[str, Any]:
     return {"outcomes": outcomes, "errors": errors, "wrong": wrong}
 
 
+def unchanged(commit: str | None) -> bool:
+    """Whether what is tested, and what tests it, is as it was at the commit."""
+    compared = ["git", "diff", "--quiet", str(commit), "--", "src", "tests/fuzzing"]
+    return subprocess.run(compared, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,10 +97,8 @@ def main() -> None:
     }
     if options.out.exists():
         before = json.loads(options.out.read_text())
-        if all(before.get(key) == report[key] for key in ("commit", "seed", "chunk")):
-            report |= {
-                key: before[key] for key in ("chunks", "seconds", "cases", "outcomes", "errors", "wrong")
-            }
+        if before["seed"] == options.seed and before["chunk"] == CHUNK and unchanged(before["commit"]):
+            report = {**before, "command": report["command"]}
     while report["cases"] < options.cases:
         began = time.perf_counter()
         found = run(report["chunks"], min(CHUNK, options.cases - report["cases"]), options.seed)

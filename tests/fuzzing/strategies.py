@@ -13,8 +13,8 @@ from retrograde.errors import OptionError
 pick = st.sampled_from
 
 
-def _made(method: type[rg.Method], **options: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """The method with drawn options, of which those that it refuses are left out."""
+def _made(method: type[rg.Method], **options: list[Any]) -> st.SearchStrategy[Any]:
+    """The method with options drawn from lists, or left at their defaults; what it refuses is left out."""
 
     def make(drawn: dict[str, Any]) -> rg.Method | None:
         try:
@@ -22,94 +22,60 @@ def _made(method: type[rg.Method], **options: st.SearchStrategy[Any]) -> st.Sear
         except OptionError:
             return None
 
-    return st.fixed_dictionaries({}, optional=options).map(make).filter(lambda made: made is not None)
+    drawn = st.fixed_dictionaries({}, optional={name: pick(values) for name, values in options.items()})
+    return drawn.map(make).filter(lambda made: made is not None)
 
 
-_MODE = pick(["lowrank", "full", "precondition"])
+SIDES = ["input", "output", "both"]
 NEUTRAL = {
     # The other modes train other coordinates from their second step on.
     "decorrelate": st.builds(
         rg.Decorrelate, mode=st.just("precondition"), damping=st.just(1e12), every=pick([1, 2])
     ),
     "deepfocus": st.builds(rg.DeepFocus, warmup=st.just(100), unbiased=st.booleans())
-    | st.builds(rg.DeepFocus, warmup=st.just(0), q_skip=st.just(0.0), q_full=st.just(1.0)),
-    "dither": st.builds(rg.Dither, scale=st.just(0.0), bits=pick([8, None]))
-    | st.just(rg.Dither(scale=1e-7, bits=None, products="float32")),
+    | st.just(rg.DeepFocus(warmup=0, q_skip=0.0, q_full=1.0)),
+    "dither": pick(
+        [rg.Dither(0.0), rg.Dither(0.0, bits=None), rg.Dither(1e-7, bits=None, products="float32")]
+    ),
     "perforate": st.builds(rg.Perforate, rule=pick(["gradient", "perforated"]), max_dendrites=pick([1, 2])),
     "spectral": st.builds(
-        rg.Spectral,
-        rank=pick([1, 1, 1, None]),
-        side=pick(["input", "output", "both"]),
-        skip_head=pick([False, False, True]),
+        rg.Spectral, rank=pick([1, 1, 1, None]), side=pick(SIDES), skip_head=pick([False, True])
     ),
 }
 """By method, settings that change nothing within a few steps."""
 
+_DECORRELATE = {"rank": [1, 2], "every": [1, 2], "rows": [2, 8], "damping": [0.0, 1.0], "kappa": [0.0, 1.0]}
+_DECORRELATE |= {"lr": [0.1], "variant": ["normalized"], "power": [0.5], "until": [0.5], "total_steps": [4]}
+_DEEPFOCUS = {
+    "q_skip": [0.0, 0.8],
+    "q_full": [0.0, 0.1],
+    "warmup": [0, 1],
+    "unbiased": [True],
+    "p_max": [0.05],
+}
+_DEEPFOCUS |= {"low": ["bfloat16", None], "controller": ["random"], "momentum": [0.0]}
+_DITHER = {"scale": [0.5, 4.0, 1e3], "target_sparsity": [0.8], "bits": [2, None], "forward": ["int8"]}
+_PERFORATE = {"max_dendrites": [1, 2], "patience": [1], "limit": [1, 2], "period": [1, 2], "tries": [1]}
+_PERFORATE |= {"candidates": [2], "candidate_patience": [1], "candidate_limit": [1, 2]}
+_SPECTRAL = {
+    "rank": [1, 2, 3],
+    "side": SIDES,
+    "every": [1, 2],
+    "full_every": [2, 3],
+    "warmup": [0, 1],
+    "random": [1],
+}
+_SPECTRAL |= {"residual": ["full-step", "none"], "basis": ["random", "bulk"], "rows": [1, 8], "decay": [1e-3]}
 ACTIVE = {
-    "decorrelate": _made(
-        rg.Decorrelate,
-        mode=_MODE,
-        rank=pick([1, 2]),
-        every=pick([1, 2]),
-        kappa=pick([0.0, 1.0]),
-        lr=pick([0.1]),
-        variant=pick(["published", "normalized"]),
-        damping=pick([0.0, 1.0]),
-        power=pick([0.5]),
-        rows=pick([2, 8]),
-        until=pick([0.5]),
-        total_steps=pick([4]),
-    ),
-    "deepfocus": _made(
-        rg.DeepFocus,
-        q_skip=pick([0.0, 0.8]),
-        q_full=pick([0.0, 0.1]),
-        warmup=pick([0, 1]),
-        unbiased=st.booleans(),
-        low=pick(["int8", "bfloat16", None]),
-        controller=pick(["quantile", "random"]),
-        p_max=pick([0.05]),
-        momentum=pick([0.0]),
-    ),
-    "dither": _made(
-        rg.Dither,
-        scale=pick([0.5, 4.0, 1e3]),
-        target_sparsity=pick([0.8]),
-        bits=pick([2, None]),
-        products=pick(["float32", "bfloat16"]),
-        forward=pick(["exact", "int8"]),
-    ),
+    "decorrelate": _made(rg.Decorrelate, mode=["lowrank", "full", "precondition"], **_DECORRELATE),
+    "deepfocus": _made(rg.DeepFocus, **_DEEPFOCUS),
+    "dither": _made(rg.Dither, products=["float32", "bfloat16"], **_DITHER),
     "perforate": _made(
-        rg.Perforate,
-        rule=pick(["gradient", "perforated"]),
-        max_dendrites=pick([1, 2]),
-        activation=pick(["tanh", "sigmoid", "relu"]),
-        patience=st.just(1),
-        tries=pick([1]),
-        candidates=pick([2]),
-        limit=pick([1, 2]),
-        candidate_patience=pick([1]),
-        candidate_limit=pick([1, 2]),
-        period=pick([1, 2]),
+        rg.Perforate, rule=["gradient", "perforated"], activation=["tanh", "sigmoid", "relu"], **_PERFORATE
     ),
-    "spectral": _made(
-        rg.Spectral,
-        rank=pick([1, 1, 2, 3]),
-        side=pick(["output", "both"]),
-        every=pick([1, 2]),
-        update=pick(["lie"]),
-        residual=pick(["full-step", "none"]),
-        full_every=pick([2, 3]),
-        warmup=pick([0, 1]),
-        decay=pick([1e-3]),
-        random=pick([1]),
-        basis=pick(["random", "bulk"]),
-        rows=pick([1, 8]),
-        skip_head=st.just(False),
-    ),
+    "spectral": _made(rg.Spectral, update=["lie"], skip_head=[False], **_SPECTRAL),
 }
 """By method, settings that act within a few steps."""
-
 
 MAPS = ["linear", "linear", "sequence", "turned", "attention", "encoder"]
 MAPS += [f"{kind}{dim}" for kind in ("conv", "transposed") for dim in (1, 2, 3)]
