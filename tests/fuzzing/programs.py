@@ -289,10 +289,9 @@ def outcome(case: Program) -> Outcome:
         if isinstance(found, rg.errors.RetrogradeError):
             return Outcome(TYPED, _told(found))
         if found is not None:
-            # Attaching may meet first what plain training meets later, or never if it does not use the layer.
-            known = error if run.losses else error or _unreadable(plain.model)
-            same = known is not None and (type(found) is type(known) or not run.losses)
-            return Outcome(TYPED if same else WRONG, _told(found))
+            # Attaching may meet what plain training meets later, or never if it does not use the layer.
+            known = (error,) if run.losses else (error, _unreadable(plain.model))
+            return Outcome(TYPED if type(found) in map(type, known) else WRONG, _told(found))
         if error is not None:
             return Outcome(WRONG if case.neutral else TYPED, f"plain alone raised {_told(error)}")
         try:
