@@ -290,7 +290,7 @@ def outcome(case: Program) -> Outcome:
             return Outcome(TYPED, _told(found))
         if found is not None:
             # Attaching may meet what plain training meets later, or never if it does not use the layer.
-            known = (error,) if run.losses else (error, _unreadable(plain.model))
+            known = (error,) if run.losses else (error, _unreadable(case))
             return Outcome(TYPED if type(found) in map(type, known) else WRONG, _told(found))
         if error is not None:
             return Outcome(WRONG if case.neutral else TYPED, f"plain alone raised {_told(error)}")
@@ -305,10 +305,12 @@ def outcome(case: Program) -> Outcome:
     return Outcome(SAME)
 
 
-def _unreadable(model: nn.Module) -> Exception | None:
+def _unreadable(case: Program) -> Exception | None:
     """What computing the weight of some layer raises, as torch has no orthogonal matrices in bfloat16."""
+    run = Run(case, attached=False)
     try:
-        for module in model.modules():
+        run.start()
+        for module in run.model.modules():
             getattr(module, "weight", None)
     except Exception as error:
         return error
