@@ -232,3 +232,14 @@ def test_a_long_calibration_is_announced_once(
     said = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == (patience == 0)
     assert all(str(tmp_path / "kernels") in record.getMessage() for record in said)
+
+
+def test_few_zeros_are_not_skipped_whatever_was_measured() -> None:
+    """A calibration on a busy machine may say that visiting every entry by itself beats a dense product."""
+    problem = choose.Problem(64, 32, 16, 2000, levels=False, transposed=False)
+    dense, skip = (problem.fit(kernel) for kernel in ("dense", "skip"))
+    model = choose.CostModel(
+        {dense: [1.0] * len(problem.terms("dense")), skip: [0.0] * len(problem.terms("skip"))}
+    )
+    assert model.best(problem, ("dense", "skip")) == "dense"
+    assert model.best(choose.Problem(64, 32, 16, 1000, False, False), ("dense", "skip")) == "skip"

@@ -76,6 +76,15 @@ class Problem:
     share: float = 1.0
     operand: str = "float32"
 
+    @property
+    def entries(self) -> int:
+        """Of the gradient."""
+        return self.a * self.m
+
+    def skips(self, kernel: str) -> bool:
+        """Whether `kernel` visits the non-zeros one by one."""
+        return kernel in linear.SKIPPING
+
     def fit(self, kernel: str) -> str:
         """The name of the fit that holds for `kernel`."""
         levels = "/levels" if self.levels and kernel == "dense" else ""
@@ -117,6 +126,10 @@ class ConvolutionProblem:
     channels_last: bool
     share: float = 1.0
 
+    def skips(self, kernel: str) -> bool:
+        """Whether `kernel` visits the non-zeros one by one."""
+        return kernel in convolution.SKIPPING
+
     def fit(self, kernel: str) -> str:
         """The name of the fit that holds for `kernel`."""
         return f"convolution/{self.product}/{kernel}{'/last' if self.channels_last else ''}"
@@ -151,6 +164,10 @@ class CostModel:
     @functools.lru_cache(maxsize=4096)  # noqa: B019  the model lives as long as the process
     def best(self, problem: Problem | ConvolutionProblem, allowed: tuple[str, ...]) -> str:
         """The kernel with the least predicted time."""
+        if 2 * problem.nonzeros > problem.entries:
+            # A non-zero that is visited by itself takes several times its share of a dense product on any processor.
+            # Whoever measured otherwise did so while the machine was busy.
+            allowed = tuple(kernel for kernel in allowed if not problem.skips(kernel)) or allowed
         return min(allowed, key=lambda kernel: self.seconds(kernel, problem))
 
 
