@@ -26,7 +26,7 @@ from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Block, Conductor, Method
-from retrograde.errors import AttachError, DetachError, OptionError, StateError
+from retrograde.errors import AttachError, DetachError, OptionError, RetrogradeWarning, StateError
 from retrograde.forecast import Example
 from retrograde.patterns import ROOT, Choice
 from retrograde.plan import Plan
@@ -540,6 +540,7 @@ class Session:
         if state["methods"] != mine:
             warnings.warn(
                 f"the session's state was saved with {state['methods']}, and goes on with {mine}.",
+                RetrogradeWarning,
                 stacklevel=2,
             )
         before = copy.deepcopy(self.state_dict())

@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+# What the runtime says, not we.
+FOREIGN = {"fork() called from a process already using GNU OpenMP"}
 QUOTES = re.findall(r'"([^"]+)"', " ".join(line for line in PAGE.splitlines() if line.startswith("**")))
+QUOTES = [quote for quote in QUOTES if quote not in FOREIGN]
 
 
 def _texts() -> list[str]:
