@@ -128,7 +128,8 @@ class Turned(nn.Module):
         self.bias = nn.Parameter(torch.randn(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        # One product for autocast, as the kind that it is registered as: the sum would be in the bias's float32.
+        return nn.functional.linear(x, self.weight.T, self.bias)
 
 
 rg.register_layer(Turned, rg.LinearKind(turned=True))

@@ -54,7 +54,7 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, o)."""
-        return x @ self.weight + self.bias
+        return nn.functional.linear(x, self.weight.T, self.bias)
 
 
 register_layer(Turned, LinearKind(turned=True))
