@@ -10,7 +10,14 @@ from torch import nn
 
 import retrograde as rg
 from cases import assert_same, batch, seeded, train
-from retrograde.errors import AttachError, OptionError, PatternError, RetrogradeWarning, StateError
+from retrograde.errors import (
+    AttachError,
+    DetachError,
+    OptionError,
+    PatternError,
+    RetrogradeWarning,
+    StateError,
+)
 
 
 def blocks() -> nn.Module:
@@ -50,7 +57,7 @@ def test_the_plan_says_what_patterns_match() -> None:
     assert found["methods", "*"] == (5, "")
     assert found["only", "?.0"] == (4, "")
     assert found["skip", "3.*"] == (1, "1 of 4 *.*")
-    assert "methods: '[01].*' matches 2 layers; only 2 of 4 *.*: is that what you meant?" in str(plan)
+    assert "methods: '[01].*' matches 2 layers, of like ones only 2 of 4 *.*" in str(plan)
     assert plan.to_dict()["patterns"][0]["pattern"] == "[01].*"
 
 
@@ -214,6 +221,31 @@ def test_pretrained_weights_are_no_resumed_run() -> None:
     train(model, optimizer, (6, 8), 2)
 
 
+def test_schedules_are_asked_for_again(tmp_path: Path) -> None:
+    _, session, _ = start(rg.Dither())
+    session.set(scale=lambda step: 1.0 + step)
+    session.save(tmp_path / "session.pt")
+    with pytest.warns(RetrogradeWarning, match=r"while dither\.scale followed a function"):
+        rg.resume(seeded(blocks), tmp_path / "session.pt")
+
+
+def test_a_detached_session_takes_nothing(tmp_path: Path) -> None:
+    _, session, _ = start(rg.Dither())
+    session.detach()
+    for call in (lambda: session.set(scale=1.0), lambda: session.save(tmp_path / "session.pt")):
+        with pytest.raises(DetachError, match="detached already"):
+            call()
+
+
+def test_arguments_in_the_wrong_order_or_of_the_wrong_kind() -> None:
+    with pytest.raises(OptionError, match="The model comes first"):
+        rg.attach(rg.Dither(), blocks())  # type: ignore[arg-type]
+    _, session, _ = start(rg.Dither())
+    with pytest.raises(OptionError, match="dither refuses"):
+        session.set(scale="x")
+    assert set(scales(session).values()) == {2.0}
+
+
 class Unlisted(rg.Dither):
     """Registered under no name of its own."""
 
@@ -228,6 +260,13 @@ def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(StateError, match=r"another model: this one has no layer '0\.0'"):
         rg.resume(model, path)
+    wider = seeded(blocks)
+    wider[3][0], wider[4] = nn.Linear(8, 9), nn.Linear(9, 3)
+    with pytest.raises(
+        StateError, match=r"weight of its layer '3\.0' is \(8, 8\), and that of this one's is \(9, 8\)"
+    ):
+        rg.resume(wider, path)
+    assert type(wider[0][0]) is nn.Linear
     data = bytearray(path.read_bytes())
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     torch.save({"x": 1}, tmp_path / "other.pt")

@@ -157,7 +157,7 @@ def _step_line(step: StepForecast) -> str:
 
 def _pattern_line(row: PatternRow) -> str:
     layers = "1 layer" if row.matches == 1 else f"{row.matches} layers"
-    partly = f"; only {row.partly}: is that what you meant?" if row.partly else ""
+    partly = f", of like ones only {row.partly}" if row.partly else ""
     return f"{row.option}: {row.pattern!r} matches {layers}{partly}"
 
 

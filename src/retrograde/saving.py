@@ -17,13 +17,17 @@ _FORMAT = 1
 
 
 def write(
-    path: str | os.PathLike[str], layers: Mapping[str, Sequence[Method]], state: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    layers: Mapping[str, Sequence[Method]],
+    shapes: Mapping[str, Sequence[int]],
+    state: Mapping[str, Any],
 ) -> None:
     """Replace the file at `path` as a whole, or leave it as it was.
 
     Args:
         path: in a folder that exists.
         layers: the methods of each attached layer by its full name.
+        shapes: of their weights.
         state: of the session.
 
     Raises:
@@ -36,6 +40,7 @@ def write(
         "retrograde_session": _FORMAT,
         "methods": [{"name": method.name, "options": _options(method)} for method in methods],
         "layers": {name: [methods.index(method) for method in acting] for name, acting in layers.items()},
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
         "state": dict(state),
     }
     target = Path(path)
@@ -51,8 +56,10 @@ def write(
         raise
 
 
-def read(path: str | os.PathLike[str], *, known: bool) -> tuple[dict[str, list[Method]], dict[str, Any]]:
-    """The methods of each layer, and the session's state.
+def read(
+    path: str | os.PathLike[str], *, known: bool
+) -> tuple[dict[str, list[Method]], dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The methods of each layer, the shapes of the layers' weights, and the session's state.
 
     Args:
         path: what `write` wrote.
@@ -78,7 +85,8 @@ def read(path: str | os.PathLike[str], *, known: bool) -> tuple[dict[str, list[M
         layers = {
             str(name): [methods[i] for i in acting if known] for name, acting in whole["layers"].items()
         }
-        return layers, whole["state"]
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in whole["shapes"].items()}
+        return layers, shapes, whole["state"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StateError(
             f"{where} is damaged: {type(error).__name__}: {error}. Give one that is whole."

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,7 +26,14 @@ from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Block, Conductor, Method
-from retrograde.errors import AttachError, DetachError, OptionError, RetrogradeWarning, StateError
+from retrograde.errors import (
+    AttachError,
+    DetachError,
+    NoEffectError,
+    OptionError,
+    RetrogradeWarning,
+    StateError,
+)
 from retrograde.forecast import Example
 from retrograde.patterns import ROOT, Choice
 from retrograde.plan import Plan
@@ -81,6 +88,11 @@ def attach(
         NoEffectError: a method would touch no layer.
         OptionError: `methods` is empty, holds something else, or a method twice.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(
+            f"attach was given {model!r} for its model. The model comes first, an instance of torch.nn.Module, then "
+            "the methods: attach(model, retrograde.Dither())."
+        )
     return attached(model, assign(methods), only, skip, optimizer, strict, seed, example, decline)
 
 
@@ -126,21 +138,38 @@ def resume(
     Raises:
         StateError: the file cannot be read, or is of another model, or names a method that is not installed.
     """
-    layers, state = saving.read(path, known=methods is None)
+    layers, shapes, state = saving.read(path, known=methods is None)
     assignment = exactly(layers) if methods is None else assign(methods)
-    names = {name or ROOT for name, _ in model.named_modules()}
-    if absent := sorted(layers.keys() - names):
+    mine = _shapes({name or ROOT: module for name, module in model.named_modules()})
+    if other := next((n for n in shapes if n in mine and mine[n] != shapes[n]), None):
+        raise StateError(
+            f"{os.fspath(path)} is of another model: the weight of its layer {other!r} is {shapes[other]}, and that of "
+            f"this one's is {mine[other]}. Build the model as it was when the session was saved."
+        )
+    if absent := sorted(layers.keys() - mine.keys()):
         raise StateError(
             f"{os.fspath(path)} is of another model: this one has no layer {', '.join(map(repr, absent[:5]))}. Build "
             "the model as it was when the session was saved."
         )
-    session = attached(model, assignment, None, None, optimizer, strict, None, None, decline=False)
+    try:
+        session = attached(model, assignment, None, None, optimizer, strict, None, None, decline=False)
+    except NoEffectError as error:
+        raise StateError(
+            f"{os.fspath(path)} is of another model: a method that it has finds no layer of this one to act on. Build "
+            "the model as it was when the session was saved."
+        ) from error
     try:
         session.load_state_dict(state)
     except StateError:
         session.detach()
         raise
     return session
+
+
+def _shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that are called weight, by layer; empty where there is none."""
+    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}  # pyright: ignore[reportPrivateUsage]
+    return {name: () if weight is None else tuple(weight.shape) for name, weight in weights.items()}
 
 
 def session_of(model: nn.Module) -> "Session":
@@ -157,7 +186,7 @@ def session_of(model: nn.Module) -> "Session":
     if len(found) != 1:
         what = f"{len(found)} sessions are attached to parts of it" if found else "nothing in it is attached"
         raise AttachError(
-            f"session_of: the {type(model).__name__} has no one session: {what}. Pass the module that was attached."
+            f"the {type(model).__name__} has no one session: {what}. Pass the module that was attached."
         )
     return found[0]
 
@@ -420,6 +449,7 @@ class Session:
         Example:
             >>> session.set("dither", scale=lambda step: 1.0 if step < 1000 else 4.0)
         """
+        self._require_attached()
         names = sorted({each.name for each in self.methods})
         name = names[0] if method is None and len(names) == 1 else method
         if name not in names:
@@ -442,7 +472,12 @@ class Session:
 
     def _adjust(self, name: str, options: dict[str, Any]) -> None:
         def changed(method: Method) -> Method:
-            return dataclasses.replace(cast(Any, method), **options) if method.name == name else method
+            if method.name != name:
+                return method
+            try:
+                return dataclasses.replace(cast(Any, method), **options)
+            except TypeError as error:
+                raise OptionError(f"set: {name} refuses {options}: {error}.") from error
 
         acting = {layer: tuple(map(changed, methods)) for layer, methods in self._acting.items()}
         distinct: list[Method] = []
@@ -511,7 +546,12 @@ class Session:
         Raises:
             OSError: it cannot be written; an earlier one stays.
         """
-        saving.write(path, self._acting, self.state_dict())
+        self._require_attached()
+        saving.write(path, self._acting, _shapes(self._layers), self.state_dict())
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise DetachError("this session is detached already: its model is plain. Attach again.")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's state: plain values and tensors."""
@@ -520,6 +560,7 @@ class Session:
             "seed": self._seed,
             "methods": sorted(map(repr, self.methods)),
             "scores": [list(entry) for entry in self._scores],
+            "schedules": sorted(map(list, self._schedules)),
             "window": {name: counts.to_dict() for name, counts in self._window.items()},
             "layers": {name: program.state_dict() for name, program in self._programs.items()},
             "conductors": {name: conductor.state_dict() for name, conductor in self._conductors.items()},
@@ -540,6 +581,16 @@ class Session:
         if state["methods"] != mine:
             warnings.warn(
                 f"the session's state was saved with {state['methods']}, and goes on with {mine}.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+        scheduled = [
+            ".".join(pair) for pair in state.get("schedules", ()) if tuple(pair) not in self._schedules
+        ]
+        if scheduled:
+            warnings.warn(
+                f"the session was saved while {', '.join(scheduled)} followed a function of the step, which no file "
+                "can hold: it stays at its last value. Call session.set with the function again.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
