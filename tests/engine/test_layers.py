@@ -84,7 +84,7 @@ def test_figures_of_calls_without_products() -> None:
     """A frozen layer whose input needs no gradient, and whose bias alone learns."""
     layer = nn.Conv2d(2, 2, 1)
     layer.weight.requires_grad_(False)
-    session = rg.attach(layer, rg.Perforate())
+    session = rg.attach(layer, rg.Perforate(where="*"))
     layer(batch((1, 2, 3, 3))).sum().backward()
     assert session.metrics()["layers"]["(root)"]["zeros"] is not None
 
