@@ -1,12 +1,11 @@
 """Which methods act on which layer, as the user says it: the same on all, or by patterns over the layers' names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError, PatternError
-from retrograde.patterns import ROOT, PatternRow, escape, pattern_row, some
+from retrograde.patterns import PatternRow, escape, matches_any, pattern_row, some
 
 Methods = Method | Sequence[Method]
 Given = Methods | Mapping[str, Methods | None]
@@ -30,15 +29,12 @@ class Assignment:
     @property
     def methods(self) -> tuple[Method, ...]:
         """All of them, each once."""
-        found: list[Method] = []
-        for _, methods in self.entries:
-            found += [method for method in methods if method not in found]
-        return tuple(found)
+        return distinct(methods for _, methods in self.entries)
 
     def of(self, called: Sequence[str]) -> tuple[tuple[Method, ...], str | None]:
         """The methods of a layer that is called so, and the pattern that matched; None where none did."""
         for pattern, methods in self.entries:
-            if any(fnmatchcase(name or ROOT, pattern) for name in called):
+            if matches_any(pattern, called):
                 return methods, pattern
         return (), None
 
@@ -60,11 +56,7 @@ class Assignment:
         rows: list[PatternRow] = []
         deciding = {name: self.of(called)[1] for name, called in candidates.items()}
         for pattern, _ in self.entries:
-            matches = {
-                name
-                for name, called in candidates.items()
-                if any(fnmatchcase(c or ROOT, pattern) for c in called)
-            }
+            matches = {name for name, called in candidates.items() if matches_any(pattern, called)}
             if strict and matches and all(deciding[name] != pattern for name in matches):
                 raise PatternError(
                     f"pattern {pattern!r} in `methods` matches {some(sorted(matches))}, about which earlier patterns "
@@ -76,6 +68,14 @@ class Assignment:
                 )
             rows.append(pattern_row("methods", pattern, matches, candidates))
         return tuple(rows)
+
+
+def distinct(groups: Iterable[Iterable[Method]]) -> tuple[Method, ...]:
+    """Every setting of a method once, in the order in which they come first."""
+    found: list[Method] = []
+    for methods in groups:
+        found += [method for method in methods if method not in found]
+    return tuple(found)
 
 
 def assign(given: Given) -> Assignment:

@@ -22,6 +22,11 @@ def escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
+def matches_any(pattern: str, called: Iterable[str]) -> bool:
+    """Whether a pattern matches one of the names that a layer is called by."""
+    return any(fnmatchcase(name or ROOT, pattern) for name in called)
+
+
 @dataclass(frozen=True)
 class PatternRow:
     """What a pattern of the user's matched.
@@ -103,9 +108,7 @@ def select(
                 f"`{option}` holds {pattern!r}, which is no layer pattern. Use a layer's full name or a glob over "
                 f"names, such as 'features.*'. Layers: {some(names)}."
             )
-        matches = {
-            n for n, called in candidates.items() if any(fnmatchcase(c or ROOT, pattern) for c in called)
-        }
+        matches = {name for name, called in candidates.items() if matches_any(pattern, called)}
         if not matches and strict:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
             hint = f"Nearest names: {', '.join(near)}." if near else f"Layers: {some(names)}."

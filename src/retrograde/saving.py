@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from retrograde.assignment import distinct
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError, StateError
 from retrograde.methods import registry
@@ -33,9 +34,7 @@ def write(
     Raises:
         OSError: the file cannot be written.
     """
-    methods: list[Method] = []
-    for acting in layers.values():
-        methods += [method for method in acting if method not in methods]
+    methods = distinct(layers.values())
     whole = {
         "retrograde_session": _FORMAT,
         "methods": [{"name": method.name, "options": _options(method)} for method in methods],

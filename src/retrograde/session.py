@@ -19,7 +19,7 @@ from torch import nn
 from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
-from retrograde.assignment import Assignment, Given, assign, exactly
+from retrograde.assignment import Assignment, Given, assign, distinct, exactly
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
@@ -480,10 +480,8 @@ class Session:
                 raise OptionError(f"set: {name} refuses {options}: {error}.") from error
 
         acting = {layer: tuple(map(changed, methods)) for layer, methods in self._acting.items()}
-        distinct: list[Method] = []
-        for method in map(changed, self.methods):
-            distinct += [] if method in distinct else [method]
-        self.methods, self._acting = tuple(distinct), acting
+        # One by one: two settings may have become the same.
+        self.methods, self._acting = distinct([changed(method)] for method in self.methods), acting
         for layer, program in self._programs.items():
             for method in acting[layer]:
                 if method.name == name:
