@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
-from cases import assert_bitwise, assert_same, batch, gradients, in_two_ranks, program, seeded, train
+from cases import Turned, assert_bitwise, assert_same, batch, gradients, in_two_ranks, program, seeded, train
 from retrograde.engine.branches import Residual
 from retrograde.kernels import reference
 from retrograde.kernels.dispatch import Products
@@ -31,21 +31,6 @@ def resnet(blocks: int = 6, width: int = 8) -> nn.Module:
 def cnn() -> nn.Module:
     branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
     return nn.Sequential(nn.Conv2d(3, 4, 3), Residual(branch), nn.Flatten(), nn.Linear(4 * 36, 4))
-
-
-class Turned(nn.Module):
-    """A linear layer whose weight lies as (i, o), as in GPT-2."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
-
-
-rg.register_layer(Turned, rg.LinearKind(turned=True))
 
 
 def turned() -> nn.Module:
