@@ -33,7 +33,7 @@ class DoubleBackwardError(RetrogradeError):
 
 
 class TransformError(RetrogradeError):
-    """An attached layer was called inside a transform of ``torch.func``."""
+    """A layer was given to a transform that cannot look into it: one of ``torch.func``, or ``torch.jit.script``."""
 
 
 class StateError(RetrogradeError):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from retrograde.assignment import Assignment, Given, assign
@@ -143,8 +144,8 @@ def _decide(
             why = "in `skip`"
         elif not (acting := assignment.of(candidates[name])[0]):
             why = assignment.why_plain(candidates[name])
-        elif (weight := _weight(layer, kind)) is not None and not weight.is_floating_point():
-            why = f"weight is {weight.dtype}: only real floating-point layers are attached"
+        elif (dtype := _dtype(layer, weight := _weight(layer, kind))) and not dtype.is_floating_point:
+            why = f"weight is {dtype}: only real floating-point layers are attached"
         elif weight is not None and not weight.numel():
             why = "weight without entries: nothing to multiply"
         else:
@@ -160,6 +161,7 @@ def _decide(
                 name == last,
                 tuple(fused.get(id(layer), ())),
                 adapters.get(id(layer)),
+                None if weight is None else weight.shape,
             )
             reasons: list[str] = []
             around = {id(place.site.layer) for place in placements}
@@ -414,9 +416,14 @@ def _type_name(layer: nn.Module) -> str:
 
 
 def _weight(layer: nn.Module, kind: LayerKind) -> Tensor | None:
-    # A registered layer may compute its weight; any parameter then tells the dtype.
     weight = getattr(layer, kind.weight, None)
-    return weight if isinstance(weight, Tensor) else next(layer.parameters(), None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _dtype(layer: nn.Module, weight: Tensor | None) -> torch.dtype | None:
+    # A registered layer may compute its weight; any parameter then tells.
+    known = weight if weight is not None else next(layer.parameters(), None)
+    return None if known is None else known.dtype
 
 
 def _shape(layer: nn.Module, kind: LayerKind | str | None) -> str:

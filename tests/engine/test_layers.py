@@ -23,6 +23,7 @@ from cases import LAYERS, NEUTRAL, Case, assert_same, batch, cnn, gradients, mlp
 from retrograde.engine import layers as engine_layers
 from retrograde.engine.maps import base
 from retrograde.engine.maps.linear import TURNED
+from retrograde.errors import TransformError
 
 
 @pytest.fixture
@@ -482,6 +483,19 @@ def test_trace_is_plain() -> None:
     x = batch((2, 8))
     assert torch.equal(torch.jit.trace(model, x)(x), model(x))
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_script_of_a_folded_model() -> None:
+    """TorchScript reads source: an attached layer is refused by name and stays attached, a folded one is ordinary."""
+    model = seeded(mlp)
+    session = rg.attach(model, rg.Dither())
+    with pytest.raises(TransformError, match=r"'0' is attached.*session\.fold"):
+        torch.jit.script(model)
+    assert session.plan.attached
+    assert isinstance(model[0], engine_layers.AttachedLayer)
+    x = batch((2, 8))
+    assert torch.equal(torch.jit.script(session.fold())(x), model.eval()(x))
 
 
 def test_eval_and_no_grad_run_the_plain_layer() -> None:

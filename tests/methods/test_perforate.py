@@ -38,7 +38,7 @@ from cases import (
     transposed,
 )
 from retrograde.engine.layers import AttachedLayer
-from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, TransformError
 from retrograde.methods.perforate import Perforate
 from retrograde.methods.perforate.conductor import PerforateConductor
 from retrograde.methods.perforate.dendrites import Dendritic
@@ -325,6 +325,21 @@ def test_fold_without_dendrites() -> None:
     }
     assert isinstance(model[0], AttachedLayer)
     assert rule(model[0]).active == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_folded_through_other_runtimes() -> None:
+    """torch.export and tracing take a folded model with dendrites; TorchScript, which reads source, is refused."""
+    model, x = seeded(mlp), batch((2, 8))
+    session = rg.attach(model, Perforate())
+    grow(session)
+    folded = session.fold().eval()
+    expected = folded(x)
+    assert not torch.equal(expected, seeded(mlp).eval()(x))
+    for other in (torch.export.export(folded, (x,)).module(), torch.jit.trace(folded, x)):
+        torch.testing.assert_close(other(x), expected)
+    with pytest.raises(TransformError, match=r"a Linear with dendrites.*torch\.export"):
+        torch.jit.script(folded)
 
 
 def test_folded_trains_by_its_rule() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
@@ -118,6 +119,36 @@ def test_product_is_the_projected_gradient(name: str) -> None:
     assert_same(found, expected, 1e-5)
     # Something was left out, or the comparison would be one of G with itself.
     assert (whole - expected["weight"]).norm() > 1e-3 * whole.norm()
+
+
+COMPUTED: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "old_weight_norm": partial(nn.utils.weight_norm, dim=None),
+    "pruned": partial(prune.l1_unstructured, name="weight", amount=0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", COMPUTED)
+def test_computed_weights(wrap: str) -> None:
+    """The gradient of what is multiplied is projected, and what computes it gets that by the chain rule."""
+
+    def make() -> nn.Module:
+        return COMPUTED[wrap](nn.Linear(9, 5))
+
+    layer, plain, x = projecting(make, (7, 9), ALWAYS()), seeded(make), batch((7, 9), seed=50)
+    plain.load_state_dict(layer.state_dict())
+    assert rule(layer).projecting
+    found = gradients(layer, x)
+    with parametrize.cached():
+        z, weight = plain(x), plain.weight
+    ramp = torch.linspace(-1.0, 1.0, z.numel()).reshape(z.shape)
+    (whole,) = torch.autograd.grad((torch.sin(z) * ramp).sum(), weight, retain_graph=True)
+    own = {name: p for name, p in plain.named_parameters() if name != "bias"}
+    for direction, same in ((projected(layer, whole), True), (whole, False)):
+        through = torch.autograd.grad(weight, list(own.values()), direction, retain_graph=True)
+        close = [torch.allclose(found[name], g, atol=1e-5) for name, g in zip(own, through, strict=True)]
+        assert all(close) == same
 
 
 @pytest.mark.parametrize("name", ["linear", "turned", "conv2d", "conv2d_groups", "transposed2d_groups"])

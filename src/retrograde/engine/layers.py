@@ -11,7 +11,7 @@ from torch import nn
 from retrograde.engine.maps import attention, convolution, linear
 from retrograde.engine.maps.base import LayerKind, kind_of
 from retrograde.engine.program import LayerProgram
-from retrograde.errors import DetachError
+from retrograde.errors import DetachError, TransformError
 
 __all__ = ["AttachedLayer", "attention", "convolution", "find_kind", "linear", "swap_in", "swap_out"]
 
@@ -65,6 +65,13 @@ class AttachedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, _swapped_from(self, self._retrograde.name), _plain_state(self), protocol)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch would put what is returned into the model that trains.
+        raise TransformError(
+            f"layer {self._retrograde.name!r} is attached, and torch.jit.script compiles a layer's source, not what it "
+            "runs. Script the folded model (session.fold()), or use torch.export or torch.jit.trace in evaluation."
+        )
 
 
 def copied(

@@ -221,6 +221,7 @@ class Site:
         fused_by: modules around it that multiply by its weight themselves in evaluation, without calling it.
         adapter: its part in low-rank adapters (LoRA): ``"factor"``, whose weight is merged into another layer's;
             ``"peft"``, any layer of a model whose adapters the package peft saves and merges.
+        shape: of the weight that it multiplies, a parameter or not; None where only a forward pass can tell.
     """
 
     name: str
@@ -233,6 +234,7 @@ class Site:
     last: bool = False
     fused_by: tuple[nn.Module, ...] = ()
     adapter: Literal["factor", "peft"] | None = None
+    shape: torch.Size | None = None
 
 
 class Rule:

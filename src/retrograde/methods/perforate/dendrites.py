@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.engine.maps.base import LayerKind, Map, kind_of, register_layer
-from retrograde.errors import StateError
+from retrograde.errors import StateError, TransformError
 from retrograde.maths.perforate import Activation, activate
 
 NAMES = ("weight", "bias", "cascade", "output")
@@ -161,6 +161,12 @@ class Dendritic(nn.Module):
         """The plain layer's, and the dendrites."""
         state = self._dendrite_state
         return f"{super().extra_repr()}, dendrites={state.count}, activation={state.activation!r}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TransformError(
+            f"torch.jit.script cannot compile a {self._dendrite_base.__name__} with dendrites: they are computed "
+            "set by set in ordinary Python. Use torch.export or torch.jit.trace, which take this model as it is."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A registered kind is looked up again: it may hold a function that cannot be pickled, and a copy of it would

@@ -14,15 +14,16 @@ leading eigenvectors of E[xxᵀ], all steps but a few use
 confined to its complement train about as well as free ones (Song, Ahn, Yun 2025). `basis` and `residual` let that
 be seen here: ``"top"``, ``"random"`` and ``"bulk"`` (I − P), with and without the path.
 
-Deviations from the summaries of the source. P multiplies G from the side of the input by default: on the literal
-side G must be formed first, and nothing is saved. The published decay β λ₁ e₁e₁ᵀ does not have W's shape; (4) does,
-with λ₁ of the mean, not the sum, over rows, and its factor never above 1. P acts on each call's own weight gradient:
-what others add to a shared weight's gradient (a tied embedding, a penalty) is left as it is. Momentum is carried along
-at refreshes where it is all that the optimizer keeps (SGD, Muon, Lion). Adam's kind divides it, entry by entry, by the
-root of squares on which a change of basis has no meaning: a moment moved into an entry whose squares are tiny would
-make a huge step, so there both are left. The division turns a step out of the subspace: what is confined is the
-gradient. The factor s restores on full steps what the others left out, and its bound λ₁/λ_k keeps such steps as stable
-as those along e₁. The first `warmup` steps are full, and the rank is then fixed, so that compiled code stays.
+Deviations from the summaries of the source. P multiplies G from the side of the input by default: on the literal side
+G must be formed first, and nothing is saved. The published decay β λ₁ e₁e₁ᵀ does not have W's shape; (4) does, with λ₁
+of the mean, not the sum, over rows, and its factor never above 1. P acts on each call's own weight gradient: what
+others add to a shared weight's gradient (a tied embedding, a penalty) is left as it is, and where a weight is computed
+(weight norm, pruning) it is the gradient of what is multiplied that is projected, before the chain rule. Momentum is
+carried along at refreshes where it is all that the optimizer keeps (SGD, Muon, Lion). Adam's kind divides it, entry by
+entry, by the root of squares on which a change of basis has no meaning: a moment moved into an entry whose squares are
+tiny would make a huge step, so there both are left. The division turns a step out of the subspace: what is confined is
+the gradient. The factor s restores on full steps what the others left out, and its bound λ₁/λ_k keeps such steps as
+stable as those along e₁. The first `warmup` steps are full, and the rank is then fixed, so that compiled code stays.
 
 Convolutions: a row of X is a patch, and X U is the input convolved with U's columns as filters. It is smaller than the
 input when k is below the input channels of a group times the stride's product, so that is where the rank is capped.
@@ -45,6 +46,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
+
+import torch
 
 from retrograde.engine.slots import Method, Rule, Site
 from retrograde.errors import OptionError, check_option
@@ -143,12 +146,17 @@ class Spectral(Method):
         """Every linear layer and convolution that is wide enough."""
         if self.skip_head and site.last:
             return "head: trained in full (skip_head=False projects it too)"
-        if site.weight is None:
-            return "its weight is computed anew in every forward pass: its gradient has no rows of its own to project"
+        if site.weight is None and (self.side != "input" or self.decay):
+            return (
+                "its weight is computed anew in every forward pass: other sides and `decay` need a parameter"
+            )
+        if site.shape is None:
+            return "its weight is computed in its forward pass: nothing tells beforehand how wide it is"
         if not site.map.rows_are_outputs and (self.side != "input" or self.decay):
             return "transposed: its rows have no outputs of their own, which other sides and `decay` need"
-        _, outputs, inputs = site.map.matrix(site.weight).shape
-        limit = site.map.narrow_width(site.weight)
+        weight = torch.empty(site.shape, device="meta")
+        _, outputs, inputs = site.map.matrix(weight).shape
+        limit = site.map.narrow_width(weight)
         caps = [min(_LARGEST_RANK, inputs // 4, limit // 2), min(_LARGEST_RANK, outputs // 4)]
         sides = {"input": [0], "output": [1], "both": [0, 1]}[self.side]
         for side in sides:

@@ -133,13 +133,12 @@ class SpectralRule(Rule):
     def local(self, step: Step) -> None:
         """Decay, refresh, and whether the next step projects."""
         self._diagnostics.read()
+        # A weight that is computed has neither a group nor moments: the gradient of each call is all that is projected.
         weight, map = step.weight, step.map
-        if weight is None:
-            return
         if map is not None:
             self._map = map
-            group = _group(step, weight)
-            if group is not None:
+            group = None if weight is None else _group(step, weight)
+            if weight is not None and group is not None:
                 self._decay(step, weight, float(group["lr"]))
             rows = self.statistics.rows
             late = self._refreshed_at < 0 or step.index - self._refreshed_at >= self._method.every
@@ -167,16 +166,16 @@ class SpectralRule(Rule):
         return inputs if self._outputs is None else [*inputs, self._outputs]
 
     @torch.no_grad()
-    def _refresh(self, step: Step, map: Map, rows: Tensor, weight: Tensor, *, moments: bool) -> None:
+    def _refresh(self, step: Step, map: Map, rows: Tensor, weight: Tensor | None, *, moments: bool) -> None:
         old = self._inputs.basis, self._output_basis()
         if self._method.side != "output":
             step.spend(self._inputs.refresh(rows))
-        if self._outputs is not None:
+        if self._outputs is not None and weight is not None:
             w = map.matrix(ranks.whole(weight)).to(rows)
             step.spend(linear_flops(rows.shape[0] * rows.shape[1], w.shape[1], w.shape[2]))
             step.spend(self._outputs.refresh(rows @ w.mT))
         known = any(basis is not None for basis in old)
-        if moments and known and not self._tied and self._method.basis != "bulk":
+        if weight is not None and moments and known and not self._tied and self._method.basis != "bulk":
             self._reexpress(step, map, weight, *old)
 
     def _reexpress(self, step: Step, map: Map, weight: Tensor, u: Tensor | None, v: Tensor | None) -> None:
