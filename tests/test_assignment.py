@@ -94,6 +94,32 @@ def test_layers_chosen_by_a_function() -> None:
 # Options that change in training.
 
 
+SHARES: list[tuple[rg.Method, rg.Method]] = [
+    (rg.Spectral(2, warmup=0.25, every=2), rg.Spectral(2, warmup=10, every=2)),
+    (rg.DeepFocus(warmup=0.001), rg.DeepFocus(warmup=1)),
+    (rg.Decorrelate(rank=2, until=0.5), rg.Decorrelate(rank=2, until=20)),
+]
+
+
+@pytest.mark.parametrize(("share", "steps"), SHARES, ids=str)
+def test_shares_of_a_run_are_steps_of_it(share: rg.Method, steps: rg.Method, tmp_path: Path) -> None:
+    """A share is a number of steps once the run's length is known, which a saved session keeps."""
+    session = rg.attach(seeded(blocks), {"[01].*": share, "*": rg.Dither()}, steps=40)
+    assert set(session.methods) == {steps, rg.Dither()}
+    session.save(tmp_path / "session.pt")
+    assert set(rg.resume(seeded(blocks), tmp_path / "session.pt").methods) == {steps, rg.Dither()}
+    given = {"[01].*": share, "*": rg.Dither()}
+    resumed = rg.resume(seeded(blocks), tmp_path / "session.pt", given, steps=40)
+    assert set(resumed.methods) == {steps, rg.Dither()}
+    plan = rg.make_plan(seeded(blocks), share, steps=40)
+    assert plan.attached == rg.make_plan(seeded(blocks), steps).attached
+    for refused in (lambda: rg.attach(seeded(blocks), share), lambda: rg.make_plan(seeded(blocks), share)):
+        with pytest.raises(OptionError, match=r"is a share of the run, whose length is not known.*steps="):
+            refused()
+    with pytest.raises(OptionError, match="steps=0 must be 1 or more"):
+        rg.attach(seeded(blocks), share, steps=0)
+
+
 def test_set_changes_a_method_where_it_is() -> None:
     session = rg.attach(seeded(blocks), GIVEN)
     session.set("dither", scale=2.0)

@@ -1,7 +1,7 @@
 """Which methods act on which layer, as the user says it: the same on all, or by patterns over the layers' names."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError, PatternError
@@ -30,6 +30,19 @@ class Assignment:
     def methods(self) -> tuple[Method, ...]:
         """All of them, each once."""
         return distinct(methods for _, methods in self.entries)
+
+    def for_run(self, steps: int | None) -> "Assignment":
+        """The same, with whole steps in place of shares of a run of so many steps.
+
+        Raises:
+            OptionError: `steps` is below 1, or a method has a share and `steps` is None.
+        """
+        if steps is not None and steps < 1:
+            raise OptionError(f"steps={steps} must be 1 or more, the optimizer steps of the whole run.")
+        entries = tuple(
+            (pattern, tuple(m.for_run(steps) for m in methods)) for pattern, methods in self.entries
+        )
+        return replace(self, entries=entries)
 
     def of(self, called: Sequence[str]) -> tuple[tuple[Method, ...], str | None]:
         """The methods of a layer that is called so, and the pattern that matched; None where none did."""

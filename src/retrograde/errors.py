@@ -74,3 +74,21 @@ def check_option(config: object, option: str, fine: bool, must: str) -> None:
     """
     if not fine:
         raise OptionError(f"{type(config).__name__}: {option}={getattr(config, option)!r} must be {must}.")
+
+
+def check_steps(config: object, option: str) -> None:
+    """Refuse what is neither a number of optimizer steps nor a share of a run (`retrograde.Method.shares`).
+
+    Args:
+        config: what has the option as an attribute.
+        option: its name.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    value = getattr(config, option)
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    share = isinstance(value, float) and 0 < value < 1
+    check_option(
+        config, option, whole or share, "a number of steps, 0 or more, or a share of the run between 0 and 1"
+    )

@@ -63,6 +63,7 @@ def make_plan(
     only: Choice | None = None,
     skip: Choice | None = None,
     strict: bool = True,
+    steps: int | None = None,
     example: Example | None = None,
     decline: bool = True,
 ) -> Plan:
@@ -75,6 +76,7 @@ def make_plan(
             attached.
         skip: likewise, of layers to leave alone.
         strict: raise on a pattern or a method without effect.
+        steps: optimizer steps of the whole run, where a method's option is a share of it.
         example: one batch, to try with what each layer would save (`retrograde.forecast.Example`): its inputs, or a
             function that returns its loss, whose gradients are the true ones. Only layers whose methods are there to
             save time are tried.
@@ -87,7 +89,7 @@ def make_plan(
     """
     # Without a method every layer is left, which the plan may well say.
     assignment = Assignment(()) if methods == [] else assign(methods)
-    return decide(model, assignment, only, skip, strict, example, decline).plan
+    return decide(model, assignment.for_run(steps), only, skip, strict, example, decline).plan
 
 
 def decide(

@@ -57,6 +57,7 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     strict: bool = True,
     seed: int | None = None,
+    steps: int | None = None,
     example: Example | None = None,
     decline: bool = True,
 ) -> "Session":
@@ -73,6 +74,7 @@ def attach(
             of an attached layer, including those made later.
         strict: raise on whatever would have no effect; False warns where it can.
         seed: seed of the methods' random numbers; None takes torch's (`torch.manual_seed`).
+        steps: optimizer steps of the whole run, where a method's option is a share of it: ``Spectral(warmup=0.05)``.
         example: one batch, from which the plan forecasts what each layer will save: the model's inputs (a tensor, a
             tuple, a dict), or a function without arguments that returns the loss. It is run a few times, forward and
             backward, which leaves parameters, gradients, buffers and random state as they were.
@@ -93,7 +95,9 @@ def attach(
             f"attach was given {model!r} for its model. The model comes first, an instance of torch.nn.Module, then "
             "the methods: attach(model, retrograde.Dither())."
         )
-    return attached(model, assign(methods), only, skip, optimizer, strict, seed, example, decline)
+    return attached(
+        model, assign(methods).for_run(steps), only, skip, optimizer, strict, seed, example, decline
+    )
 
 
 def attached(
@@ -121,6 +125,7 @@ def resume(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     strict: bool = True,
+    steps: int | None = None,
 ) -> "Session":
     """Attach to a fresh `model` what `Session.save` wrote, and go on where it was written.
 
@@ -134,12 +139,13 @@ def resume(
             the layers that they were on.
         optimizer: as for `attach`.
         strict: as for `attach`.
+        steps: as for `attach`; the saved methods have no shares of the run left.
 
     Raises:
         StateError: the file cannot be read, or is of another model, or names a method that is not installed.
     """
     layers, shapes, state = saving.read(path, known=methods is None)
-    assignment = exactly(layers) if methods is None else assign(methods)
+    assignment = exactly(layers) if methods is None else assign(methods).for_run(steps)
     mine = _shapes({name or ROOT: module for name, module in model.named_modules()})
     if other := next((n for n in shapes if n in mine and mine[n] != shapes[n]), None):
         raise StateError(

@@ -45,7 +45,7 @@ NEUTRAL = {
 """By method, settings that change nothing within a few steps."""
 
 _DECORRELATE = {"rank": [1, 2], "every": [1, 2], "rows": [2, 8], "damping": [0.0, 1.0], "kappa": [0.0, 1.0]}
-_DECORRELATE |= {"lr": [0.1], "variant": ["normalized"], "power": [0.5], "until": [0.5], "total_steps": [4]}
+_DECORRELATE |= {"lr": [0.1], "variant": ["normalized"], "power": [0.5], "until": [2]}
 _DEEPFOCUS = {
     "q_skip": [0.0, 0.8],
     "q_full": [0.0, 0.1],

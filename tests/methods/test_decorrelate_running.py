@@ -36,7 +36,7 @@ ALL: dict[str, Callable[..., Decorrelate]] = {
 }
 all_modes = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
-ONE_UPDATE = {"until": 0.01, "total_steps": 100}
+ONE_UPDATE = {"until": 1}
 """R is learnt in the first step, and never again."""
 
 
@@ -549,9 +549,9 @@ def basis_changes(layer: nn.Module, steps: int) -> list[bool]:
 
 
 def test_every_and_until() -> None:
-    """Updates at steps 0, 3, 6, …, and none from `until` · `total_steps` on; rows are not sampled after it."""
+    """Updates at steps 0, 3, 6, …, and none from `until` on; rows are not sampled after it."""
     layer = nn.Linear(8, 4)
-    _session = rg.attach(layer, Decorrelate(rank=2, every=3, rows=16, until=0.5, total_steps=14))
+    _session = rg.attach(layer, Decorrelate(rank=2, every=3, rows=16, until=0.5), steps=14)
     assert basis_changes(layer, 12) == [step in (0, 3, 6) for step in range(12)]
     assert not program(layer).sampling
 
@@ -559,7 +559,7 @@ def test_every_and_until() -> None:
 def test_keeps_its_own_period() -> None:
     """Another method may want the statistics refreshed more often, and longer: R keeps to its own times."""
     layer = nn.Linear(8, 4)
-    _session = rg.attach(layer, Decorrelate(rank=2, every=3, rows=16, until=0.5, total_steps=12))
+    _session = rg.attach(layer, Decorrelate(rank=2, every=3, rows=16, until=6))
     statistics = program(layer).statistics
     statistics.spec = statistics.spec.merged(type(statistics.spec)(rows=16, every=1, rank=5))
     assert basis_changes(layer, 9) == [step in (0, 3) for step in range(9)]
@@ -644,9 +644,8 @@ def test_layers_that_are_left() -> None:
         {"damping": math.nan},
         {"mode": "precondition", "power": 2},
         {"until": 0.0},
-        {"until": 0.5},
-        {"total_steps": 100},
-        {"until": 0.5, "total_steps": 0},
+        {"until": 0},
+        {"until": 1.0},
         {"kappa": 0.1},
         {"variant": "normalized"},
         {"lr": 0.1},
@@ -658,7 +657,5 @@ def test_layers_that_are_left() -> None:
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     """Out of range, or without effect in the mode: named, with its value."""
-    with pytest.raises(
-        OptionError, match=f"{list(options)[-1] if 'total_steps' not in options else 'total_steps'}="
-    ):
+    with pytest.raises(OptionError, match=f"{list(options)[-1]}="):
         Decorrelate(**options)

@@ -435,6 +435,7 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"h": -1.0},
         {"h": math.inf},
         {"warmup": -1},
+        {"warmup": 1.0},
         {"momentum": 1.0},
         {"low": "int4"},
         {"controller": "vcas"},

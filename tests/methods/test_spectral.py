@@ -739,6 +739,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"every": 0}, "every=0"),
     ({"full_every": 1}, "full_every=1"),
     ({"warmup": -1}, "warmup=-1"),
+    ({"warmup": 1.0}, "warmup=1.0 must be a number of steps, 0 or more, or a share"),
     ({"decay": -1e-3}, "decay"),
     ({"decay": float("nan")}, "decay"),
     ({"tau": 0.0}, "tau"),

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retrograde.accounting.counters import Counters
 from retrograde.engine.maps.base import LayerKind, Map
 from retrograde.engine.statistics import InputStatistics, StatisticsSpec
+from retrograde.errors import OptionError
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.int8 import Quantised
@@ -402,6 +403,7 @@ class Method:
     """A method's configuration: a frozen dataclass that makes one `Rule` for each layer.
 
     A field called ``warmup`` is understood as steps before the method begins: short runs and benchmarks shorten it.
+    Options that count steps may be shares of the run instead (`shares`).
 
     Attributes:
         name: the method's short name, as on the command line.
@@ -415,6 +417,10 @@ class Method:
 
     adjustable: ClassVar[Collection[str]] = ()
     """Options that may change in training (`Session.set`); the method's rules then have an `Rule.adjust`."""
+
+    shares: ClassVar[Collection[str]] = ()
+    """Options in optimizer steps that may be given as a share of the run instead, a float between 0 and 1: rules are
+    made by a method in which `for_run` has put steps in their place."""
 
     adds_parameters: ClassVar[bool] = False
     """Whether the model that is trained may have more parameters than the plain one: tables then show their number."""
@@ -436,6 +442,25 @@ class Method:
         fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def for_run(self, steps: int | None) -> Self:
+        """The method with whole steps in place of shares of the run.
+
+        Args:
+            steps: the run's optimizer steps; None where nobody knows.
+
+        Raises:
+            OptionError: there is a share, and the run's length is not known.
+        """
+        found = {name: getattr(self, name) for name in self.shares}
+        given = {name: value for name, value in found.items() if isinstance(value, float)}
+        for name, value in given.items() if steps is None else ():
+            raise OptionError(
+                f"{type(self).__name__}: {name}={value} is a share of the run, whose length is not known. Pass "
+                "attach(…, steps=…), the run's optimizer steps, or give the option as a number of steps."
+            )
+        counted = {name: max(1, round(value * (steps or 0))) for name, value in given.items()}
+        return dataclasses.replace(cast(Any, self), **counted) if counted else self
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> "Conductor | None":
         """What decides for the whole model, if the method needs that.

@@ -57,7 +57,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import OptionError, check_option
+from retrograde.errors import OptionError, check_option, check_steps
 from retrograde.methods.decorrelate_rules import FullRule, LowRankRule, PreconditionRule, Settings
 
 _LR = 0.5
@@ -80,8 +80,7 @@ class Decorrelate(Method):
         damping: c in mean eigenvalues, 0 or more. Not in full mode.
         power: p of precondition mode, 0.5 or 1; None is 1.
         rows: sampled rows (patches) for each update.
-        until: stop updating R after this share of the training, in (0, 1]; below 1 it needs `total_steps`.
-        total_steps: length of the training in optimizer steps, for `until`.
+        until: stop updating R after so many steps, or this share of the run; None never stops.
 
     Raises:
         OptionError: a value out of its range, or an option that has no effect in this mode.
@@ -92,6 +91,7 @@ class Decorrelate(Method):
 
     name: ClassVar[str] = "decorrelate"
     adjustable: ClassVar[Collection[str]] = ("damping", "kappa", "lr", "power")
+    shares: ClassVar[Collection[str]] = ("until",)
 
     mode: Literal["lowrank", "full", "precondition"] = "lowrank"
     rank: int = 32
@@ -102,8 +102,7 @@ class Decorrelate(Method):
     damping: float = 0.1
     power: float | None = None
     rows: int = 2048
-    until: float = 1.0
-    total_steps: int | None = None
+    until: int | float | None = None
 
     def __post_init__(self) -> None:
         check_option(
@@ -124,13 +123,9 @@ class Decorrelate(Method):
             self, "damping", math.isfinite(self.damping) and self.damping >= 0, "a finite number, 0 or more"
         )
         check_option(self, "power", self.power in (None, 0.5, 1), "0.5 or 1")
-        check_option(self, "until", 0 < self.until <= 1, "a share of the training, above 0 and at most 1")
-        check_option(self, "total_steps", self.total_steps is None or self.total_steps >= 1, "1 or more")
-        if (self.until < 1) != (self.total_steps is not None):
-            raise OptionError(
-                f"Decorrelate: until={self.until} with total_steps={self.total_steps}: a share of the training needs "
-                "its length, and the length is needed for nothing else. Give both, or neither."
-            )
+        if self.until is not None:
+            check_steps(self, "until")
+            check_option(self, "until", self.until > 0, "1 step or more: R would never be learnt")
         self._refuse_idle_options()
 
     def _refuse_idle_options(self) -> None:
@@ -158,7 +153,6 @@ class Decorrelate(Method):
 
     def settings(self) -> Settings:
         """The options with their defaults filled in."""
-        until = None if self.total_steps is None else math.ceil(self.until * self.total_steps)
         lr = _LR if self.lr is None else self.lr
         power = _POWER if self.power is None else self.power
         return Settings(
@@ -170,5 +164,5 @@ class Decorrelate(Method):
             damping=self.damping,
             power=power,
             rows=self.rows,
-            until=until,
+            until=None if self.until is None else int(self.until),
         )

@@ -52,7 +52,7 @@ from torch import nn
 from retrograde.engine import ranks
 from retrograde.engine.branches import find_branches
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Call, Grant, Method, Rule, Site, Tier
-from retrograde.errors import OptionError, check_option
+from retrograde.errors import OptionError, check_option, check_steps
 from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.int8 import Quantised
@@ -79,7 +79,7 @@ class DeepFocus(Method):
         q_full: share of calls that should reach β.
         p_min: smallest probability that a block to be skipped runs anyway, in (0, 1].
         h: step of the threshold tracking.
-        warmup: steps with everything FULL while the thresholds settle; about 5 % of the run.
+        warmup: steps with everything FULL while the thresholds settle, or their share of the run; 0.05 suits most.
         unbiased: scale probed gradients by 1/p.
         low: what LOW rounds to; None runs LOW in full precision.
         blocks: glob patterns that name the residual branches; None finds them (see `retrograde.engine.branches`).
@@ -96,13 +96,14 @@ class DeepFocus(Method):
 
     name: ClassVar[str] = "deepfocus"
     adjustable: ClassVar[Collection[str]] = ("q_skip", "q_full", "p_min", "p_max", "h", "low", "unbiased")
+    shares: ClassVar[Collection[str]] = ("warmup",)
     short_run: ClassVar[Mapping[str, Any]] = {"warmup": 40}
 
     q_skip: float = 0.5
     q_full: float = 0.2
     p_min: float = 0.05
     h: float = 0.03
-    warmup: int = 100
+    warmup: int | float = 100
     unbiased: bool = False
     low: Literal["int8", "bfloat16"] | None = "int8"
     blocks: tuple[str, ...] | None = None
@@ -124,7 +125,7 @@ class DeepFocus(Method):
                 "without a probe a skipped block would never be seen again."
             )
         check_option(self, "h", math.isfinite(self.h) and self.h >= 0, "a finite number, 0 or more")
-        check_option(self, "warmup", self.warmup >= 0, "0 or more steps")
+        check_steps(self, "warmup")
         check_option(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         check_option(self, "low", self.low in ("int8", "bfloat16", None), "'int8', 'bfloat16' or None")
         check_option(self, "controller", self.controller in ("quantile", "random"), "'quantile' or 'random'")

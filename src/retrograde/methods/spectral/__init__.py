@@ -43,14 +43,14 @@ References:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import OptionError, check_option
+from retrograde.errors import OptionError, check_option, check_steps
 from retrograde.maths.philox import key_of
 from retrograde.methods.spectral.core import SpectralRule
 from retrograde.methods.spectral.subspace import Directions, Policy, Subspace, Update
@@ -78,7 +78,7 @@ class Spectral(Method):
         tau: length of a Cayley step.
         residual: the way out of the subspace: ``"scaled"`` (equation 6), ``"full-step"`` or ``"none"``.
         full_every: m, of each so many steps one is full.
-        warmup: full steps at the start.
+        warmup: full steps at the start, or their share of the run.
         decay: β, in 0 to 1e-3 as a rule.
         random: how many of the k directions are random, drawn anew at each refresh.
         basis: ``"top"``; for ablations ``"random"``, and ``"bulk"``, the complement, which saves no memory.
@@ -93,6 +93,7 @@ class Spectral(Method):
     """
 
     name: ClassVar[str] = "spectral"
+    shares: ClassVar[Collection[str]] = ("warmup",)
     short_run: ClassVar[Mapping[str, Any]] = {"warmup": 20, "every": 20}
 
     rank: int | None = None
@@ -103,7 +104,7 @@ class Spectral(Method):
     tau: float = 1.0
     residual: Residual = "scaled"
     full_every: int = 2
-    warmup: int = 200
+    warmup: int | float = 200
     decay: float = 0.0
     random: int = 0
     basis: Directions = "top"
@@ -119,8 +120,9 @@ class Spectral(Method):
         ):
             known = get_args(choices)
             check_option(self, option, getattr(self, option) in known, f"one of {', '.join(known)}")
-        for option, least in (("every", 1), ("full_every", 2), ("warmup", 0), ("random", 0), ("rows", 1)):
+        for option, least in (("every", 1), ("full_every", 2), ("random", 0), ("rows", 1)):
             check_option(self, option, getattr(self, option) >= least, f"{least} or more")
+        check_steps(self, "warmup")
         check_option(
             self, "rank", self.rank is None or self.rank >= 1, "1 or more, or None to follow `energy`"
         )
