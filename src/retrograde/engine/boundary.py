@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from retrograde.engine.maps.base import Gradients, Map, map_of
 from retrograde.errors import AttachError, DoubleBackwardError, TransformError
+from retrograde.kernels import formulas
 
 
 class Program(Protocol):
@@ -53,6 +53,7 @@ _handles = itertools.count()
 
 def token(program: Any) -> Tensor:
     """What names `program` in compiled code: a tensor, so that code is shared between layers."""
+    formulas.register()
     handle = next(_handles)
     _programs[handle] = program
     return torch.tensor([handle])
@@ -198,7 +199,7 @@ _LIBRARY.impl("backward", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("retrograde::backward", _fake, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.retrograde.backward)
+@formulas.formula(torch.ops.retrograde.backward)
 def _formula(  # pyright: ignore[reportUnusedFunction]
     delta_shape: Sequence[int],
     saved: Any,

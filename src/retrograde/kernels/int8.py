@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from retrograde.kernels import formulas
 
 LARGEST = 127.0
 
@@ -138,7 +139,7 @@ _LIBRARY.impl("int8_linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("retrograde::int8_linear", _fake, lib=_LIBRARY)
 
 
-@register_flop_formula(torch.ops.retrograde.int8_linear)
+@formulas.formula(torch.ops.retrograde.int8_linear)
 def _formula(  # pyright: ignore[reportUnusedFunction]
     x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
