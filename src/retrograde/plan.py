@@ -1,13 +1,21 @@
 """The plan: what happens to each layer of a model, and why; made by `retrograde.planning`."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
 
 from retrograde.forecast import LayerForecast, StepForecast
 from retrograde.patterns import PatternRow
 
 Status = Literal["attached", "declined", "left", "bypassed"]
+
+_TIMES = "ms a step, plain → attached"
+_WIDTH = 140
+_CELL = 40
+"""Characters at which a cell is wrapped; the last column has what the others leave of the width, if that is more."""
+_GAP = "  "
 
 
 @dataclass(frozen=True)
@@ -100,48 +108,96 @@ class Plan:
         return {**asdict(self.step), "ratio": self.step.ratio, "layers": layers}
 
     def __rich__(self) -> Any:
+        """The same as `str`, as wide as rich's console is, and with what is left plain dimmed."""
         from rich.console import Group
-        from rich.table import Table
+        from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("layer", "type", "shape"):
-            table.add_column(name, overflow="fold")
-        table.add_column("parameters", justify="right")
-        for name in ("status", "methods", "kernel"):
-            table.add_column(name, overflow="fold")
-        tried = any(row.forecast for row in self.rows)
-        if tried:
-            table.add_column("ms a step, plain → attached", justify="right")
-        table.add_column("why", overflow="fold")
-        for row in self.rows:
-            table.add_row(
-                row.name,
-                row.type,
-                row.shape,
-                f"{row.parameters:,}",
-                row.status,
-                ", ".join(row.methods) or "–",
-                row.kernel or "–",
-                *([_milliseconds(row.forecast)] if tried else []),
-                row.why,
-                style=None if row.status == "attached" else "dim",
-            )
-        parts: list[Any] = [table]
+        return Group(*(_rich(part) if isinstance(part, _Table) else Text(part) for part in self._parts()))
+
+    def __str__(self) -> str:
+        return "\n".join(_text(part) if isinstance(part, _Table) else part for part in self._parts())
+
+    def _parts(self) -> list["_Table | str"]:
+        parts: list[_Table | str] = [_layer_table(self.rows)]
         if self.step:
             parts += ["", _step_line(self.step)]
         if self.blocks:
             parts += ["", _block_table(self.blocks)]
         if self.patterns:
             parts += ["", *map(_pattern_line, self.patterns)]
-        return Group(*parts) if len(parts) > 1 else table
+        return parts
 
-    def __str__(self) -> str:
-        from rich.console import Console
 
-        console = Console(width=140, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+class _Table(NamedTuple):
+    """Cells by row; the last column holds whole sentences."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    attached: list[bool]
+    figures: tuple[str, ...]
+    """Names of the columns whose cells end at the right."""
+
+
+def _rich(table: _Table) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for name in table.header:
+        found.add_column(name, justify="right" if name in table.figures else "left", overflow="fold")
+    for row, attached in zip(table.rows, table.attached, strict=True):
+        # Names of layers may look like markup.
+        found.add_row(*map(Text, row), style=None if attached else "dim")
+    return found
+
+
+def _text(table: _Table) -> str:
+    """Lines of at most `_WIDTH` characters, where the names leave room for it: cells are wrapped at their spaces."""
+    names = table.header[:-1]
+    narrow = [[_wrapped(cell, _CELL) for cell in row[:-1]] for row in (table.header, *table.rows)]
+    widths = [max(len(line) for row in narrow for line in row[i]) for i in range(len(names))]
+    room = max(_WIDTH - sum(widths) - len(_GAP) * len(widths), _CELL)
+    lines: list[str] = []
+    for cells, row in zip(narrow, (table.header, *table.rows), strict=True):
+        for line in zip_longest(*cells, _wrapped(row[-1], room), fillvalue=""):
+            padded = [
+                cell.rjust(width) if name in table.figures else cell.ljust(width)
+                for name, cell, width in zip(names, line[:-1], widths, strict=True)
+            ]
+            lines.append(_GAP.join([*padded, line[-1]]).rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    return textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _layer_table(rows: Sequence[PlanRow]) -> _Table:
+    tried = any(row.forecast for row in rows)
+    times = (_TIMES,) if tried else ()
+    cells = [
+        (
+            *(row.name, row.type, row.shape, f"{row.parameters:,}", row.status),
+            *(", ".join(row.methods) or "–", row.kernel or "–"),
+            *([_milliseconds(row.forecast)] if tried else []),
+            row.why,
+        )
+        for row in rows
+    ]
+    header = ("layer", "type", "shape", "parameters", "status", "methods", "kernel", *times, "why")
+    return _Table(header, cells, [row.status == "attached" for row in rows], ("parameters", *times))
+
+
+def _block_table(rows: Sequence[BlockRow]) -> _Table:
+    cells = [
+        (
+            *(row.name, row.type, row.kind, f"{row.parameters:,}", row.status),
+            *(", ".join(row.layers) or "–", row.why),
+        )
+        for row in rows
+    ]
+    header = ("block", "type", "kind", "parameters", "status", "layers", "why")
+    return _Table(header, cells, [row.status == "attached" for row in rows], ("parameters",))
 
 
 def _milliseconds(found: LayerForecast | None) -> str:
@@ -159,26 +215,3 @@ def _pattern_line(row: PatternRow) -> str:
     layers = "1 layer" if row.matches == 1 else f"{row.matches} layers"
     partly = f", of like ones only {row.partly}" if row.partly else ""
     return f"{row.option}: {row.pattern!r} matches {layers}{partly}"
-
-
-def _block_table(rows: Sequence[BlockRow]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("block", "type", "kind"):
-        table.add_column(name, overflow="fold")
-    table.add_column("parameters", justify="right")
-    for name in ("status", "layers", "why"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        style = None if row.status == "attached" else "dim"
-        cells = (
-            row.name,
-            row.type,
-            row.kind,
-            f"{row.parameters:,}",
-            row.status,
-            ", ".join(row.layers) or "–",
-        )
-        table.add_row(*cells, row.why, style=style)
-    return table
