@@ -30,7 +30,7 @@ pictures: .venv/installed-dev  ## the README's pictures and tables, from a real 
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[tensorboard]'
+	$(INSTALL) -e '.[lab,tensorboard]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -56,6 +56,10 @@ class WriteError(RetrogradeError):
     """A file cannot be written: the disk is full, the folder read-only, or the name too long."""
 
 
+class MissingPackageError(RetrogradeError, ImportError):
+    """A part of retrograde needs a package that is not installed; the message names what brings it."""
+
+
 class RetrogradeWarning(UserWarning):
     """Base class of the warnings: the run goes on by a defined, counted fallback."""
 

@@ -4,7 +4,8 @@ import pytest
 
 import retrograde as rg
 from retrograde.cli import demo
-from retrograde.methods.registry import available, make
+from retrograde.lab.options import make
+from retrograde.methods.registry import available
 
 
 def test_settings_are_the_methods_own(monkeypatch: pytest.MonkeyPatch) -> None:

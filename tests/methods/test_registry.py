@@ -8,6 +8,7 @@ import pytest
 
 import retrograde as rg
 from retrograde.errors import OptionError
+from retrograde.lab import options as lab_options
 from retrograde.lab import peers
 from retrograde.methods import registry
 
@@ -51,8 +52,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry, group: str = regis
 
 def test_ours() -> None:
     assert registry.available()["dither"] is rg.Dither
-    assert registry.make("dither") == rg.Dither()
-    assert registry.make("dither", {"scale": "3", "target_sparsity": "0.9", "bits": "4"}) == rg.Dither(
+    assert lab_options.make("dither") == rg.Dither()
+    assert lab_options.make("dither", {"scale": "3", "target_sparsity": "0.9", "bits": "4"}) == rg.Dither(
         3.0, 0.9, 4
     )
 
@@ -60,7 +61,7 @@ def test_ours() -> None:
 def test_third_party(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Entry("foreign", Foreign), Entry("dither", rg.Dither))
     assert list(registry.available()) == ["dither", "foreign"]
-    assert registry.make("foreign", {"strength": 4}) == Foreign(4)
+    assert lab_options.make("foreign", {"strength": 4}) == Foreign(4)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_every_peer_of_ours_is_found() -> None:
 )
 def test_refusals(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError) as caught:
-        registry.make(name, options)
+        lab_options.make(name, options)
     assert words in str(caught.value)
     assert "refuses =" not in str(caught.value)
     assert ".." not in str(caught.value)

@@ -24,8 +24,9 @@ from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.files import writing
+from retrograde.lab.options import make
 from retrograde.lab.recipe import Recipe, make_recipe
-from retrograde.methods.registry import available, make
+from retrograde.methods.registry import available
 from retrograde.report.claims import write_claims
 
 _READINGS = 10

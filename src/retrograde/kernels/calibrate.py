@@ -1,13 +1,13 @@
 """The calibration of the cost model: every kernel on a few shapes, and the fits to what they took."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from retrograde.kernels import convolution, int8, linear
@@ -162,5 +162,22 @@ def _fit(rows: Sequence[tuple[list[float], float]]) -> list[float]:
     # Every row over its own time: relative errors count alike. Columns are scaled for the solver's sake.
     relative = terms / seconds[:, None]
     scale = relative.max(0)
-    solution, _ = nnls(relative / scale, np.ones(len(rows)))
-    return (solution / scale).tolist()
+    return (_nonnegative(relative / scale, np.ones(len(rows))) / scale).tolist()
+
+
+def _nonnegative(matrix: Any, target: Any) -> Any:
+    """The non-negative x with the least ‖matrix · x − target‖, of few entries.
+
+    Least squares over the entries that are not zero in it solve the problem: the best of all choices of these whose
+    solution is non-negative. (scipy's `nnls` would be the only use of scipy.)
+    """
+    columns = range(matrix.shape[1])
+    best, least = np.zeros(matrix.shape[1]), float(np.linalg.norm(target))
+    for number in range(1, matrix.shape[1] + 1):
+        for chosen in map(list, itertools.combinations(columns, number)):
+            solution = np.linalg.lstsq(matrix[:, chosen], target, rcond=None)[0]
+            distance = float(np.linalg.norm(matrix[:, chosen] @ solution - target))
+            if solution.min() >= 0 and distance < least:
+                best, least = np.zeros(matrix.shape[1]), distance
+                best[chosen] = solution
+    return best

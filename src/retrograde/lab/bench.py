@@ -10,9 +10,9 @@ from typing import Any
 from retrograde.lab import contestants
 from retrograde.lab.contestants import Contestant, Convolution, Linear, Shape, Work, Workload
 from retrograde.lab.models import GPT, MLP, VGG
+from retrograde.lab.options import make
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.dither import Dither
-from retrograde.methods.registry import make
 from retrograde.session import Session
 
 Progress = Callable[[str, int, int], None]

@@ -11,8 +11,9 @@ from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import peers
 from retrograde.lab.data import Data
+from retrograde.lab.options import make
 from retrograde.lab.peers import Peer
-from retrograde.methods.registry import make, suggest
+from retrograde.methods.registry import suggest
 
 
 class Recipe(BaseModel):

@@ -9,9 +9,10 @@ asked for, since the packages that they adapt may be missing.
 from typing import Any
 
 from retrograde.errors import OptionError
+from retrograde.lab.options import configure
 from retrograde.lab.peers.base import Peer as Peer
 from retrograde.lab.peers.base import Selector as Selector
-from retrograde.methods.registry import configure, installed, load, suggest
+from retrograde.methods.registry import installed, load, suggest
 
 GROUP = "retrograde.peers"
 
