@@ -29,7 +29,7 @@ class PlanRow:
         parameters: number of the layer's own parameters.
         methods: names of the methods that act on it.
         kernel: which kernel computes the backward products: ``auto``, chosen for each product from its shape and zeros;
-            empty when nothing is attached.
+            ``reference``, torch's own, where numba is not installed; empty when nothing is attached.
         status: ``attached``, ``declined`` (plain, because attaching would make it slower), ``left`` (plain, for the
             reason given) or ``bypassed`` (its forward is never called).
         why: the reason, or what is special about the layer.

@@ -13,6 +13,7 @@ from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError
 from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe, untouched
+from retrograde.kernels import compiled, reference
 from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.plan import BlockRow, Plan, PlanRow
 
@@ -135,6 +136,7 @@ def _decide(
     last = selected[-1] if len(selected) > 1 else None
     rows: list[PlanRow] = []
     placements: list[Placement] = []
+    kernel = "auto" if compiled.installed() else reference.NAME
     for name, layer in layers:
         kind = find_kind(layer)
         status, why, rules = "left", "", dict[str, Rule]()
@@ -190,7 +192,7 @@ def _decide(
                 _shape(layer, kind),
                 sum(p.numel() for p in layer.parameters(recurse=False)),
                 tuple(rules),
-                "auto" if status == "attached" else "",
+                kernel if status == "attached" else "",
                 status,
                 why,
             )

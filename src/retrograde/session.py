@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from retrograde.errors import (
     StateError,
 )
 from retrograde.forecast import Example
+from retrograde.kernels import compiled
 from retrograde.patterns import ROOT, Choice
 from retrograde.plan import Plan
 from retrograde.planning import BlockPlacement, Decision, decide
@@ -114,8 +115,14 @@ def attached(
     """`attach`, for methods that are assigned to layers already."""
     _check_model(model)
     decision = decide(model, assignment, only, skip, strict, example, decline)
+    if _on_cpu(place.site.layer for place in decision.layers):
+        compiled.announce()
     seed = torch.initial_seed() if seed is None else seed
     return Session(model, assignment.methods, decision, optimizer, strict, seed)
+
+
+def _on_cpu(layers: Iterable[nn.Module]) -> bool:
+    return any(parameter.is_cpu for layer in layers for parameter in layer.parameters())
 
 
 def resume(
@@ -571,6 +578,7 @@ class Session:
             "blocks": {name: block.state_dict() for name, block in self._blocks.items()},
             "block_window": {name: dict(counts) for name, counts in self._block_window.items()},
             # Kernels round differently: a run goes on with those that it began with.
+            "compiled": compiled.installed(),
             "calibration": None if (choose := sys.modules.get(_CHOOSE)) is None else choose.state_dict(),
         }
 
@@ -621,8 +629,23 @@ class Session:
         self._scores = [(int(step), float(score)) for step, score in state["scores"]]
         self._window = {name: Counters(**counts) for name, counts in state["window"].items()}
         self._block_window = {name: dict(counts) for name, counts in state["block_window"].items()}
-        if state.get("calibration") is not None:
-            importlib.import_module(_CHOOSE).load_state_dict(state["calibration"])
+        calibration = state.get("calibration")
+        if state.get("compiled", calibration is not None or compiled.installed()) != compiled.installed():
+            self._warn_other_kernels()
+        elif calibration is not None and compiled.usable():
+            importlib.import_module(_CHOOSE).load_state_dict(calibration)
+
+    def _warn_other_kernels(self) -> None:
+        if not _on_cpu(self._layers.values()):
+            return
+        began, here = ("without", "with") if compiled.installed() else ("with", "without")
+        warnings.warn(
+            f"the session was saved {began} numba and goes on {here} it: its kernels, compiled there or torch's own, "
+            f"round differently, so the run is not the uninterrupted one bit for bit. Resume it {began} numba to have "
+            "the same.",
+            RetrogradeWarning,
+            stacklevel=4,
+        )
 
 
 class _Schedules(Conductor):

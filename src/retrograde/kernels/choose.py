@@ -26,7 +26,7 @@ import torch
 
 from retrograde import host
 from retrograde.errors import RetrogradeWarning
-from retrograde.kernels import convolution, linear
+from retrograde.kernels import convolution, cpu, linear
 
 _VERSION = 8
 """Raised with every change of a kernel or of a term, so that older fits are no longer found."""
@@ -93,7 +93,7 @@ class Problem:
     def terms(self, kernel: str) -> list[float]:
         """What the kernel's time is a sum of."""
         if kernel in linear.SKIPPING:
-            padded = -(-self.i // linear.TILE) * linear.TILE
+            padded = -(-self.i // cpu.TILE) * cpu.TILE
             listing = self.share * self.a * self.m
             visits = self.nonzeros * (self.share + self.transposed)
             return [1.0, self.nonzeros * padded, self.a * padded, self.m * self.i, listing, visits]

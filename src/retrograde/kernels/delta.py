@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from retrograde.kernels import compiled
+
 _SMALL = 1 << 15
 """Entries below which torch counts zeros faster than a kernel of ours is called."""
 
@@ -50,7 +52,9 @@ class Delta:
             values = self.values
             if values.device.type != "cpu":
                 self.counted = values.numel() - values.count_nonzero()
-            elif values.numel() > _SMALL and values.dtype in (torch.float32, torch.int8):
+            elif (
+                values.numel() > _SMALL and values.dtype in (torch.float32, torch.int8) and compiled.usable()
+            ):
                 from retrograde.kernels import cpu  # where it is needed: a compiler comes with it
 
                 self.counted = cpu.count_zeros(values)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from retrograde.kernels import reference
+from retrograde.kernels import compiled, reference
 from retrograde.kernels.cpu_memory import lies_channels_last
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
@@ -250,6 +250,7 @@ def _known(values: Tensor, dense: Tensor) -> bool:
         values.dtype in (torch.int8, torch.float32)
         and values.device.type == dense.device.type == "cpu"
         and min(values.numel(), dense.numel()) > 0
+        and compiled.usable()
     )
 
 
@@ -306,7 +307,7 @@ def dithered(
     if _waits(values):
         return _dithered_there(delta, scale, bits, key, constant=constant)
     small = small and bits is not None and values.dtype is torch.float32
-    if small and bits is not None and values.numel() < _ONE_THREAD:
+    if small and bits is not None and values.numel() < _ONE_THREAD and compiled.usable():
         out, step, finite, delta.counted, zeros, largest = _numba().dither(values, scale, key, bits)
         if not step:
             return Rounded(delta, 0.0, 0, finite)
@@ -409,7 +410,7 @@ def nsd(delta: Tensor, step: float, key: int, bits: int | None) -> tuple[Delta, 
 
 
 def _numba_takes(delta: Tensor) -> bool:
-    return delta.device.type == "cpu" and delta.dtype != torch.float64
+    return delta.device.type == "cpu" and delta.dtype != torch.float64 and compiled.usable()
 
 
 def _triton_takes(delta: Tensor) -> bool:

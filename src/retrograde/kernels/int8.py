@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograde.kernels import formulas
+from retrograde.kernels import compiled, formulas
 
 LARGEST = 127.0
 
@@ -81,7 +81,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 
 def quantise_columns(matrix: Tensor) -> Quantised:
     """A dense operand (m, i) rounded to 8 bits by column."""
-    if matrix.device.type == "cpu":
+    if _compiled(matrix):
         from retrograde.kernels import cpu_quantise  # where it is needed: a compiler comes with it
 
         return Quantised(*cpu_quantise.quantise_columns(matrix.float()), matrix.dtype)
@@ -90,7 +90,7 @@ def quantise_columns(matrix: Tensor) -> Quantised:
 
 def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By row and by column: see `retrograde.kernels.cpu_quantise.quantise`."""
-    if matrix.device.type == "cpu":
+    if _compiled(matrix):
         from retrograde.kernels import cpu_quantise
 
         return cpu_quantise.quantise(matrix.float())
@@ -98,12 +98,16 @@ def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    if sums.device.type == "cpu":
+    if _compiled(sums):
         from retrograde.kernels import cpu_quantise
 
         return cpu_quantise.rescale(sums, rows, columns, None if bias is None else bias.float())
     z = sums.float() * (rows[:, None] * columns)
     return z if bias is None else z + bias.float()
+
+
+def _compiled(operand: Tensor) -> bool:
+    return operand.device.type == "cpu" and compiled.usable()
 
 
 def quantise(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:

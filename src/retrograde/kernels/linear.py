@@ -12,16 +12,20 @@ Levels are whole numbers of 8 bits, which bfloat16 holds exactly; so are the num
 left quantised. `register_kernel` adds others.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retrograde.errors import OptionError
-from retrograde.kernels import cpu, cpu_memory, cpu_quantise, int8
+from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.kernels import compiled, cpu_memory, int8
 from retrograde.kernels.int8 import Quantised
+
+if TYPE_CHECKING:
+    from retrograde.kernels.cpu import Lists
 
 KERNELS = ("dense", "skip", "bfloat16", "skip-bfloat16", "int8")
 """Those of this module; `registered` names the others."""
@@ -31,7 +35,6 @@ SKIPPING = {*LISTED}
 """Those that visit the non-zeros alone."""
 PRECISION: dict[str, str] = {"bfloat16": "bfloat16", "skip-bfloat16": "bfloat16", "int8": "int8"}
 """What a kernel rounds to; others leave the operand's own precision."""
-TILE = cpu.TILE
 
 _registered: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
@@ -66,6 +69,13 @@ def register_kernel(
         PRECISION[name] = precision
     if skips:
         SKIPPING.add(name)
+    if not compiled.installed():
+        warnings.warn(
+            f"register_kernel: {name!r} takes no product here, since kernels are chosen by a calibration of all of "
+            "them, which needs numba. Install it: pip install numba",
+            RetrogradeWarning,
+            stacklevel=2,
+        )
 
 
 def registered() -> tuple[str, ...]:
@@ -80,7 +90,7 @@ def run(
     dense: Tensor | Quantised,
     *,
     transposed: bool = False,
-    lists: cpu.Lists | None = None,
+    lists: "Lists | None" = None,
 ) -> Tensor:
     """``G D``, shape (a, i), in the dtype of D.
 
@@ -103,6 +113,8 @@ def run(
         return _bfloat16(factor, scale, dense)
     bare = dense.values if isinstance(dense, Quantised) else dense
     if kernel in LISTED:
+        from retrograde.kernels import cpu  # where it is needed: a compiler comes with it
+
         sparse = cpu.lists(values) if lists is None else lists
         if transposed:
             sparse = sparse.transposed()
@@ -126,6 +138,8 @@ def _bfloat16(factor: Tensor, scale: float, dense: Tensor | Quantised) -> Tensor
     product = cpu_memory.bfloat16_room("product", (factor.shape[0], bare.shape[1]))
     torch.mm(factor.to(torch.bfloat16), bare, out=product)
     columns = dense.scale.float() * scale if isinstance(dense, Quantised) else _same(scale, bare.shape[1])
+    from retrograde.kernels import cpu_quantise
+
     return cpu_quantise.widen(product, columns).to(dense.dtype)
 
 
@@ -136,6 +150,8 @@ def _int8(factor: Tensor, scale: float, dense: Tensor | Quantised) -> Tensor:
     sums = int8.int_product(
         factor.contiguous(), operand.values, torch.from_numpy(cpu_memory.room("sums", shape, np.int32))
     )
+    from retrograde.kernels import cpu_quantise
+
     found = cpu_quantise.rescale(sums, _same(1.0, shape[0]), operand.scale.float() * scale, None)
     return found.to(operand.dtype)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from retrograde.errors import DataError, RetrogradeError
+from retrograde.kernels import compiled
 from retrograde.lab import data as lab_data
 from retrograde.lab import machine, tensorboard
 from retrograde.methods.dither import Dither
@@ -106,6 +107,8 @@ def _compile() -> tuple[str, str]:
 
 def _kernels() -> tuple[str, str]:
     """Compile and calibrate them, so that no training run has to."""
+    if not compiled.usable():
+        return "note", "torch's own alone: numba cannot be imported. Install it: pip install numba"
     from retrograde.kernels import choose, linear  # a compiler comes with them: not for every command's start
 
     start = time.perf_counter()

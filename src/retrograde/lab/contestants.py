@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
-from retrograde.kernels import dispatch
+from retrograde.kernels import compiled, dispatch
 from retrograde.kernels import work as kernel_work
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
@@ -146,6 +146,7 @@ Shape = Linear | Convolution
 
 def kernels_for(shape: Shape) -> tuple[str, ...]:
     """Names of the fixed kernels."""
+    compiled.require("the benchmark of kernels")
     from retrograde.kernels import convolution, linear
 
     if isinstance(shape, Linear):

@@ -1,0 +1,180 @@
+"""The library alone: what importing it brings, what it does without numba, and what it says of missing extras."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrograde import extras
+from retrograde.errors import MissingPackageError, RetrogradeWarning
+from retrograde.kernels import compiled, linear
+from retrograde.testing import METHODS
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HEAVY = {*extras.LAB, "llvmlite", "numba", "optuna", "pandas", "tensorboard", "torchao", "triton"}
+MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+"""Names of distributions that are not those of their modules."""
+
+
+def python(*arguments: str, fails: bool = False) -> str:
+    """What a process of its own prints; where it should fail, what it says."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+
+
+# What is imported.
+
+
+def test_importing_brings_nothing_heavy() -> None:
+    """Beyond torch; FLOP formulas are there all the same when a counter is made after attaching."""
+    code = """
+import json, sys, torch
+before = set(sys.modules)
+import retrograde as rg, retrograde.testing
+brought = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+counters = "torch.utils.flop_counter" in sys.modules
+model = torch.nn.Linear(4, 4)
+rg.attach(model, rg.Dither())
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    model(torch.randn(2, 4)).sum().backward()
+print(json.dumps([brought, counters, counter.get_total_flops()]))
+"""
+    brought, counters, flops = json.loads(python("-c", code))
+    assert "retrograde" in brought
+    assert not HEAVY & set(brought)
+    assert not counters
+    assert flops == 2 * (2 * 2 * 4 * 4), "forward pass and weight gradient"
+
+
+def test_the_library_depends_on_three_packages() -> None:
+    assert names(PROJECT["dependencies"]) == {"torch", "numpy", "numba"}
+
+
+def test_the_extra_is_what_its_modules_are_checked_by() -> None:
+    found = {
+        MODULES.get(name, name.replace("-", "_")) for name in names(PROJECT["optional-dependencies"]["lab"])
+    }
+    assert found == set(extras.LAB)
+
+
+# Without numba.
+
+
+@pytest.fixture(scope="module")
+def bare() -> dict[str, Any]:
+    """What comes of training without numba and without any extra."""
+    return json.loads(python("tests/bare_training.py", "--without", *sorted(HEAVY)))
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    return json.loads(python("tests/bare_training.py"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_the_reference(
+    method: str, bare: dict[str, Any], whole: dict[str, Any]
+) -> None:
+    found = bare["methods"][method]
+    assert found["losses"] == pytest.approx(whole["methods"][method]["losses"], rel=1e-5)
+    assert found["losses"][-1] < found["losses"][0]
+    assert found["kernels"] == found["plan"] == ["reference"]
+    assert whole["methods"][method]["plan"] == ["auto"]
+    assert found["plain"] == (method != "perforate"), "a layer with dendrites stays one"
+    assert found["fold differs by"] < 1e-5
+    assert bool(found["keys"]) == (method == "perforate"), "dendrites alone add keys"
+    assert found["printed"][:3] == ["layer", "type", "shape"]
+
+
+@pytest.mark.parametrize("forward", ["exact", "int8"])
+def test_large_products_run_on_the_reference(forward: str, bare: dict[str, Any]) -> None:
+    """No calibration is made; the gradient is right on average."""
+    found = bare["large"][forward]
+    assert found["kernels"] == ["kernel_reference"]
+    assert found["off"] < found["one off"] / 3
+
+
+def test_what_is_lost_is_said_once(bare: dict[str, Any], whole: dict[str, Any]) -> None:
+    """And at the line that attaches."""
+    told, others = (
+        [text for text in found["warnings"] if text.startswith("RetrogradeWarning")]
+        for found in (bare, whole)
+    )
+    assert len(told) == 1
+    assert "no zeros are skipped" in told[0]
+    assert "pip install numba" in told[0]
+    assert told[0].endswith("[bare_training.py]")
+    assert others == []
+
+
+@pytest.fixture
+def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for function in (compiled.installed, compiled.usable, compiled._warn):
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in (compiled.installed, compiled.usable, compiled._warn):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_a_registered_kernel_without_numba_has_no_effect_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_registered", {})
+    with pytest.warns(RetrogradeWarning, match=r"'mine' takes no product here.*pip install numba"):
+        linear.register_kernel("mine", lambda levels, dense: levels.float() @ dense)
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_what_means_nothing_without_numba_is_refused() -> None:
+    with (
+        pytest.warns(RetrogradeWarning, match="numba is not installed"),
+        pytest.raises(MissingPackageError, match=r"benchmark.*pip install numba"),
+    ):
+        compiled.require("the benchmark of kernels")
+
+
+def test_a_broken_numba_is_one_that_is_missing(monkeypatch: pytest.MonkeyPatch, no_numba: None) -> None:
+    """It is installed, and made for another numpy."""
+    monkeypatch.setattr(compiled, "is_installed", lambda module: True)
+    with pytest.warns(RetrogradeWarning, match=r"numba cannot be imported \(ModuleNotFoundError: .*no zeros"):
+        assert not compiled.usable()
+
+
+# Without the extra.
+
+
+@pytest.mark.parametrize("part", ["lab", "lab.trainer", "report", "cli", "cli.main"])
+def test_a_missing_extra_is_named(part: str) -> None:
+    code = f"import sys; sys.modules.update(pydantic=None, plotly=None); import retrograde.{part}"
+    said = python("-c", code, fails=True).splitlines()[-1]
+    assert said.startswith("retrograde.errors.MissingPackageError: ")
+    assert "needs plotly, pydantic" in said
+    assert said.endswith("pip install 'retrograde[lab]'.")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_the_command_names_the_extra(options: list[str]) -> None:
+    """In a message, not in a traceback, and with the exit code of a bad input."""
+    code = (
+        "import sys; sys.modules['tyro'] = None; from retrograde.__main__ import main; "
+        f"sys.argv[1:] = ['doctor', *{options}]; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert re.fullmatch(r"MissingPackageError: .*tyro.* pip install 'retrograde\[lab\]'\.\n", done.stderr)
+    assert bool(done.stdout) == bool(options)
+    if options:
+        assert json.loads(done.stdout)["error"]["type"] == "MissingPackageError"
