@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from retrograde.errors import OptionError, RetrogradeError
+from retrograde.errors import MissingPackageError, RetrogradeError
 from retrograde.lab import files
 from retrograde.lab.claims.cells import Cell, DataSets, train_together
 from retrograde.lab.claims.definition import Claim, Range, Space, content_hash
@@ -150,9 +150,9 @@ def _study(seed: int) -> "optuna.Study":
     try:
         import optuna
     except ImportError as error:
-        raise OptionError(
-            "the search needs Optuna, which is not installed. pip install 'retrograde[repro]', or leave the "
-            "search out."
+        raise MissingPackageError(
+            "the search needs Optuna, which is not installed. Install it: pip install 'retrograde[repro]', or leave "
+            "the search out."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Random at first; the estimator learns from the third trial on.

@@ -3,19 +3,19 @@
 import importlib
 from typing import Any
 
-from retrograde.errors import OptionError
+from retrograde.errors import MissingPackageError
 
 
 def load(module: str, package: str) -> Any:
     """The imported `module` of `package`.
 
     Raises:
-        OptionError: `package` is not installed.
+        MissingPackageError: `package` is not installed.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise OptionError(
+        raise MissingPackageError(
             f"this peer comes from the package {package}, and {error.name} cannot be imported. "
             "Install it: pip install 'retrograde[peers]'."
         ) from error
