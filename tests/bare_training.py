@@ -61,7 +61,7 @@ def _train(method: Any) -> dict[str, Any]:
         optimizer.zero_grad()
         # A dendrite grows at the second score, and is kept if the next is better.
         session.validated(float(step > 1))
-        losses.append(float(loss))
+        losses.append(loss.item())
     layers = session.metrics()["layers"].values()
     kernels = {key for layer in layers for key, share in layer.items() if key.startswith(KERNELS) and share}
     model.eval()

@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+import retrograde as rg
 from retrograde import extras
 from retrograde.errors import MissingPackageError, RetrogradeWarning
 from retrograde.kernels import compiled, linear
@@ -120,13 +123,15 @@ def test_what_is_lost_is_said_once(bare: dict[str, Any], whole: dict[str, Any]) 
 
 
 @pytest.fixture
-def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_numba(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """What is known of numba is forgotten before and after: it is missing in between."""
+    kept = (compiled.installed, compiled.usable, compiled._warn)
     monkeypatch.setitem(sys.modules, "numba", None)
-    for function in (compiled.installed, compiled.usable, compiled._warn):
+    for function in kept:
         function.cache_clear()
     yield
     monkeypatch.undo()
-    for function in (compiled.installed, compiled.usable, compiled._warn):
+    for function in kept:
         function.cache_clear()
 
 
@@ -151,6 +156,27 @@ def test_a_broken_numba_is_one_that_is_missing(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(compiled, "is_installed", lambda module: True)
     with pytest.warns(RetrogradeWarning, match=r"numba cannot be imported \(ModuleNotFoundError: .*no zeros"):
         assert not compiled.usable()
+
+
+def session() -> rg.Session:
+    return rg.attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), rg.Dither(), seed=3)
+
+
+def test_a_session_that_goes_on_with_numba_says_so() -> None:
+    state = {**session().state_dict(), "compiled": False, "calibration": None}
+    with pytest.warns(RetrogradeWarning, match=r"saved without numba and goes on with it.*Resume it without"):
+        session().load_state_dict(state)
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_a_session_that_goes_on_without_numba_says_so() -> None:
+    """A calibration of kernels that are not there is left alone, in a state of an earlier version too."""
+    with pytest.warns(RetrogradeWarning, match="numba is not installed"):
+        resumed = session()
+    state = {**resumed.state_dict(), "calibration": {"for": [1], "weights": {}}}
+    del state["compiled"]
+    with pytest.warns(RetrogradeWarning, match=r"saved with numba and goes on without it"):
+        resumed.load_state_dict(state)
 
 
 # Without the extra.
