@@ -13,7 +13,7 @@ from torch import nn
 
 import retrograde as rg
 from cases import MODELS, batch, cnn, gradients, mlp, program, seeded, train
-from retrograde.errors import AttachError, NoEffectError, OptionError, PatternError, StateError
+from retrograde.errors import AttachError, DetachError, NoEffectError, OptionError, PatternError, StateError
 
 DITHERS = {"fixed": rg.Dither(scale=1.5), "controlled": rg.Dither(scale=1.0, target_sparsity=0.8)}
 
@@ -261,6 +261,21 @@ def test_fold(make: Any) -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), (8, 8), 1)
     assert session.step == 3
     assert not torch.equal(folded(x), model(x))
+
+
+@pytest.mark.parametrize("make", [Nested, lambda: nn.Linear(8, 8)], ids=["nested", "root"])
+def test_fold_in_place(make: Any) -> None:
+    """The model itself, plain again, with the parameters that an optimizer has; the session has ended."""
+    model = seeded(make)
+    parameters = list(model.parameters())
+    session = rg.attach(model, rg.Dither())
+    assert session.fold(in_place=True) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in make().modules()]
+    assert all(mine is was for mine, was in zip(model.parameters(), parameters, strict=True))
+    assert "detached" in repr(session)
+    with pytest.raises(DetachError):
+        session.fold(in_place=True)
+    rg.attach(model, rg.Dither())
 
 
 # Bad input: every error leaves the model plain.

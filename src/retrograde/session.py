@@ -519,33 +519,46 @@ class Session:
         """
         if not self._attached:
             raise DetachError("this session is detached already: its model is plain.")
+        self._swap_out(to_fold=False)
+        return self.model
+
+    def _swap_out(self, *, to_fold: bool) -> None:
         swap_out_blocks(list(self._blocks.values()))
-        swap_out(self._layers)
+        swap_out(self._layers, to_fold=to_fold)
         self._clock.stop()
         for program in self._programs.values():
             program.owner = None
         self._attached = False
-        return self.model
 
-    def fold(self) -> nn.Module:
+    def fold(self, *, in_place: bool = False) -> nn.Module:
         """A plain copy of the model that computes the same function; the attached model stays as it is.
 
         Unlike a copy by `copy.deepcopy`, it has no keys but those that its function needs.
+
+        Args:
+            in_place: fold the model itself and end the session, as `detach` does, but keeping what methods have added.
+                Nothing is copied, and parameters stay the same objects.
+
+        Raises:
+            DetachError: `in_place`, and the session is detached already, or something else has changed a layer's class.
         """
-        copied = copy.deepcopy(self.model)
+        if in_place:
+            self._require_attached()
+            self._swap_out(to_fold=True)
+        made = self.model if in_place else copy.deepcopy(self.model)
         folded: dict[int, nn.Module] = {}
         for name, program in self._programs.items():
-            plain = copied.get_submodule("" if name == ROOT else name)
+            plain = made.get_submodule("" if name == ROOT else name)
             folded[id(plain)] = program.fold(plain)
         # A layer may have several names.
-        for module in list(copied.modules()):
+        for module in list(made.modules()):
             for child, plain in module._modules.items():  # pyright: ignore[reportPrivateUsage]
                 if plain is not None and folded.get(id(plain), plain) is not plain:
                     setattr(module, child, folded[id(plain)])
-        copied = folded.get(id(copied), copied)
+        made = folded.get(id(made), made)
         for conductor in self._conductors.values():
-            conductor.fold(copied)
-        return copied
+            conductor.fold(made)
+        return made
 
     # State.
 

@@ -342,6 +342,35 @@ def test_folded_through_other_runtimes() -> None:
         torch.jit.script(folded)
 
 
+@pytest.mark.parametrize("sets", [0, 1])
+def test_fold_in_place(sets: int) -> None:
+    """As the folded copy, keys and function, but with the layers and parameters of the model itself."""
+    model = seeded(mlp)
+    session = rg.attach(model, Perforate())
+    layer, weight = model[0], model[0].weight
+    for _ in range(sets):
+        grow(session)
+    copied = session.fold()
+    assert session.fold(in_place=True) is model
+    assert model[0] is layer
+    assert model[0].weight is weight
+    assert [type(m) for m in model.modules()] == [type(m) for m in copied.modules()]
+    assert model.state_dict().keys() == copied.state_dict().keys()
+    x = batch((4, 8))
+    assert torch.equal(model(x), copied(x))
+
+
+def test_fold_in_a_dendrite_phase() -> None:
+    """Norms that the phase has pinned count batches again, in the copy and in place."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    session = rg.attach(model, Perforate(rule="perforated"))
+    session._conductors["perforate"]._stage.freeze()  # type: ignore[attr-defined]
+    assert model[1].momentum == 0.0
+    assert session.fold()[1].momentum == 0.1  # type: ignore[index]
+    assert model[1].momentum == 0.0
+    assert session.fold(in_place=True)[1].momentum == 0.1  # type: ignore[index]
+
+
 def test_folded_trains_by_its_rule() -> None:
     for learning in LEARNING:
         layer = nn.Conv2d(3, 4, 3)

@@ -127,15 +127,21 @@ def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:
     object.__setattr__(layer, "_retrograde_kind", kind)
 
 
-def swap_out(layers: Mapping[str, nn.Module]) -> None:
-    """Give the layers, by name, their own classes back: all of them, or none when one cannot."""
+def swap_out(layers: Mapping[str, nn.Module], *, to_fold: bool = False) -> None:
+    """Give the layers, by name, their own classes back: all of them, or none when one cannot.
+
+    Args:
+        layers: attached ones.
+        to_fold: leave what a rule's `fold` will make plain as it is.
+    """
     bases = {name: _swapped_from(layer, name) for name, layer in layers.items()}
     for name, layer in layers.items():
-        rules = layer.__dict__["_retrograde"].rules
+        program: LayerProgram = layer.__dict__["_retrograde"]
         layer.__class__ = bases[name]
         del layer.__dict__["_retrograde"], layer.__dict__["_retrograde_kind"]
-        for rule in reversed(rules):
-            rule.release(layer)
+        for rule in reversed(program.rules):
+            if not (to_fold and program.folds(rule)):
+                rule.release(layer)
 
 
 def _swapped_from(layer: nn.Module, name: str) -> type[nn.Module]:

@@ -394,8 +394,12 @@ class LayerProgram:
         if self.statistics is not None:
             self.sampling = self.statistics.due(self.step)
 
+    def folds(self, rule: Rule) -> bool:
+        """Whether a rule has something of its own to do when folding."""
+        return rule in self._fold
+
     def fold(self, layer: nn.Module) -> nn.Module:
-        """On a plain copy of the layer."""
+        """On a plain copy of the layer, or on the layer after it was swapped out."""
         for rule in self._fold:
             layer = rule.fold(layer)
         return layer

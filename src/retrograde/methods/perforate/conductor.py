@@ -201,7 +201,8 @@ class PerforateConductor(Conductor):
         self._stage.restart()
 
     def fold(self, model: nn.Module) -> None:
-        """Encoders without a dendrite may pack padded batches again."""
+        """Norms count batches again, and encoders without a dendrite may pack padded ones."""
+        self._stage.unpin(model)
         for encoder in model.modules():
             if isinstance(encoder, nn.TransformerEncoder) and encoder.__dict__.pop(dendrites.UNPACKED, False):
                 kept = any(isinstance(module, dendrites.Dendritic) for module in encoder.modules())

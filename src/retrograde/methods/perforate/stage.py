@@ -41,7 +41,8 @@ class Stage:
     def thaw(self) -> None:
         """End it; harmless outside of one."""
         self.learning = False
-        self._unpin()
+        self.unpin()
+        self._pinned = {}
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """No gradient in a dendrite phase; moments of weights that were replaced are forgotten."""
@@ -87,8 +88,8 @@ class Stage:
 
     # Normalisation statistics.
 
-    def _norms(self) -> dict[str, _NormBase]:
-        model = self._model()
+    def _norms(self, model: nn.Module | None = None) -> dict[str, _NormBase]:
+        model = self._model() if model is None else model
         modules = {} if model is None else dict(model.named_modules())
         return {
             name: m for name, m in modules.items() if isinstance(m, _NormBase) and m.running_mean is not None
@@ -101,13 +102,13 @@ class Stage:
                 self._pinned[name] = (norm.momentum, None if batches is None else int(batches))
             norm.momentum = 0.0
 
-    def _unpin(self) -> None:
-        for name, norm in self._norms().items():
+    def unpin(self, model: nn.Module | None = None) -> None:
+        """Give norms their momenta and counts of batches back: the model's, or those of a copy."""
+        for name, norm in self._norms(model).items():
             if name in self._pinned:
                 norm.momentum, batches = self._pinned[name]
                 if batches is not None and norm.num_batches_tracked is not None:
                     norm.num_batches_tracked.fill_(batches)
-        self._pinned = {}
 
     # State.
 
