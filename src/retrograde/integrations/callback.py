@@ -119,6 +119,18 @@ class SessionCallback:
             self._attach_only(layers)
         self.session.load_state_dict(state)
 
+    def _begin_anew(self, why: str) -> None:
+        """Where a checkpoint has no session's state: say so, once."""
+        assert self.session is not None
+        warnings.warn(
+            f"{why} The methods' own state (scales, bases, thresholds, random numbers) begins anew, and the run is "
+            "another one than without the stop.",
+            RetrogradeWarning,
+            stacklevel=4,
+        )
+        # Or else the first step complains, too, that the session's state was not loaded.
+        self.session.load_state_dict(self.session.state_dict())
+
     def _attach_only(self, layers: Collection[str]) -> None:
         assert self.session is not None
         assert self._methods is not None

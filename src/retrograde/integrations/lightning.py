@@ -5,13 +5,12 @@ For both packages, ``lightning`` and ``pytorch_lightning``.
 
 import importlib
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import nn
 
 from retrograde.assignment import Given
-from retrograde.errors import AttachError, NoEffectError, OptionError, RetrogradeWarning
+from retrograde.errors import AttachError, NoEffectError, OptionError
 from retrograde.integrations.callback import AttachOptions, SessionCallback, missing
 
 if TYPE_CHECKING:
@@ -111,11 +110,9 @@ class RetrogradeCallback(SessionCallback, Callback):
         self._complete(pl_module)
         state = checkpoint["callbacks"].get(self.state_key)
         if not state:
-            warnings.warn(
+            self._begin_anew(
                 "the checkpoint has no session's state: it was written without this callback, or after training had "
-                "ended. The methods' own state (scales, bases, thresholds, random numbers) begins anew.",
-                RetrogradeWarning,
-                stacklevel=2,
+                "ended."
             )
             return
         self._logged = int(state["logged"])

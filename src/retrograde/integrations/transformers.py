@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from retrograde import saving
 from retrograde.assignment import Given
-from retrograde.errors import RetrogradeWarning, StateError
+from retrograde.errors import StateError
 from retrograde.integrations.callback import AttachOptions, SessionCallback, missing
 
 try:
@@ -123,12 +122,9 @@ class RetrogradeCallback(SessionCallback, TrainerCallback):
                 "TrainingArguments(resume_from_checkpoint=…), the same folder that train() is given."
             )
         if not (folder / SESSION_FILE).is_file():
-            warnings.warn(
-                f"{folder} has no {SESSION_FILE}: the checkpoint was written without this callback, or its writing "
-                "was cut off. The methods' own state (scales, bases, thresholds, random numbers) begins anew; resume "
-                "from an earlier checkpoint if the run shall be the one without the stop.",
-                RetrogradeWarning,
-                stacklevel=2,
+            self._begin_anew(
+                f"{folder} has no {SESSION_FILE}: the checkpoint was written without this callback, or its writing was "
+                "cut off, and then an earlier one is whole."
             )
             return
         self._load(saving.read(folder / SESSION_FILE, known=False)[2])
