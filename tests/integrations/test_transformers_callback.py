@@ -224,6 +224,15 @@ def test_no_such_metric(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_score_that_is_no_number(tmp_path: Path) -> None:
+    """A warning, and training goes on."""
+    callback = RetrogradeCallback(rg.Dither(), metric="nothing", fold=False)
+    trainer = make(tmp_path, callback, compute_metrics=lambda _: {"nothing": float("nan")})
+    with pytest.warns(RetrogradeWarning, match="eval_nothing is nan"):
+        trainer.train()
+    assert scores(callback) == []
+
+
 # The log.
 
 

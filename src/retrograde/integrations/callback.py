@@ -1,5 +1,6 @@
 """What the callbacks for all trainers share: methods that wait for a model, and the session that they become."""
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, TypedDict
@@ -23,6 +24,7 @@ class AttachOptions(TypedDict, total=False):
     skip: Choice | None
     strict: bool
     seed: int | None
+    steps: int | None
     example: Example | None
     decline: bool
 
@@ -134,9 +136,9 @@ class SessionCallback:
     def _attach_only(self, layers: Collection[str]) -> None:
         assert self.session is not None
         assert self._methods is not None
-        chosen: AttachOptions = {"only": lambda name, _: name in layers, "skip": None, "example": None}
-        model = self.session.detach()
-        self.session = attach(model, self._methods, **{**self._options, **chosen})
+        options = self._options.copy()
+        options["only"], options["skip"], options["example"] = lambda name, _: name in layers, None, None
+        self.session = attach(self.session.detach(), self._methods, **options)
 
     # Scores.
 
@@ -149,7 +151,14 @@ class SessionCallback:
             return
         self._scores += 1
         score = float(metrics[name])
-        self.session.validated(score if greater_is_better else -score)
+        if math.isfinite(score):
+            self.session.validated(score if greater_is_better else -score)
+        else:
+            warnings.warn(
+                f"RetrogradeCallback: the evaluation's {name} is {score}, so the methods are told no score.",
+                RetrogradeWarning,
+                stacklevel=3,
+            )
 
     def _check_scores(self) -> None:
         """After all evaluations of a round: no method has been told a score.

@@ -149,7 +149,9 @@ class RetrogradeCallback(SessionCallback, Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Give the loggers the session's figures."""
-        step, every = trainer.global_step, trainer.log_every_n_steps
+        step = trainer.global_step
+        # Given to the trainer by its logging, unseen by type checkers.
+        every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if trainer.loggers and every and step // every > self._logged // every:
             self._logged = step
             figures = self._figures()
@@ -164,7 +166,7 @@ class RetrogradeCallback(SessionCallback, Callback):
         """
         if not _fitting(trainer) or trainer.sanity_checking:
             return
-        watching = [trainer.checkpoint_callback, trainer.early_stopping_callback]
+        watching: list[Any] = [trainer.checkpoint_callback, trainer.early_stopping_callback]
         modes = {name: each.mode for each in watching if (name := getattr(each, "monitor", None)) is not None}
         name = self._metric or next(iter(modes), "val_loss")
         mode = self._mode or modes.get(name) or ("min" if name.endswith("loss") else "max")
