@@ -327,6 +327,45 @@ def test_fold_without_dendrites() -> None:
     assert rule(model[0]).active == 1
 
 
+DEEP: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), (7, 6)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.Conv1d(4, 2, 2, stride=2)), (2, 3, 9)),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2), nn.Conv2d(4, 2, 2, groups=2)),
+        (2, 3, 9, 8),
+    ),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.Conv3d(4, 2, 2)), (2, 2, 4, 5, 6)),
+    "transposed": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(3, 4, 3, 2), nn.ConvTranspose2d(4, 2, 2, 2, output_padding=1)
+        ),
+        (2, 3, 4, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", DEEP)
+def test_dendrites_under_autocast(name: str, half: bool) -> None:
+    """Of a layer behind another one, whose output is in autocast's precision: multiplied in it, attached and folded."""
+    make, shape = DEEP[name]
+    model = seeded(make)
+    if half:
+        model.half()
+    session = rg.attach(model, Perforate())
+    grow(session)
+    x = batch(shape, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = model(x)
+        assert z.dtype == torch.bfloat16
+        assert torch.equal(session.fold()(x), model.eval()(x))
+    z.float().square().sum().backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {name for name, p in model.named_parameters() if p.any()} == learning
+    plain = seeded(make)
+    assert not torch.allclose(z.float(), plain(x), atol=0.1)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_folded_through_other_runtimes() -> None:
     """torch.export and tracing take a folded model with dendrites; TorchScript, which reads source, is refused."""

@@ -20,6 +20,9 @@ from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised
 from retrograde.kernels.work import Work, convolution_flops
 
+_DIRECT: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
 
 @dataclass(frozen=True)
 class SpatialMap(Map):
@@ -51,10 +54,13 @@ class SpatialMap(Map):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(N, C_out, spatial'…)."""
-        g = self.geometry
-        return torch.convolution(
-            x, weight, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
-        )
+        # Not torch.convolution: autocast does not know it, and dendrites are multiplied without the engine's own cast.
+        g, dimensions = self.geometry, len(self.geometry.stride)
+        if g.transposed:
+            return _TRANSPOSED[dimensions - 1](
+                x, weight, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation
+            )
+        return _DIRECT[dimensions - 1](x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
     def input_grad(self, products: Products, weight: Tensor | Quantised, input_shape: Sequence[int]) -> Work:
         """(N, C_in, spatial…)."""
