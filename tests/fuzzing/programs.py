@@ -338,6 +338,9 @@ def _compare(case: Program, run: Run, plain: Run) -> None:
         if not torch.equal(run.ends.pop(name), plain.ends.pop(name)):
             raise AssertionError(f"The {name} is another.")
     for name, value in run.ends.items():
+        # In float16 the backward pass of torch's orthogonal matrices is 0/0 for some gradients and 0 for others.
+        if case.dtype == torch.float16 and "parametrizations.weight.original" in name and not case.neutral:
+            continue
         fine = (plain.ends[name],) if name in plain.ends else plain.ends.values()
         if not value.isfinite().all() and all(other.isfinite().all() for other in fine):
             raise AssertionError(f"{name} is not finite.")
@@ -354,6 +357,9 @@ def _compare_uninterrupted(case: Program, run: Run) -> None:
         return
     loop = tuple("step" if event == "resume" else event for event in case.loop)
     whole, error = _run(replace(case, loop=loop), attached=True)
+    # Steps without a backward pass are counted anew after resuming: only the other run had enough of them in a row.
+    if isinstance(error, rg.errors.NoEffectError):
+        return
     if error is not None:
         raise error
     for name, value in whole.ends.items():

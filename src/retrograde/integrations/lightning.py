@@ -51,7 +51,8 @@ class RetrogradeCallback(SessionCallback, Callback):
         fold: fold the module in place when `fit` ends; False leaves it attached. `Perforate` adds keys, so with it
             ``test(ckpt_path="best")`` after `fit` needs False.
         log_layers: log the figures of each layer, too.
-        **options: `retrograde.attach`'s ``only``, ``skip``, ``strict``, ``seed``, ``steps``, ``example`` and ``decline``.
+        **options: `retrograde.attach`'s ``only``, ``skip``, ``strict``, ``seed``, ``steps``, ``example`` and
+            ``decline``.
 
     Attributes:
         session: None before `fit`.

@@ -44,7 +44,8 @@ class RetrogradeCallback(SessionCallback, TrainerCallback):
             True unless the name ends in ``loss``.
         fold: fold the model in place when training ends; False leaves it attached.
         log_layers: log the figures of each layer, too.
-        **options: `retrograde.attach`'s ``only``, ``skip``, ``strict``, ``seed``, ``steps``, ``example`` and ``decline``.
+        **options: `retrograde.attach`'s ``only``, ``skip``, ``strict``, ``seed``, ``steps``, ``example`` and
+            ``decline``.
 
     Attributes:
         session: None before the trainer is made.
