@@ -72,14 +72,19 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """All layers with parameters, in the model's order, and the blocks. Print it, or read `rows` and `blocks`."""
+    """What happens to each layer of a model, and why. Print it, or read its rows.
+
+    Attributes:
+        rows: every layer with parameters, in the model's order.
+        blocks: the blocks, where a method grants work to whole blocks.
+        step: seconds of a forward and backward pass of the whole model, where an example was given.
+        patterns: how many layers each of the user's patterns matched.
+    """
 
     rows: tuple[PlanRow, ...]
     blocks: tuple[BlockRow, ...] = ()
     step: StepForecast | None = None
-    """Forward and backward pass of the whole model, where an example was given."""
     patterns: tuple[PatternRow, ...] = ()
-    """What each pattern of the user's matched."""
 
     @property
     def attached(self) -> tuple[PlanRow, ...]:
@@ -87,7 +92,7 @@ class Plan:
         return tuple(row for row in self.rows if row.status == "attached")
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The plan as plain values, ready for JSON."""
         rows = [asdict(replace(row, forecast=None)) for row in self.rows]
         for row in rows:
             del row["forecast"]
@@ -101,7 +106,7 @@ class Plan:
         }
 
     def forecast(self) -> dict[str, Any] | None:
-        """Seconds of a step, plain and as forecast, of the model and of each layer that was tried; None if none was."""
+        """Seconds of a step, plain and as forecast, of the model and of each layer tried; None without an example."""
         if self.step is None:
             return None
         layers = {row.name: asdict(row.forecast) for row in self.rows if row.forecast}

@@ -459,7 +459,7 @@ class Session:
             OptionError: the method is not attached, or refuses the value; or its layers have learnt with the option, so
                 that it cannot change (`Method.adjustable` lists those that can).
 
-        Example:
+        Examples:
             >>> session.set("dither", scale=lambda step: 1.0 if step < 1000 else 4.0)
         """
         self._require_attached()

@@ -172,6 +172,7 @@ class Step:
         layer: the attached layer.
         index: steps of this layer so far, from 0.
         optimizer: the optimizer that owns the layer's parameters.
+        program: the layer's.
         refreshed: whether the statistics of the layer's input are new in this step.
     """
 

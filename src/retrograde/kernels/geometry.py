@@ -9,6 +9,14 @@ class Geometry:
     """Arguments of a convolution beside its tensors; every tuple has one entry for each spatial dimension.
 
     Padding is always explicit and zero: other padding modes and ``"same"`` are applied to the input beforehand.
+
+    Attributes:
+        stride: steps of the kernel, in places.
+        padding: zeros on either side of the input.
+        dilation: distance of neighbouring kernel entries.
+        transposed: whether it is a transposed convolution.
+        output_padding: places added to one side of a transposed convolution's output.
+        groups: parts of the channels that are convolved separately.
     """
 
     stride: tuple[int, ...]

@@ -85,7 +85,7 @@ class Decorrelate(Method):
     Raises:
         OptionError: a value out of its range, or an option that has no effect in this mode.
 
-    Example:
+    Examples:
         >>> session = rg.attach(model, rg.Decorrelate(rank=32))
     """
 

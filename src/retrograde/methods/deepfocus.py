@@ -90,7 +90,7 @@ class DeepFocus(Method):
     Raises:
         OptionError: a value out of its range.
 
-    Example:
+    Examples:
         >>> session = rg.attach(model, rg.DeepFocus(q_skip=0.6, unbiased=True))
     """
 

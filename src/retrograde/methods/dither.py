@@ -68,7 +68,7 @@ class Dither(Method):
     Raises:
         OptionError: a value out of its range.
 
-    Example:
+    Examples:
         >>> session = rg.attach(model, rg.Dither(scale=1.0))
     """
 

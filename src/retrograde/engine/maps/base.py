@@ -275,7 +275,7 @@ def register_layer(layer_type: type[nn.Module] | str, kind: "LayerKind | Callabl
     Raises:
         OptionError: either is something else.
 
-    Example:
+    Examples:
         A linear layer whose weight lies as (i, o)::
 
             rg.register_layer(Conv1D, rg.LinearKind(turned=True))

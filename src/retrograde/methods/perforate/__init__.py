@@ -103,7 +103,7 @@ class Perforate(Method):
     Raises:
         OptionError: a value out of its range.
 
-    Example:
+    Examples:
         >>> session = rg.attach(model, rg.Perforate(where="features.*"))
         >>> session.validated(accuracy)  # after each validation
     """

@@ -88,7 +88,7 @@ class Spectral(Method):
     Raises:
         OptionError: a value out of its range.
 
-    Example:
+    Examples:
         >>> session = rg.attach(model, rg.Spectral())
     """
 
