@@ -1,68 +1,207 @@
-"""Writes the tables of the README from ``results/``; ``--check`` only says whether they are up to date.
+"""Writes the tables of the README and of the methods' cards from ``results/``; ``--check`` only says which are stale.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is ``claims``, those that have been run, or a
-folder ``results/NAME`` of results of one comparison with several models.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is ``when``, what each method is for and what
+it gave; ``verdicts``, how many claims came out how; or the name of a method, whose claims are listed that have been
+run. No figure is typed: the texts have gaps that `FIGURES` fills.
 """
 
+import json
 import re
 import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from make_results import overview
+from make_performance import digits
+from make_results import overview, table
 
-from retrograde.cli.demo import zeros
 from retrograde.lab.claims import wording
-from retrograde.lab.claims.library import Library
-from retrograde.lab.claims.result import Result, read_result
+from retrograde.lab.claims.library import Entry, Library
+from retrograde.lab.claims.result import Finding, Result, read_result
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md",)
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_METRICS = ("needed", "executed")
+
+WHEN = (
+    (
+        "a CPU on which bfloat16 is slow, and layers behind ReLU or max pooling",
+        "`Dither`",
+        "both backward products of a 3×3 convolution run {conv} as fast as in float32 with {conv_zeros} zeros "
+        "([AVX-512, AMX masked](results/bench-kernels-avx512.json))",
+        "bfloat16, where the processor multiplies it natively",
+    ),
+    (
+        "correlated inputs that nothing normalises: an MLP, above all",
+        "`Decorrelate`",
+        "{decorrelate} of AdamW's time to AdamW's best validation accuracy "
+        "([CIFAR-10, MLP]({claim}decorrelate-cifar10-mlp))",
+        "Muon, on a [convolutional network]({claim}decorrelate-cifar10-cnn): {muon}, decorrelated {decorrelate_cnn}",
+    ),
+    (
+        "a deep residual network or a transformer, in float32 on a CPU",
+        "`DeepFocus`",
+        "{focus_time} less time in the backward pass of a transformer, {skipped} of its blocks' calls skipped "
+        "([measured](results/deepfocus-backward-time.json))",
+        "a plain step, where branches are small: ours took {focus_step} of its time on "
+        "[IMDB]({claim}deepfocus-imdb), accuracy {focus_accuracy}",
+    ),
+    (
+        "more activations than memory, in layers of 64 inputs and more",
+        "`Spectral`",
+        "{spectral_sam} of accuracy over SAM in the same time ([Fashion-MNIST]({claim}spectral-fashion-mnist)); "
+        "the peak of saved activations was {memory} of plain training's, since every second step keeps all of them",
+        "plain SGD in the same time: against it {spectral_sgd}",
+    ),
+    (
+        "a small network that should become more accurate as it is",
+        "no method yet; `Perforate` is meant for it",
+        "dendrites changed accuracy by {grown} ([CIFAR-10, MLP]({claim}perforate-cifar10-mlp-compression))",
+        "a wider network of as many parameters: against it dendrites lose, {wider}",
+    ),
+    (
+        "a processor with AMX, and the wish for faster steps",
+        "no method: `torch.autocast` with bfloat16",
+        "a training step of a small GPT takes {step_bf16} under autocast, {step_fp32} in float32 "
+        "([all steps](docs/performance.md#whole-training-steps))",
+        "nothing here: the fastest method takes {step_ours}, and together with autocast {step_both}",
+    ),
+)
+"""What you have, what to take, what it gave, and what beats it."""
 
 
-def fill(text: str) -> str:
+def fill(text: str, document: Path) -> str:
     """The document with every table made anew."""
-    return _TABLE.sub(lambda m: f"{m[1]}{render(m[2])}\n{m[3]}", text)
+
+    def anew(match: re.Match[str]) -> str:
+        made = render(match[2])
+        # Links are written as seen from the README.
+        up = "../" * len(document.parent.relative_to(ROOT).parts)
+        inside = (
+            re.sub(r"\]\((docs|results)/", rf"]({up}\1/", made).replace(f"]({up}docs/", f"]({up[3:]}")
+            if up
+            else made
+        )
+        return f"{match[1]}{inside}\n{match[3]}"
+
+    return _TABLE.sub(anew, text)
 
 
 def render(name: str) -> str:
-    if name == "claims":
-        text = overview([entry for entry in Library(ROOT / "repro").entries() if entry.result])
-        return text.replace("](#", "](docs/results.md#")
-    return comparison([read_result(path) for path in sorted((ROOT / "results" / name).glob("*.json"))])
+    if name == "when":
+        return when()
+    entries = Library(ROOT / "repro").entries()
+    if name == "verdicts":
+        return verdicts(entries)
+    ours = [entry for entry in entries if entry.claim.id.startswith(f"{name}/") and entry.result]
+    return overview(ours).replace("](#", "](docs/results.md#")
 
 
-def comparison(results: list[Result]) -> str:
-    """A Markdown table of every contestant on every model, with its caption."""
-    head = ("model", "method", "test accuracy", "zeros (of their own)", *_METRICS, "time")
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
-    for result in results:
-        for name, entry in result.contestants.items():
-            cells = (
-                str(entry.recipe["model"]),
-                entry.label,
-                wording.cell(result, name, "accuracy"),
-                zeros(result, name),
-                *(wording.cell(result, name, metric) for metric in _METRICS),
-                wording.ratio(result, name, "seconds") or "×1",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    first = results[0]
-    recipe, machine = next(iter(first.contestants.values())).recipe, first.machine
-    caption = (
-        f"*{recipe['data']}, {recipe['epochs']} epochs; {len(first.seeds)} seeds, mean ± half of its 95 % interval. "
-        "Shares are of the dense-equivalent FLOPs; time is the ratio to plain backpropagation on "
-        f"{machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}. Made by `{first.command}`.*"
+def when() -> str:
+    """Six rows, and where their figures come from."""
+    figures = {name: make() for name, make in FIGURES.items()} | {"claim": "docs/results.md#claim-"}
+    head = ("you have", "take", "what it gave here", "what beats it")
+    rows = [[cell.format_map(figures) for cell in row] for row in WHEN]
+    machine, seeds = measured("bench-steps")["machine"], len(claim("decorrelate/cifar10-mlp").seeds)
+    return (
+        f"{table(head, rows, texts=4)}\n\n*{machine['cores']} cores ({machine['cpu']}), torch "
+        f"{machine['torch']}. Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with the same "
+        "number of trials.*"
     )
-    return "\n".join(lines) + f"\n\n{caption}"
+
+
+def verdicts(entries: Sequence[Entry]) -> str:
+    """How many claims came out how, in a sentence."""
+    counts = Counter(entry.result.verdict for entry in entries if entry.result and entry.status == "run")
+    said = ", ".join(f"{count} *{verdict}*" for verdict, count in counts.most_common())
+    run = sum(counts.values())
+    return f"Of {len(entries)} claims {run} have been run here, with these verdicts: {said}."
+
+
+# Figures.
+
+
+@cache
+def claim(name: str) -> Result:
+    return read_result(ROOT / "results" / f"{name}.json")
+
+
+@cache
+def measured(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def finding(name: str, says: str) -> Finding:
+    """The check of a claim that says so."""
+    return next(found for found in claim(name).findings if found.says == says)
+
+
+def outcome(name: str, says: str) -> str:
+    return wording.outcome(finding(name, says))
+
+
+def convolution(key: str) -> float:
+    """The automatic choice of kernel on a 3×3 convolution, where the processor has AVX-512 and AMX is masked."""
+    rows = measured("bench-kernels-avx512")["rows"]
+    row = max(
+        (row for row in rows if row["op"] == "conv" and row["kernel"] == "auto" and row["sparsity"] < 0.95),
+        key=lambda row: row["sparsity"],
+    )
+    return row[key]
+
+
+def step(key: str, autocast: bool = False) -> str:
+    """Of the measured training steps of a small GPT: the fastest method, in float32 or under autocast."""
+    rows = [row for row in measured("bench-steps")["rows"] if row["model"] == "gpt"]
+    rows = [row for row in rows if ("under bfloat16" in row["method"]) == autocast]
+    return f"{digits(1e3 * min(rows, key=lambda row: row['seconds'])[key])} ms"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def focus(key: str) -> float:
+    return measured("deepfocus-backward-time")["transformer"][key]
+
+
+def to_target(name: str) -> str:
+    """Seconds to the target on the convolutional network, and how many seeds reached it where not all did."""
+    return wording.cell(claim("decorrelate/cifar10-cnn"), name, "seconds_to_target")
+
+
+_COMPRESSION = "perforate/cifar10-mlp-compression"
+_FASHION = "spectral/fashion-mnist"
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "conv": lambda: f"×{convolution('speedup_fp32'):.2f}",
+    "conv_zeros": lambda: percent(convolution("sparsity")),
+    "decorrelate": lambda: outcome("decorrelate/cifar10-mlp", "sooner there than AdamW at all"),
+    "decorrelate_cnn": lambda: to_target("decorrelate"),
+    "muon": lambda: to_target("muon"),
+    "skipped": lambda: percent(focus("skip_share")),
+    "focus_time": lambda: percent(focus("time_saving_against_plain")),
+    "focus_step": lambda: outcome("deepfocus/imdb", "and a step takes less time than a dense one"),
+    "focus_accuracy": lambda: outcome("deepfocus/imdb", "above the dense twin, tuned as hard"),
+    "memory": lambda: outcome(_FASHION, "half of the saved activations, or less"),
+    "spectral_sam": lambda: outcome(_FASHION, "more accurate than SAM in the same time"),
+    "spectral_sgd": lambda: outcome(_FASHION, "at least as accurate as plain SGD, to a tenth of a point"),
+    "grown": lambda: outcome(_COMPRESSION, "dendrites add accuracy to the narrow network"),
+    "wider": lambda: outcome(_COMPRESSION, "more accurate than a wider network of as many parameters"),
+    "step_fp32": lambda: step("seconds_fp32"),
+    "step_bf16": lambda: step("seconds_bf16"),
+    "step_ours": lambda: step("seconds"),
+    "step_both": lambda: step("seconds", autocast=True),
+}
 
 
 def main() -> int:
     stale: list[str] = []
     for document in DOCUMENTS:
         before = document.read_text(encoding="utf-8")
-        after = fill(before)
+        after = fill(before, document)
         if after != before:
             stale.append(document.name)
             if "--check" not in sys.argv:
