@@ -65,7 +65,11 @@ def test_the_plan_says_what_patterns_match() -> None:
     ("given", "error", "message"),
     [
         ({"x.*": rg.Dither()}, PatternError, "'x.*' in `methods` matches no layer"),
-        ({"*": rg.Dither(), "0.*": rg.Dither(1)}, PatternError, "'0.*' .* earlier patterns decide already"),
+        (
+            {"*": rg.Dither(), "0.*": rg.Dither(1)},
+            PatternError,
+            "'0.*' .* earlier patterns have decided already",
+        ),
         ({" ": rg.Dither()}, PatternError, "pattern ' '"),
         ({"*": None}, OptionError, "no method for any pattern"),
         ({}, OptionError, "no method for any pattern"),
@@ -87,7 +91,7 @@ def test_layers_chosen_by_a_function() -> None:
         model, rg.Dither(), only=lambda name, layer: layer.out_features == 8, skip=lambda n, _: n == "0.0"
     )
     assert [row.name for row in session.plan.attached] == ["1.0", "2.0", "3.0"]
-    with pytest.raises(PatternError, match="function that `only` is chose no layer"):
+    with pytest.raises(PatternError, match="function given as `only` chose no layer"):
         rg.attach(blocks(), rg.Dither(), only=lambda name, layer: False)
 
 
@@ -165,7 +169,7 @@ def test_set_reaches_every_method() -> None:
     [
         ("dither", {"bits": 4}, "cannot change bits in training. It can change products, scale"),
         ("spectral", {"decay": 0.1}, "'spectral' is not attached"),
-        (None, {"scale": 1.0}, "method None is not attached, of which there are decorrelate, dither"),
+        (None, {"scale": 1.0}, "method None is not attached. Attached: decorrelate, dither"),
         ("dither", {"scale": -1.0}, "scale=-1.0 must be"),
     ],
 )
@@ -288,15 +292,17 @@ def test_resume_refuses_what_does_not_fit(tmp_path: Path) -> None:
         rg.resume(model, path)
     wider = seeded(blocks)
     wider[3][0], wider[4] = nn.Linear(8, 9), nn.Linear(9, 3)
-    with pytest.raises(
-        StateError, match=r"weight of its layer '3\.0' is \(8, 8\), and that of this one's is \(9, 8\)"
-    ):
+    with pytest.raises(StateError, match=r"weight of its layer '3\.0' is \(8, 8\), and here it is \(9, 8\)"):
         rg.resume(wider, path)
     assert type(wider[0][0]) is nn.Linear
     data = bytearray(path.read_bytes())
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     torch.save({"x": 1}, tmp_path / "other.pt")
-    for name, why in (("missing.pt", "missing"), ("cut.pt", "cannot be read"), ("other.pt", "is no session")):
+    for name, why in (
+        ("missing.pt", "missing"),
+        ("cut.pt", "cannot be read"),
+        ("other.pt", "is not a session file"),
+    ):
         with pytest.raises(StateError, match=why):
             rg.resume(seeded(blocks), tmp_path / name)
     start(Unlisted())[1].save(path)

@@ -186,8 +186,8 @@ def test_autocast_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
-    "number": (lambda _: 3, "is no batch"),
-    "module": (lambda net: net, "is no batch"),
+    "number": (lambda _: 3, "is not a batch"),
+    "module": (lambda net: net, "is not a batch"),
     "no loss": (lambda net: lambda: net(X), "one entry"),
     "no gradient": (lambda _: lambda: torch.zeros(()), "one entry"),
 }

@@ -154,7 +154,7 @@ def test_patterns(option: str) -> None:
     with pytest.raises(PatternError, match="empty list"):
         rows(model, **{option: []})
     for blank in ("", "  ", ["encoder.0", ""], [None], [3]):
-        with pytest.raises(PatternError, match="no layer pattern"):
+        with pytest.raises(PatternError, match="not a layer pattern"):
             rows(model, **{option: blank})
     # A layer that exists but is of no kind we know matches nothing either.
     with pytest.raises(PatternError):

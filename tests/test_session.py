@@ -170,7 +170,7 @@ def test_state_of_other_layers_names_them() -> None:
 def test_other_options_warn() -> None:
     """The same layers with another scale load, with a warning that shows both."""
     session = run(dither=rg.Dither(scale=4.0))[2]
-    with pytest.warns(UserWarning, match=r"scale=1.5.*goes on with.*scale=4.0"):
+    with pytest.warns(UserWarning, match=r"scale=1.5.*continues with.*scale=4.0"):
         session.load_state_dict(run()[2].state_dict())
 
 

@@ -72,8 +72,8 @@ class Assignment:
             matches = {name for name, called in candidates.items() if matches_any(pattern, called)}
             if strict and matches and all(deciding[name] != pattern for name in matches):
                 raise PatternError(
-                    f"pattern {pattern!r} in `methods` matches {some(sorted(matches))}, about which earlier patterns "
-                    "decide already. Put it before them, or leave it out."
+                    f"pattern {pattern!r} in `methods` matches {some(sorted(matches))}, for which earlier patterns "
+                    "have decided already. Put it before them, or leave it out."
                 )
             if strict and not matches:
                 raise PatternError(
@@ -149,7 +149,7 @@ def _checked(methods: Methods) -> tuple[Method, ...]:
     for method in chosen:
         if not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
             hint = " Call it: the class alone is no method." if callable(method) else ""
-            raise OptionError(f"attach was given {method!r}, which is no retrograde.Method.{hint}")
+            raise OptionError(f"attach was given {method!r}, which is not a retrograde.Method.{hint}")
     names = [method.name for method in chosen]
     for name in names:
         if names.count(name) > 1:

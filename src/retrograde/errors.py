@@ -17,7 +17,7 @@ class PatternError(RetrogradeError, ValueError):
 
 
 class NoEffectError(RetrogradeError):
-    """A method would touch no layer, or a training step passed every attached layer by."""
+    """A method would touch no layer, or training steps went through no attached layer."""
 
 
 class AttachError(RetrogradeError):

@@ -155,7 +155,7 @@ def _loss(model: nn.Module, example: Example) -> Callable[[], Tensor]:
     if callable(example) and not isinstance(example, nn.Module):
         return example
     raise OptionError(
-        f"example={type(example).__name__} is no batch: pass the model's input (a tensor), its positional arguments "
+        f"example={type(example).__name__} is not a batch: pass the model's input (a tensor), its positional arguments "
         "(a tuple), its keyword arguments (a dict), or a function without arguments that returns the loss."
     )
 

@@ -90,8 +90,8 @@ def select(
         found = {name for name in names if patterns(name or ROOT, modules[name])}
         if not found and strict:
             raise PatternError(
-                f"the function that `{option}` is chose no layer of the model. It is called with a layer's full name "
-                f"and the layer, and returns whether to choose it. Layers: {some(names)}."
+                f"the function given as `{option}` chose no layer of the model. It must return whether to choose a "
+                f"layer, given its full name and the layer itself. Layers: {some(names)}."
             )
         return found, []
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -105,7 +105,7 @@ def select(
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PatternError(
-                f"`{option}` holds {pattern!r}, which is no layer pattern. Use a layer's full name or a glob over "
+                f"`{option}` holds {pattern!r}, which is not a layer pattern. Use a layer's full name or a glob over "
                 f"names, such as 'features.*'. Layers: {some(names)}."
             )
         matches = {name for name, called in candidates.items() if matches_any(pattern, called)}

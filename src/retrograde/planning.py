@@ -68,25 +68,25 @@ def make_plan(
     example: Example | None = None,
     decline: bool = True,
 ) -> Plan:
-    """Decide what happens to each layer; changes nothing.
+    """Decide what attaching would do to each layer, without changing the model.
 
     Args:
         model: any module.
         methods: what to attach, as `attach` takes it.
         only: glob patterns over full layer names (``"features.*"``), or a function of name and layer; nothing else is
             attached.
-        skip: likewise, of layers to leave alone.
+        skip: likewise; layers that it chooses are left alone.
         strict: raise on a pattern or a method without effect.
         steps: optimizer steps of the whole run, where a method's option is a share of it.
-        example: one batch, to try with what each layer would save (`retrograde.forecast.Example`): its inputs, or a
-            function that returns its loss, whose gradients are the true ones. Only layers whose methods are there to
-            save time are tried.
+        example: one batch, with which each layer is tried, plain and attached: the model's inputs, or a function
+            without arguments that returns the loss, whose gradients are then the true ones. Only layers whose methods
+            are meant to save time are tried.
         decline: leave plain the tried layers that attaching would not make faster.
 
     Raises:
         PatternError: a pattern is empty or, when strict, matches no layer.
         NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
-        OptionError: the example is no batch, or the model is attached already.
+        OptionError: the example is not a batch, or the model is attached already.
     """
     # Without a method every layer is left, which the plan may well say.
     assignment = Assignment(()) if methods == [] else assign(methods)
@@ -216,7 +216,8 @@ def _forecast(
     """Try the layers whose methods all save time; rows and placements are changed in place."""
     if any(isinstance(module, AttachedLayer) for module in model.modules()):
         raise OptionError(
-            "the model is attached already: what attaching would save shows on a plain one only."
+            "the model is attached already, and what attaching would save can be forecast only for a plain one. "
+            "Detach it first."
         )
     tried = [p for p in placements if all(method.saves_time for method in p.methods.values())]
     if not tried:
@@ -410,7 +411,7 @@ def _why_no_layer(layer: nn.Module) -> str:
         return "bilinear: a product of two inputs, not a linear map of one"
     if isinstance(layer, _NORMALISATIONS):
         return "normalisation: no product"
-    return "not a linear-like map that is known; register_layer makes one known"
+    return "not a registered linear-like layer; see register_layer"
 
 
 def _type_name(layer: nn.Module) -> str:
@@ -452,6 +453,6 @@ def _remedy(plan: Plan) -> str:
     if any(row.status == "declined" for row in plan.rows):
         return (
             "The layers were declined because attaching would make them slower on this machine: train the plain model, "
-            "or attach all the same with decline=False."
+            "or attach anyway with decline=False."
         )
-    return "Check `only` and `skip`, or make a layer type known with retrograde.register_layer."
+    return "Check `only` and `skip`, or register a layer type with retrograde.register_layer."

@@ -72,12 +72,12 @@ def read(
         whole: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what damaged bytes raise is anyone's guess
         raise StateError(
-            f"{where} cannot be read ({type(error).__name__}: {error}): it is missing, damaged, or no session that "
-            "session.save(path) wrote. Give a whole one."
+            f"{where} cannot be read ({type(error).__name__}: {error}): it is missing, damaged, or not a file that "
+            "session.save(path) wrote. Pass a complete one."
         ) from error
     if not isinstance(whole, dict) or cast(Any, whole).get("retrograde_session") != _FORMAT:
         raise StateError(
-            f"{where} is no session of this version of retrograde. Give what session.save(path) wrote."
+            f"{where} is not a session file of this version of retrograde. Pass a file that session.save(path) wrote."
         )
     try:
         methods = [_method(entry, where) for entry in whole["methods"]] if known else []
@@ -88,7 +88,7 @@ def read(
         return layers, shapes, whole["state"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StateError(
-            f"{where} is damaged: {type(error).__name__}: {error}. Give one that is whole."
+            f"{where} is damaged: {type(error).__name__}: {error}. Pass a complete file."
         ) from error
 
 
@@ -105,13 +105,13 @@ def _method(entry: Mapping[str, Any], where: str) -> Method:
     cls = registry.available().get(name)
     if cls is None:
         raise StateError(
-            f"{where} names the method {name!r}, which is not installed. Install what brings it, or give "
-            "`methods` to resume."
+            f"{where} names the method {name!r}, which is not installed. Install the package that has it, "
+            "or pass `methods` to resume."
         )
     try:
         return cast(Any, cls)(**options)
     except (OptionError, TypeError) as error:
         raise StateError(
-            f"{where} names {name!r} with options that it refuses ({error}): they are of another version. Give "
-            "`methods` to resume."
+            f"{where} names {name!r} with options that it refuses ({error}): they belong to another version. "
+            "Pass `methods` to resume."
         ) from error

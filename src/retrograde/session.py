@@ -70,10 +70,10 @@ def attach(
             ``{"features.*": Dither(1), "head": None, "*": Dither(4)}``: the first pattern that matches a layer decides
             about it, and None leaves it plain.
         only: glob patterns over full layer names, or a function ``(name, layer) → bool``; nothing else is attached.
-        skip: likewise, of layers to leave alone.
+        skip: likewise; layers that it chooses are left alone.
         optimizer: drive the methods by this optimizer's steps alone. None: by every optimizer's that owns a parameter
             of an attached layer, including those made later.
-        strict: raise on whatever would have no effect; False warns where it can.
+        strict: raise where something would have no effect; False warns where that is possible.
         seed: seed of the methods' random numbers; None takes torch's (`torch.manual_seed`).
         steps: optimizer steps of the whole run, where a method's option is a share of it: ``Spectral(warmup=0.05)``.
         example: one batch, from which the plan forecasts what each layer will save: the model's inputs (a tensor, a
@@ -83,7 +83,7 @@ def attach(
             that their methods are for.
 
     Returns:
-        The `Session`: plan, figures, state, and the way back.
+        The `Session`, which holds the plan, the figures and the methods' state, and detaches or folds the model.
 
     Raises:
         AttachError: the model is attached already, compiled, wrapped for data parallelism, or not yet initialised.
@@ -134,13 +134,13 @@ def resume(
     strict: bool = True,
     steps: int | None = None,
 ) -> "Session":
-    """Attach to a fresh `model` what `Session.save` wrote, and go on where it was written.
+    """Attach to a fresh `model` what `Session.save` wrote, and continue from there.
 
-    Load the model's own state after this call, which brings back parameters that a method has added, and make the
-    optimizer after it.
+    Load the model's own state after this call, which restores the parameters that a method has added. Make the
+    optimizer after it as well.
 
     Args:
-        model: built as the one that was saved, and plain.
+        model: a plain model, built like the one that was saved.
         path: the file.
         methods: as for `attach`, for methods that are not registered under their names; None takes the saved ones, on
             the layers that they were on.
@@ -149,27 +149,27 @@ def resume(
         steps: as for `attach`; the saved methods have no shares of the run left.
 
     Raises:
-        StateError: the file cannot be read, or is of another model, or names a method that is not installed.
+        StateError: the file cannot be read, belongs to another model, or names a method that is not installed.
     """
     layers, shapes, state = saving.read(path, known=methods is None)
     assignment = exactly(layers) if methods is None else assign(methods).for_run(steps)
     mine = _shapes({name or ROOT: module for name, module in model.named_modules()})
     if other := next((n for n in shapes if n in mine and mine[n] != shapes[n]), None):
         raise StateError(
-            f"{os.fspath(path)} is of another model: the weight of its layer {other!r} is {shapes[other]}, and that of "
-            f"this one's is {mine[other]}. Build the model as it was when the session was saved."
+            f"{os.fspath(path)} belongs to another model: the weight of its layer {other!r} is {shapes[other]}, and "
+            f"here it is {mine[other]}. Build the model as it was when the session was saved."
         )
     if absent := sorted(layers.keys() - mine.keys()):
         raise StateError(
-            f"{os.fspath(path)} is of another model: this one has no layer {', '.join(map(repr, absent[:5]))}. Build "
-            "the model as it was when the session was saved."
+            f"{os.fspath(path)} belongs to another model: this one has no layer {', '.join(map(repr, absent[:5]))}. "
+            "Build the model as it was when the session was saved."
         )
     try:
         session = attached(model, assignment, None, None, optimizer, strict, None, None, decline=False)
     except NoEffectError as error:
         raise StateError(
-            f"{os.fspath(path)} is of another model: a method that it has finds no layer of this one to act on. Build "
-            "the model as it was when the session was saved."
+            f"{os.fspath(path)} belongs to another model: one of its methods finds no layer of this model to act on. "
+            "Build the model as it was when the session was saved."
         ) from error
     try:
         session.load_state_dict(state)
@@ -186,7 +186,7 @@ def _shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
 
 
 def session_of(model: nn.Module) -> "Session":
-    """The session of an attached model, or of one that contains it: wrapped, compiled, or as a part.
+    """Return the session of an attached model, or of a model that wraps or contains it.
 
     Raises:
         AttachError: nothing in `model` is attached, or several sessions are.
@@ -199,33 +199,33 @@ def session_of(model: nn.Module) -> "Session":
     if len(found) != 1:
         what = f"{len(found)} sessions are attached to parts of it" if found else "nothing in it is attached"
         raise AttachError(
-            f"the {type(model).__name__} has no one session: {what}. Pass the module that was attached."
+            f"the {type(model).__name__} does not have exactly one session: {what}. Pass the module that was attached."
         )
     return found[0]
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A plain copy of an attached model that computes the same function: `Session.fold` of its session."""
+    """Return a plain copy of an attached model that computes the same function (`Session.fold`)."""
     return session_of(model).fold()
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: `Session.detach` of the model's session."""
+    """Undo `attach` and return the model (`Session.detach`)."""
     return session_of(model).detach()
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run has saved so far, over all attached layers; print it.
+    """What a run has saved so far, over all attached layers. Print it, or read its attributes.
 
     Attributes:
         steps: optimizer steps.
         layers: attached layers.
         zeros: share of zeros in δ̃; None before the first backward pass.
-        own_zeros: share of zeros that δ arrived with.
-        fallbacks: calls in which a method stepped aside.
+        own_zeros: share of zeros in δ before the methods.
+        fallbacks: calls in which a method left δ as it was, because it was not finite or had no variance.
         flops: sums over the run.
-        best: best reported validation score with its step; None when none was reported.
+        best: step and value of the best validation score; None when no score was reported.
     """
 
     steps: int
@@ -247,9 +247,9 @@ class Summary:
         dense = f.dense or 1.0
         lines = [
             f"{self.layers} layers, {self.steps} steps, {self.fallbacks} fallbacks",
-            f"zeros in the gradients   {self.zeros:.1%} (of their own {self.own_zeros:.1%})",
+            f"zeros in the gradients   {self.zeros:.1%} ({self.own_zeros:.1%} before the methods)",
             f"FLOPs, dense-equivalent  {f.dense:.3g}",
-            f"       needed            {f.needed:.3g} ({f.needed / dense:.1%})",
+            f"       non-zero          {f.needed:.3g} ({f.needed / dense:.1%})",
             f"       executed          {f.executed:.3g} ({f.executed / dense:.1%})",
             f"       discounted        {f.discounted:.3g} ({f.discounted / dense:.1%})",
         ]
@@ -346,7 +346,7 @@ class Session:
         """Figures of each attached layer since the last reset, for a logger.
 
         Args:
-            reset: begin a new stretch after this reading.
+            reset: start counting anew after this reading.
 
         Returns:
             ``{"zeros", "own_zeros", "layers": {name: {"zeros", "own_zeros", "fallbacks", "kernel_<name>", …the
@@ -372,18 +372,18 @@ class Session:
         return {**_shares(total), **whole, "layers": layers, **({"blocks": blocks} if blocks else {})}
 
     def backward_seconds(self) -> dict[str, tuple[float, int]]:
-        """Seconds of each attached layer's backward passes in this process, and the optimizer steps that they were for.
+        """Return seconds of each attached layer's backward passes in this process, and their number of steps.
 
         On a GPU these are the seconds of launching the work.
         """
         return {name: (program.clocked, program.clocked_steps) for name, program in self._programs.items()}
 
     def flops(self) -> Flops:
-        """FLOPs of the attached layers since attaching, see `retrograde.accounting.flops`."""
+        """Return the FLOPs of the attached layers since attaching."""
         return self._total().flops()
 
     def summary(self) -> Summary:
-        """What the run has saved so far."""
+        """Return what the run has saved so far."""
         total = self._total()
         best = max(self._scores, key=lambda entry: entry[1], default=None)
         shares = _shares(total)
@@ -407,7 +407,7 @@ class Session:
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
-        """Plain autograd inside: forward passes run in this context have plain backward passes."""
+        """Run plain autograd inside: forward passes of this context have plain backward passes."""
         self._pauses += 1
         self._pause(True)
         try:
@@ -423,10 +423,10 @@ class Session:
             block.active = not paused
 
     def validated(self, score: float) -> None:
-        """Tell the methods a validation score, higher is better; those with phases act on it.
+        """Report a validation score, higher is better; methods with phases act on it.
 
         Args:
-            score: kept, and the best one appears in `summary`.
+            score: a finite number; the best one so far appears in `summary`.
 
         Raises:
             OptionError: `score` is not a finite number.
@@ -444,7 +444,7 @@ class Session:
             conductor.validated(value)
 
     def report(self, *, val: float) -> None:
-        """The earlier name of `validated`."""
+        """Earlier name of `validated`."""
         self.validated(val)
 
     def set(self, method: str | None = None, /, **options: Any) -> None:
@@ -453,11 +453,11 @@ class Session:
         Args:
             method: its name; None where one method alone is attached.
             options: new values; a function is called with the number of steps so far, now and after each step, and
-                returns the value. Functions are no part of the session's state: set them again after resuming.
+                returns the value. Functions are not part of the session's state: set them again after resuming.
 
         Raises:
-            OptionError: the method is not attached, or refuses the value; or its layers have learnt with the option, so
-                that it cannot change (`Method.adjustable` lists those that can).
+            OptionError: the method is not attached, it refuses the value, or the option cannot change while training
+                (`Method.adjustable` lists those that can).
 
         Examples:
             >>> session.set("dither", scale=lambda step: 1.0 if step < 1000 else 4.0)
@@ -466,9 +466,7 @@ class Session:
         names = sorted({each.name for each in self.methods})
         name = names[0] if method is None and len(names) == 1 else method
         if name not in names:
-            raise OptionError(
-                f"set: method {method!r} is not attached, of which there are {', '.join(names)}."
-            )
+            raise OptionError(f"set: method {method!r} is not attached. Attached: {', '.join(names)}.")
         can = {option for each in self.methods if each.name == name for option in each.adjustable}
         fixed = sorted(options.keys() - can)
         if fixed:
@@ -512,7 +510,7 @@ class Session:
                 self._adjust(name, options)
 
     def detach(self) -> nn.Module:
-        """Undo `attach`: every layer is of its own class again. Returns the model.
+        """Undo `attach`: give every layer its own class back, and return the model.
 
         Raises:
             DetachError: detached already, or something else has changed a layer's class since.
@@ -531,9 +529,9 @@ class Session:
         self._attached = False
 
     def fold(self, *, in_place: bool = False) -> nn.Module:
-        """A plain copy of the model that computes the same function; the attached model stays as it is.
+        """Return a plain copy of the model that computes the same function; the attached model stays as it is.
 
-        Unlike a copy by `copy.deepcopy`, it has no keys but those that its function needs.
+        Unlike a copy by `copy.deepcopy`, it has only the keys that its function needs.
 
         Args:
             in_place: fold the model itself and end the session, as `detach` does, but keeping what methods have added.
@@ -563,12 +561,12 @@ class Session:
     # State.
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the methods with their settings, the layers they act on, and `state_dict`: what `resume` takes.
+        """Write the file that `resume` reads: the methods with their settings, their layers, and `state_dict`.
 
-        The model's and the optimizer's state are saved as ever. The file is replaced as a whole.
+        Save the model's and the optimizer's state as usual, beside it. The file is replaced as a whole.
 
         Raises:
-            OSError: it cannot be written; an earlier one stays.
+            OSError: the file cannot be written; an earlier one stays.
         """
         self._require_attached()
         saving.write(path, self._acting, _shapes(self._layers), self.state_dict())
@@ -578,7 +576,7 @@ class Session:
             raise DetachError("this session is detached already: its model is plain. Attach again.")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's and the optimizer's state: plain values and tensors."""
+        """Return what a resumed run needs beside the model's and the optimizer's state: plain values and tensors."""
         return {
             "format": _STATE_FORMAT,
             "seed": self._seed,
@@ -596,16 +594,16 @@ class Session:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Nothing is changed when the state does not fit.
+        """Continue from where `state_dict` was taken. Nothing is changed when the state does not fit.
 
         Raises:
-            StateError: another format, other layers, or other methods.
+            StateError: the state has another format, or belongs to other layers or other methods.
         """
         _check_state(state, self._programs)
         mine = sorted(map(repr, self.methods))
         if state["methods"] != mine:
             warnings.warn(
-                f"the session's state was saved with {state['methods']}, and goes on with {mine}.",
+                f"the session's state was saved with {state['methods']}, and training continues with {mine}.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
@@ -625,8 +623,8 @@ class Session:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._take(before)
             raise StateError(
-                f"the session's state is damaged, or of other methods ({type(error).__name__}: {error}). Nothing was "
-                "changed. Attach the methods that the state was saved with."
+                f"the session's state is damaged, or belongs to other methods ({type(error).__name__}: {error}). "
+                "Nothing was changed. Attach the methods that the state was saved with."
             ) from error
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -735,23 +733,23 @@ def _check_state(state: dict[str, Any], programs: dict[str, LayerProgram]) -> No
     saved_format = state.get("format") if isinstance(state, dict) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if saved_format != _STATE_FORMAT:
         raise StateError(
-            f"this is no session state of format {_STATE_FORMAT}. Pass what session.state_dict() returned, saved by "
+            f"this is not a session state of format {_STATE_FORMAT}. Pass what session.state_dict() returned, saved by "
             "the same version of retrograde."
         )
     absent = {"seed", "methods", "scores", "window", "layers", "conductors"} - state.keys()
     if absent:
         raise StateError(
-            f"the session's state is incomplete: {sorted(absent)} are not in it. Load a whole one."
+            f"the session's state is incomplete: {sorted(absent)} are not in it. Load a complete one."
         )
     missing, surplus = sorted(programs.keys() - state["layers"]), sorted(state["layers"].keys() - programs)
     if missing or surplus:
         raise StateError(
-            f"the state is of other layers: {missing[:5] or 'none'} attached here are not in it, and "
+            f"the state belongs to other layers: {missing[:5] or 'none'} attached here are not in it, and "
             f"{surplus[:5] or 'none'} in it are not attached here. Attach with the same `only` and `skip`."
         )
     for name, program in programs.items():
         if len(state["layers"][name]["rules"]) != len(program.rules):
             raise StateError(
-                f"the state of layer {name!r} is of {len(state['layers'][name]['rules'])} methods, but "
+                f"the state of layer {name!r} holds {len(state['layers'][name]['rules'])} methods, but "
                 f"{len(program.rules)} are attached. Attach the methods that the state was saved with."
             )

@@ -246,7 +246,9 @@ def test_a_map_of_another_kind_needs_another_name() -> None:
         name = "linear"
 
     assert base.register_map(LinearMap) is LinearMap
-    with pytest.raises(rg.errors.OptionError, match="there is a map 'linear' already: name Other otherwise"):
+    with pytest.raises(
+        rg.errors.OptionError, match=r"'linear' is registered already\. Give Other another name"
+    ):
         rg.register_map(Other)
     assert map_of("linear", (0,)) is LINEAR
 

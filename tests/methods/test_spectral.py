@@ -745,8 +745,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tau": 0.0}, "tau"),
     ({"rows": 0}, "rows=0"),
     ({"rank": 4, "random": 4}, "leaves none"),
-    ({"random": 2, "basis": "bulk", "residual": "none"}, "belongs to basis='top'"),
-    ({"residual": "scaled", "basis": "bulk"}, "only stable"),
+    ({"random": 2, "basis": "bulk", "residual": "none"}, "needs basis='top'"),
+    ({"residual": "scaled", "basis": "bulk"}, "stable only with"),
 ]
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a layer's three products, kept as four numbers that must not be confused.
 
 - *dense*: what plain backpropagation multiplies (dense-equivalent).
-- *needed*: multiply-adds whose δ operand is not zero.
+- *needed*: the non-zero FLOPs, of multiply-adds whose δ operand is not zero.
 - *executed*: what the kernel in use did; `Flops.overhead` holds the methods' own work beside it.
 - *discounted*: executed, with low-precision products counted at `retrograde.kernels.work.DISCOUNTS`.
 
@@ -48,20 +48,20 @@ class Flops:
 
     @property
     def needed(self) -> float:
-        """FLOPs whose δ operand is not zero (forward counted whole), with the overhead."""
+        """Non-zero FLOPs, whose δ operand is not zero (the forward pass counted whole), with the overhead."""
         return self._sum("needed") + self.overhead
 
     @property
     def executed(self) -> float:
-        """FLOPs really done, with the overhead."""
+        """FLOPs that the chosen kernels did, with the overhead."""
         return self._sum("executed") + self.overhead
 
     @property
     def discounted(self) -> float:
-        """Executed FLOPs at the precision discounts, with the overhead."""
+        """Executed FLOPs, bfloat16 counted as a half and int8 as a quarter, with the overhead."""
         return self._sum("discounted") + self.overhead
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, sums first, ready for JSON."""
+        """Return all numbers, sums first, ready for JSON."""
         sums = {name: getattr(self, name) for name in ("dense", "needed", "executed", "discounted")}
         return {**sums, **asdict(self)}

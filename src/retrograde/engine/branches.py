@@ -307,7 +307,7 @@ def _swapped_from(module: nn.Module) -> type[nn.Module]:
         names = ", ".join(repr(program.block.name) for program in programs)
         raise DetachError(
             f"the module of block {names} has become a {type(module).__name__} since it was attached, so its plain "
-            "class cannot be told. Undo that first (a parametrization, for example)."
+            "class is not known. Undo that first (a parametrization, for example)."
         )
     return base
 

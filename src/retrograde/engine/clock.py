@@ -161,9 +161,9 @@ class Clock:
         if past:
             warnings.warn(
                 f"the model's and the optimizer's state were loaded, and the session's was not: at {len(past)} layers "
-                "its methods (scales, bases, thresholds, random numbers) begin anew, and the run is another one than "
-                "without the stop. Save session.save(path) beside the others, and resume by rg.resume(model, path) "
-                "before they are loaded.",
+                "the methods' own state (scales, bases, thresholds, random numbers) starts from the beginning, so the "
+                "run differs from an uninterrupted one. Write session.save(path) beside the checkpoint, and call "
+                "rg.resume(model, path) before the model's state is loaded.",
                 RetrogradeWarning,
                 stacklevel=2,
             )

@@ -30,7 +30,7 @@ def find_kind(layer: nn.Module) -> LayerKind | str | None:
             return "its forward was replaced on the object, which hides the class's: undo that, then attach"
         for method in ("forward", "_conv_forward"):
             if getattr(own, method, None) is not getattr(cls, method, None):
-                return f"subclass of {cls.__name__} with a {method}() of its own: make it known with register_layer"
+                return f"subclass of {cls.__name__} with a {method}() of its own: register it with register_layer"
         reason = kind.refuse(layer)
         return kind.bound(layer) if reason is None else reason
     return None
@@ -149,8 +149,8 @@ def _swapped_from(layer: nn.Module, name: str) -> type[nn.Module]:
     base = cast(type[nn.Module], type(layer)._retrograde_base)  # pyright: ignore[reportAttributeAccessIssue]
     if type(layer) is not _attached_class(base):
         raise DetachError(
-            f"layer {name!r} has become a {type(layer).__name__} since it was attached, so its plain class cannot be "
-            "told. Undo that first (for a parametrization: torch.nn.utils.parametrize.remove_parametrizations)."
+            f"layer {name!r} has become a {type(layer).__name__} since it was attached, so its plain class is not "
+            "known. Undo that first (for a parametrization: torch.nn.utils.parametrize.remove_parametrizations)."
         )
     return base
 

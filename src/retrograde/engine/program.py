@@ -102,9 +102,9 @@ class LayerProgram:
         if save != product or len(save) > 1:
             names = ", ".join(sorted({type(rule).__name__ for rule in (*save, *product)}))
             raise OptionError(
-                f"slots `save` and `product` of layer {self.name!r} are filled by {names}: whoever keeps something "
-                "other than the layer's input must also say how the weight gradient comes from it, and only one "
-                "method can. Attach one of them to this layer; `only` and `skip` choose layers."
+                f"slots `save` and `product` of layer {self.name!r} are filled by {names}: the rule that keeps "
+                "something other than the layer's input must also compute the weight gradient from it, and only one "
+                "rule can. Attach one of them to this layer; `only` and `skip` choose layers."
             )
         self._save = save[0] if save else None
         self._plain = not (save or self._gate or self._delta or self._observe)
@@ -420,7 +420,7 @@ class LayerProgram:
         """Take back what `state_dict` gave."""
         if len(state["rules"]) != len(self.rules):
             raise StateError(
-                f"the state of layer {self.name!r} is of {len(state['rules'])} methods, but {len(self.rules)} are "
+                f"the state of layer {self.name!r} holds {len(state['rules'])} methods, but {len(self.rules)} are "
                 "attached. Attach the methods that the state was saved with."
             )
         self.loaded = False

@@ -359,7 +359,7 @@ class BlockRule:
         """After the optimizer's step."""
 
     def adjust(self, method: "Method") -> None:
-        """As of `Rule`; a method's layers share their blocks' rules, which may be told several times."""
+        """As for `Rule.adjust`. A method's layers share their blocks' rules, so this may be called several times."""
 
     def metrics(self) -> dict[str, float]:
         """The rule's figures, for logs and reports."""
@@ -377,16 +377,16 @@ class Conductor:
     """What a method decides for a whole model rather than for one layer: phases, restarts, the best state so far."""
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer, any of the process, is about to step; the rules' `grad` has run."""
+        """Called before any optimizer of the process makes a step, after the rules' `grad`."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer that owns attached parameters made a step; the rules' `local` has run."""
+        """Called after an optimizer that owns attached parameters made a step, after the rules' `local`."""
 
     def validated(self, score: float) -> None:
-        """The user reported a validation score, higher is better (`Session.validated`)."""
+        """Called with a validation score, higher is better, when the user reports one (`Session.validated`)."""
 
     def fold(self, model: nn.Module) -> None:
-        """On a folded copy of the model: undo what concerned more than single layers."""
+        """Called with a folded copy of the model, to undo what concerns more than single layers."""
 
     def metrics(self) -> dict[str, Any]:
         """The method's figures for the whole model, ready for JSON."""
@@ -413,18 +413,18 @@ class Method:
     name: ClassVar[str]
 
     saves_time: ClassVar[bool] = False
-    """Whether a faster step is what the method is for, and its work in every call is the same: what it saves can then
-    be forecast, and a layer where it would lose may be declined."""
+    """Whether the method is meant to make steps faster and does the same work in every call. Its savings can then be
+    forecast, and a layer that it would slow down is left plain."""
 
     adjustable: ClassVar[Collection[str]] = ()
-    """Options that may change in training (`Session.set`); the method's rules then have an `Rule.adjust`."""
+    """Options that `Session.set` may change while training; the method's rules then implement `Rule.adjust`."""
 
     shares: ClassVar[Collection[str]] = ()
     """Options in optimizer steps that may be given as a share of the run instead, a float between 0 and 1: rules are
     made by a method in which `for_run` has put steps in their place."""
 
     adds_parameters: ClassVar[bool] = False
-    """Whether the model that is trained may have more parameters than the plain one: tables then show their number."""
+    """Whether the trained model may have more parameters than the plain one. Tables then show their number."""
 
     short_run: ClassVar[Mapping[str, Any]] = {}
     """Options with which a run of a few hundred steps shows what the method does, where the defaults are for longer

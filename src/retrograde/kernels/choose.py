@@ -205,9 +205,9 @@ def load_state_dict(state: dict[str, Any]) -> None:
     if found is not None and same and _models.setdefault(which, found).weights == found.weights:
         return
     warnings.warn(
-        "kernels are chosen by another calibration than the run began with (another number of threads, other kernels, "
-        "or another run in this process), so that it may go on with others, whose results differ in rounding. Resume "
-        "it in a process of its own, with as many threads as before, to have the same.",
+        "kernels are chosen by a calibration other than the one that this run started with (another number of threads, "
+        "other kernels, or another run in this process), so it may continue with other kernels, whose results differ "
+        "in rounding. To get the same ones, resume in a process of its own, with as many threads as before.",
         RetrogradeWarning,
         stacklevel=2,
     )
@@ -225,7 +225,7 @@ def _calibrated(path: Path) -> CostModel:
         text = json.dumps(found.weights)
         host.write_atomically(path, lambda file: file.write(text.encode()), shared=True)
     except OSError as error:
-        _LOG.warning("the calibration of kernels cannot be kept in %s: %s", path, error)
+        _LOG.warning("the calibration of kernels cannot be stored in %s: %s", path, error)
     return found
 
 

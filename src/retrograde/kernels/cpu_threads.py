@@ -81,8 +81,8 @@ def _cache(function: Any) -> _Cache | None:
 @functools.cache
 def _tell_uncached(folder: str) -> None:
     warnings.warn(
-        f"compiled kernels cannot be kept, neither where numba keeps its own nor in {folder}, so that every process "
-        "compiles them anew, for a minute or more. Set RETROGRADE_CACHE to a folder that can be written.",
+        f"compiled kernels cannot be stored, neither in numba's own folder nor in {folder}, so every process compiles "
+        "them again, which takes a minute or more. Set RETROGRADE_CACHE to a writable folder.",
         RetrogradeWarning,
         stacklevel=2,
     )

@@ -17,8 +17,8 @@ class Delta:
     Attributes:
         values: dense gradient, or integer levels (int8, or floating point for unbounded levels).
         step: the quantisation step of the levels; None for a dense gradient.
-        counted: number of zeros, where somebody has counted them: a number, or on a GPU one that is still there.
-        assumed: the share of zeros to go by where nobody has; None to count them when they are asked for.
+        counted: number of zeros where they have been counted; on a GPU a tensor that still lies there.
+        assumed: the share of zeros to assume where they have not been counted; None to count them on demand.
         quantised: whether δ̃ is multiples of a step, in whichever form: one quantiser is enough.
     """
 

@@ -42,7 +42,7 @@ _GRAIN = 64
 
 
 class Products:
-    """Both products of one call.
+    """Both backward products of one call, ``dx = δ̃ W`` and ``dW = δ̃ᵀ x``.
 
     Args:
         delta: δ̃.

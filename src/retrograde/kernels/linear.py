@@ -59,7 +59,9 @@ def register_kernel(
         OptionError: the name is taken, or the precision is none that a product can be rounded to.
     """
     if name in KERNELS or _registered.get(name, run) is not run:
-        raise OptionError(f"register_kernel: there is a kernel {name!r} already. Choose another name.")
+        raise OptionError(
+            f"register_kernel: a kernel named {name!r} is registered already. Choose another name."
+        )
     if precision not in (None, "bfloat16", "int8"):
         raise OptionError(
             f"register_kernel: precision={precision!r} of {name!r} must be 'bfloat16', 'int8' or None."

@@ -67,7 +67,7 @@ _ONLY_IN = {"kappa": "full", "variant": "full", "lr": "full", "power": "precondi
 
 @dataclass(frozen=True)
 class Decorrelate(Method):
-    """Decorrelated backpropagation (module docstring: equations, cost, source).
+    """Decorrelated backpropagation; `retrograde methods decorrelate` prints its equations, cost and source.
 
     Args:
         mode: ``"lowrank"`` transforms the leading directions of the input, ``"full"`` learns the whole matrix (only for
@@ -143,9 +143,9 @@ class Decorrelate(Method):
     def make_rule(self, site: Site) -> Rule | str:
         """Every linear or convolutional layer that owns a trained weight alone."""
         if site.weight is None:
-            return "its weight is computed anew in every forward pass, so that no step is one of it"
+            return "its weight is computed in every forward pass, so no optimizer step belongs to it"
         if site.tied:
-            return "its weight is shared with another layer, whose input has another R"
+            return "its weight is shared with another layer, whose input needs an R of its own"
         if not site.weight.requires_grad:
             return "weight frozen: nothing is learnt from its input"
         kinds = {"lowrank": LowRankRule, "full": FullRule, "precondition": PreconditionRule}

@@ -72,7 +72,9 @@ _DELTA, _WEIGHT, _SAVED = range(3)
 
 @dataclass(frozen=True)
 class DeepFocus(Method):
-    """Routing of blocks to SKIP, LOW or FULL by their error (module docstring: equations, cost, source).
+    """Routing of blocks to SKIP, LOW or FULL by their error.
+
+    `retrograde methods deepfocus` prints its equations, cost and source.
 
     Args:
         q_skip: share of calls that should fall below α.
@@ -122,7 +124,7 @@ class DeepFocus(Method):
         if not 0 < self.p_min <= self.p_max <= 1:
             raise OptionError(
                 f"DeepFocus: p_min={self.p_min} and p_max={self.p_max} must be probabilities, 0 < p_min ≤ p_max ≤ 1: "
-                "without a probe a skipped block would never be seen again."
+                "without a probe a skipped block would never run again."
             )
         check_option(self, "h", math.isfinite(self.h) and self.h >= 0, "a finite number, 0 or more")
         check_steps(self, "warmup")

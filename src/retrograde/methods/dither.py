@@ -52,7 +52,7 @@ _SCALE_RANGE = (1e-3, 1e3)
 
 @dataclass(frozen=True)
 class Dither(Method):
-    """Dithered backpropagation (module docstring: equations, cost, source).
+    """Dithered backpropagation; `retrograde methods dither` prints its equations, cost and source.
 
     Args:
         scale: s, the quantisation step in standard deviations of δ; 0 leaves δ exact.
@@ -174,8 +174,8 @@ class _DitherRule(Rule):
             self._warned = True
             warnings.warn(
                 f"the gradient at the output of layer {self.name!r} holds NaN or Inf: it is passed on exactly, "
-                "undithered, so that a GradScaler or you can see it. Further ones are counted (`fallbacks`) without a "
-                "word. Lower the learning rate or the loss scale if this was not expected.",
+                "undithered, so that a GradScaler or you can see it. Further ones are only counted "
+                "(`fallbacks`). Lower the learning rate or the loss scale if this was not expected.",
                 RetrogradeWarning,
                 stacklevel=2,
             )

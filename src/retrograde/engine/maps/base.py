@@ -265,15 +265,15 @@ _MAPS: dict[str, type[Map]] = {}
 
 
 def register_layer(layer_type: type[nn.Module] | str, kind: "LayerKind | Callable[..., Operands]") -> None:
-    """Make a layer type known.
+    """Register a layer type, so that methods attach to it.
 
     Args:
-        layer_type: a module class, or ``"module.Class"`` of one that need not be installed.
-        kind: how to read it; or a function that is called with the layer and the arguments of its ``forward`` and
-            returns the `Operands` of the one product that it is.
+        layer_type: a module class, or ``"module.Class"``, which need not be installed.
+        kind: how to read the layer; or a function that is called with the layer and the arguments of its ``forward``
+            and returns the `Operands` of its one product.
 
     Raises:
-        OptionError: either is something else.
+        OptionError: `layer_type` is not a module class or its name, or `kind` is neither of the two.
 
     Examples:
         A linear layer whose weight lies as (i, o)::
@@ -294,9 +294,15 @@ def register_layer(layer_type: type[nn.Module] | str, kind: "LayerKind | Callabl
 
 
 def register_map(map_type: type[M]) -> type[M]:
-    """Make a map known to compiled code, by its name; usable as a decorator."""
+    """Register a map under its name, by which compiled code finds it; usable as a decorator.
+
+    Raises:
+        OptionError: another map has this name.
+    """
     if _MAPS.setdefault(map_type.name, map_type) is not map_type:
-        raise OptionError(f"there is a map {map_type.name!r} already: name {map_type.__name__} otherwise.")
+        raise OptionError(
+            f"a map named {map_type.name!r} is registered already. Give {map_type.__name__} another name."
+        )
     return map_type
 
 

@@ -35,11 +35,12 @@ What it cannot do yet: recurrent cells, whole transformer blocks, computed weigh
 of a convolution sit before the BatchNorm behind it, not inside a wrapped block: their own z is then not normalised,
 so f can saturate, and BatchNorm rescales their share with the sum; that is weaker than a dendrite with a norm of its
 own. Dendrites' own products run in plain autograd: other methods do not act on them. Leave out (`where`, or `skip` of
-attach) the layer that feeds a softmax. Learning rate schedules go on through all phases; one that decays to zero
-makes a false plateau, and is warned of.
+attach) the layer that feeds a softmax. Learning rate schedules run on through all phases; one that decays to zero
+makes a false plateau, and a warning says so.
 
 The layer's ``state_dict`` gains the keys ``dendrite_*``, all of them from the start. A state without any loads as one
-without dendrites. Copies, pickles and averages keep keys and function; ``session.fold()`` keeps what is in use alone.
+without dendrites. Copies, pickles and averages keep keys and function; ``session.fold()`` keeps only the dendrites
+in use.
 
 Cost: each set costs one more forward product of the layer, and under the gradient rule one more backward
 pass; in a dendrite phase two products for each candidate. Memory: capacity for `max_dendrites` sets, D·P_M +
@@ -81,7 +82,7 @@ Learning = Literal["gradient", "perforated"]
 
 @dataclass(frozen=True)
 class Perforate(Method):
-    """Artificial dendrites (module docstring: equations, phases, cost, source).
+    """Artificial dendrites; `retrograde methods perforate` prints its equations, cost and source.
 
     Args:
         rule: ``"gradient"``, dendrites train by the loss; ``"perforated"``, by correlation in a phase of
@@ -172,7 +173,7 @@ class Perforate(Method):
                 return "weight frozen: its input, which candidate dendrites read, is not kept"
             if self.where is None:
                 return (
-                    "weight frozen, and dendrites would train: name it in Perforate(where=…) if that is meant"
+                    "weight frozen, and dendrites would train: name it in Perforate(where=…) if you want that"
                 )
         rule = (PerforatedRule if self.rule == "perforated" else DendriteRule)(site, site.kind, self)
         names = ", ".join(f"dendrite_{part}_*" for part in dendrites.NAMES)

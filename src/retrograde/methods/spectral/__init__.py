@@ -30,7 +30,7 @@ input when k is below the input channels of a group times the stride's product, 
 
 Cost for each projected call: 2nk(d + o) + 2kdo against 2ndo. Each refresh: about 8·rows·d·k. Full steps keep all of X,
 and the few steps before a refresh up to `rows` rows of it, so the *average* of memory falls; its peak does not. Without
-full steps (``residual="none"``) accuracy falls, and `random` directions were no remedy.
+full steps (``residual="none"``) accuracy falls, and `random` directions did not help.
 
 Suggested settings: the defaults, for layers from about 64 inputs on. They were chosen on the validation split of
 Fashion-MNIST (two hidden layers of 128, SGD and AdamW): ``"scaled"`` every 2nd step came nearest to plain
@@ -66,7 +66,7 @@ _SMALLEST_RANK = 4
 
 @dataclass(frozen=True)
 class Spectral(Method):
-    """Spectral backpropagation (module docstring: equations, cost, sources).
+    """Spectral backpropagation; `retrograde methods spectral` prints its equations, cost and source.
 
     Args:
         rank: k; None takes the smallest that holds `energy`, at most 64, d/4 and, for a convolution, half of what would
@@ -138,11 +138,11 @@ class Spectral(Method):
             )
         if self.residual == "scaled" and self.basis != "top":
             raise OptionError(
-                f"Spectral: residual='scaled' is only stable where basis={self.basis!r} is 'top': otherwise steep "
+                f"Spectral: residual='scaled' is stable only with basis='top', not {self.basis!r}: otherwise steep "
                 "directions are left outside, and the scale would multiply their steps. Use 'full-step'."
             )
         if self.random and self.basis != "top":
-            raise OptionError(f"Spectral: random={self.random} belongs to basis='top', not {self.basis!r}.")
+            raise OptionError(f"Spectral: random={self.random} needs basis='top', not {self.basis!r}.")
 
     def make_rule(self, site: Site) -> Rule | str:
         """Every linear layer and convolution that is wide enough."""
