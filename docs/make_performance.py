@@ -257,7 +257,7 @@ hand. Figures hold for the machines that are named with them; the same commands 
 
 ## What is measured, and how
 
-A *call* is what a layer does in the backward pass from δ on: both products, dx = δ W and dW = δᵀ x. The contestants:
+A *call* is what a layer does in the backward pass from δ on: both products, dx = δ W and dW = δᵀ x. What is compared:
 
 | name | what it does |
 |---|---|
@@ -380,7 +380,7 @@ def sweep_section(name: str, sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         f"## {sweep.heading}",
         prose(f"{rows[0]['op']} {' to '.join(dict.fromkeys((shapes[0], shapes[-1])))} ({order}){share}."),
         picture(
-            name, f"Time of a call against {sweep.axis}, both axes logarithmic, a line for each contestant."
+            name, f"Time of a call against {sweep.axis}, both axes logarithmic, a line for each variant."
         ),
         table(columns, [kernel for kernel in kernels(rows) if kernel not in BASELINES]),
         prose(f"Chosen by `auto`: {'; '.join(said)}."),

@@ -1,4 +1,4 @@
-"""Makes the README's pictures, and ``results/demo``, from one real run: ``make pictures``. Needs Chromium."""
+"""Takes pictures of a real run of ``retrograde demo``, its terminal and its report. Needs Chromium."""
 
 import os
 import shutil
@@ -12,8 +12,6 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
-
-from retrograde.cli.demo import MODELS
 
 FOLDER = Path(__file__).parent / "pictures"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -32,10 +30,6 @@ def main() -> None:
         picture_terminal(browser, terminal, Path(temporary))
         picture_report(browser, Path(temporary) / "report.html")
         browser.close()
-        results = FOLDER.parent.parent / "results" / "demo"
-        results.mkdir(exist_ok=True)
-        for model in MODELS:
-            shutil.copy(Path(temporary) / "runs/demo" / model / "result.json", results / f"{model}.json")
 
 
 def run_demo(folder: Path) -> str:

@@ -39,24 +39,24 @@ written by `docs/make_results.py` from the definitions in [`repro/`](../repro) a
 
 ## What counts, and how to run it again
 
-- Each claim is a file `repro/METHOD/CLAIM.toml`, which says what is run, how contestants are tuned, and what decides.
-  `retrograde repro run METHOD/CLAIM` runs it and writes `results/METHOD/CLAIM.json`; what is interrupted goes on with
-  the same command. With `--quick` it is a short form, which decides nothing and is not published.
+- Each claim is a file `repro/METHOD/CLAIM.toml`, which says what is run, how each variant is tuned, and what decides.
+  `retrograde repro run METHOD/CLAIM` runs it and writes `results/METHOD/CLAIM.json`; re-running the same command
+  resumes an interrupted run. With `--quick` it runs a short form, which decides nothing and is not published.
   `retrograde repro verify` runs a random cell of a published result again, and `retrograde report FILE.json` makes a
   page with plots of a result.
-- Data were not made by this project. Contestants with the same seed have the same initial weights and order of data.
-- Where settings are searched, every contestant gets the same number of trials on the validation split. The test set is
+- The data were not made by this project. Variants with the same seed have the same initial weights and order of data.
+- Where settings are searched, every variant gets the same number of trials on the validation split. The test set is
   read once, at the end.
-- Contestants take turns on the same cores in one session. Where several seeds ran at once, which stands below a claim,
-  its times are no evidence. Training time includes all overhead of a method.
-- A mean over seeds stands with half of its 95 % interval (Student's t). Differences and ratios are taken seed by seed.
+- Variants take turns on the same cores in one session. Where several seeds ran at once, the claim says so, and its
+  times are not evidence. Training time includes all overhead of a method.
+- ± is half of a mean's 95 % interval over seeds (Student's t). Differences and ratios are taken seed by seed.
 
 ## How a verdict is reached
 
-A definition holds checks: a figure, or its difference from or ratio to another contestant's, and a bound. Of a
-difference or a ratio the far end of the interval decides, unless the definition asks for the mean. *Reproduced*: all
-checks hold. *Exceeded*: all hold, and those that name the source's own figure go beyond it. *Partly*: some hold.
-*Not reproduced*: none does.
+A definition holds checks. A check compares a figure, or its difference from or ratio to another variant's, with a
+bound. For a difference or a ratio the far end of the interval decides, unless the definition asks for the mean. A claim
+is *reproduced* if all checks hold, *exceeded* if those that name the source's own figure also go beyond it, *partly*
+reproduced if some hold, and *not reproduced* if none does.
 """
 
 
@@ -185,7 +185,7 @@ def figures(result: Result) -> str:
     """Contestants and the metrics of the result's table."""
     sourced = any(entry.source for entry in result.contestants.values())
     columns = [
-        "contestant",
+        "variant",
         *(metrics.ALL[metric].label for metric in result.table),
         "time over the baseline's",
     ]
@@ -227,8 +227,8 @@ def settings(result: Result) -> list[str]:
         for entry in result.contestants.values()
     ]
     return [
-        "Settings that the search, or an equal time, gave:",
-        table(["contestant", *(f"`{key}`" for key in keys), "trials"], rows),
+        "Settings that were searched for, or that follow from an equal time:",
+        table(["variant", *(f"`{key}`" for key in keys), "trials"], rows),
     ]
 
 
