@@ -146,49 +146,105 @@ def test_executed_work_is_that_of_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
     assert figures["kernel_skip"] == 1.0
 
 
-def test_the_fit_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EXACT = Problem(256, 256, 1024, 2000, levels=False, transposed=False)
+CONVOLUTION = ConvolutionProblem(
+    "input", 1 << 16, 1 << 16, (64, 64, 3, 3), 1, 1 << 12, levels=True, channels_last=False
+)
+
+
+def all_fits() -> dict[str, int]:
+    return {name: size for family in choose.FAMILIES for name, size in choose._fits(family).items()}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and a process that knows no calibration yet."""
     monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "_models", {})
+    return tmp_path / "kernels"
+
+
+@pytest.mark.parametrize("family", choose.FAMILIES)
+def test_the_fit_is_kept(family: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_SHAPES", ((8, 16, 32), (32, 64, 16)))
     monkeypatch.setattr(calibrate, "_CONVOLUTIONS", ((2, 4, 6, 4, 3, 1, 1), (2, 4, 6, 4, 1, 1, 2)))
-    monkeypatch.setattr(choose, "_models", {})
     first = choose.model()
-    (file,) = (tmp_path / "kernels").iterdir()
+    first.complete(family)
+    (file,) = cache.iterdir()
     assert json.loads(file.read_text()) == first.weights
+    assert {name: len(row) for name, row in first.weights.items()} == choose._fits(family)
     assert all(weight >= 0 for row in first.weights.values() for weight in row)
 
-    def unwanted() -> CostModel:
+    def unwanted(family: str) -> dict[str, list[float]]:
         raise AssertionError("calibrated twice")
 
     monkeypatch.setattr(calibrate, "calibrate", unwanted)
     monkeypatch.setattr(choose, "_models", {})
-    assert choose.model().weights == first.weights
+    again = choose.model()
+    again.complete(family)
+    assert again.weights == first.weights
 
 
-def test_a_damaged_fit_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
-    made: list[CostModel] = []
+def test_only_what_is_asked_for_is_calibrated(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what another process has calibrated in the meantime stays."""
+    made: list[str] = []
 
-    def make() -> CostModel:
-        made.append(CostModel({"dense": [1.0]}))
-        return made[-1]
+    def make(family: str) -> dict[str, list[float]]:
+        made.append(family)
+        return {name: [1.0] * size for name, size in choose._fits(family).items()}
 
     monkeypatch.setattr(calibrate, "calibrate", make)
+    first, other = choose.model(), CostModel({}, choose._calibrated)
+    first.best(CONVOLUTION, ("dense",))
+    assert made == []
+    for _ in range(2):
+        first.best(CONVOLUTION, ("dense", "skip"))
+    assert made == ["convolution"]
+    other.best(EXACT, ("dense", "skip"))
+    assert made == ["convolution", "linear/float32"]
     monkeypatch.setattr(choose, "_models", {})
-    choose.model()
-    (file,) = (tmp_path / "kernels").iterdir()
+    assert choose.model().weights.keys() == {*first.weights, *other.weights}
+
+
+def test_a_hopeless_kernel_is_not_measured_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An emulated precision; what skips zeros may win with more of them, and small products say nothing."""
+    runs: list[str] = []
+    monkeypatch.setattr(calibrate, "_time", lambda work, other: work())
+    measured = calibrate._Measured()
+    for dense in (1e-5, 0.005, 0.005):
+        for kernel, seconds in (("dense", dense), ("skip", 0.1), ("bfloat16", 0.1)):
+
+            def work(kernel: str = kernel, seconds: float = seconds) -> float:
+                runs.append(kernel)
+                return seconds
+
+            measured.add(kernel, EXACT, work)
+    assert runs == ["dense", "skip", "bfloat16"] * 2 + ["dense", "skip"]
+    assert set(measured.fits()) == {EXACT.fit(kernel) for kernel in ("dense", "skip", "bfloat16")}
+
+
+def test_a_damaged_fit_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make(family: str) -> dict[str, list[float]]:
+        made.append(family)
+        return {name: [1.0] * size for name, size in choose._fits(family).items()}
+
+    monkeypatch.setattr(calibrate, "calibrate", make)
+    choose.model().complete("convolution")
+    (file,) = cache.iterdir()
     contents = ("", "[1, 2]", '{"dense": [1.0]}', '{"dense": "x"}')
     for content in contents:
         file.write_text(content)
         monkeypatch.setattr(choose, "_models", {})
-        choose.model()
+        choose.model().complete("convolution")
     assert len(made) == 1 + len(contents)
 
 
 def test_a_run_goes_on_with_its_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine's, or a new one on this machine, would choose kernels that round differently."""
-    fits = choose._fits()
-    mine = CostModel({name: [1.0] * size for name, size in fits.items()})
-    other = CostModel({name: [2.0] * size for name, size in fits.items()})
+    mine = CostModel({name: [1.0] * size for name, size in all_fits().items()})
+    other = CostModel({name: [2.0] * size for name, size in all_fits().items()})
     layer = nn.Linear(4, 4)
     session = rg.attach(layer, rg.Dither())
     monkeypatch.setattr(choose, "_models", {})
@@ -203,6 +259,7 @@ def test_a_run_goes_on_with_its_calibration(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(RetrogradeWarning, match="another calibration"):
         session.load_state_dict(state)
     assert choose.model() is other
+    assert set(map(tuple, other.weights.values())) == {(2.0,) * size for size in all_fits().values()}
     monkeypatch.setattr(choose, "_models", {})
     state["calibration"]["weights"].popitem()
     with pytest.warns(RetrogradeWarning, match="another calibration"):
@@ -213,25 +270,35 @@ def test_a_run_goes_on_with_its_calibration(monkeypatch: pytest.MonkeyPatch) -> 
     assert not choose._models
 
 
+def test_a_run_brings_the_families_that_it_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those that the process that resumes it knows already."""
+    convolutions, linear = (
+        {name: [1.0] * size for name, size in choose._fits(family).items()}
+        for family in ("convolution", "linear/float32")
+    )
+    monkeypatch.setattr(choose, "_models", {choose._which(): CostModel(dict(convolutions))})
+    choose.load_state_dict({"for": list(choose._which()), "weights": linear})
+    assert choose.model().weights == {**convolutions, **linear}
+
+
 @pytest.mark.parametrize("patience", [0.0, 60.0])
 def test_a_long_calibration_is_announced_once(
-    patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    patience: float, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
     monkeypatch.setattr(choose, "_PATIENCE", patience)
-    monkeypatch.setattr(choose, "_models", {})
 
-    def make() -> CostModel:
+    def make(family: str) -> dict[str, list[float]]:
         time.sleep(0.2)
-        return CostModel({name: [1.0] * size for name, size in choose._fits().items()})
+        return {name: [1.0] * size for name, size in choose._fits(family).items()}
 
     monkeypatch.setattr(calibrate, "calibrate", make)
-    choose.model()
+    choose.model().complete("convolution")
     monkeypatch.setattr(choose, "_models", {})
-    choose.model()
+    choose.model().complete("convolution")
     said = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == (patience == 0)
-    assert all(str(tmp_path / "kernels") in record.getMessage() for record in said)
+    assert all(str(cache) in record.getMessage() for record in said)
+    assert all("convolution" in record.getMessage() for record in said)
 
 
 def test_few_zeros_are_not_skipped_whatever_was_measured() -> None:

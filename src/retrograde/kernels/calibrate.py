@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retrograde.kernels import convolution, int8, linear
-from retrograde.kernels.choose import OPERANDS, ConvolutionProblem, CostModel, Problem, kernels_for
+from retrograde.kernels.choose import ConvolutionProblem, Problem, kernels_for
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 
@@ -42,6 +42,11 @@ _SHARES = (0.5, 0.8, 0.92, 0.98)
 _REPEATS = 3
 _ENOUGH = 0.02
 """Seconds of runs after which there are no more."""
+_HOPELESS = 5.0
+"""What multiplies all entries and takes so many times as long as ``dense`` is not measured further: an emulated
+precision takes up to 50 times, most of the calibration."""
+_LEAST = 1e-4
+"""Seconds of ``dense`` below which a call's own cost decides."""
 _EVICTED = 1 << 22
 """Entries that are read and written before each run: more than the cores' own caches hold."""
 
@@ -52,46 +57,65 @@ class _Measured:
     def __init__(self) -> None:
         self._rows: dict[str, list[tuple[list[float], float]]] = {}
         self._other = torch.zeros(_EVICTED)
+        self._dense = 0.0
+        self._hopeless: set[str] = set()
 
     def add(self, kernel: str, problem: Problem | ConvolutionProblem, work: Callable[[], Any]) -> None:
-        self._rows.setdefault(problem.fit(kernel), []).append(
-            (problem.terms(kernel), _time(work, self._other))
-        )
+        """Measure a kernel; ``dense`` comes first for each product, and the others are compared with it."""
+        fit = problem.fit(kernel)
+        if fit in self._hopeless:
+            return
+        seconds = _time(work, self._other)
+        self._rows.setdefault(fit, []).append((problem.terms(kernel), seconds))
+        if kernel == "dense":
+            self._dense = seconds
+        elif not problem.skips(kernel) and self._dense > _LEAST and seconds > _HOPELESS * self._dense:
+            self._hopeless.add(fit)
 
-    def model(self) -> CostModel:
-        return CostModel({name: _fit(rows) for name, rows in self._rows.items()})
+    def fits(self) -> dict[str, list[float]]:
+        """Seconds for each term of each fit."""
+        return {name: _fit(rows) for name, rows in self._rows.items()}
 
 
-def calibrate() -> CostModel:
-    """Measure every kernel on a few shapes; seconds."""
+def calibrate(family: str) -> dict[str, list[float]]:
+    """Measure every kernel of a family of products on a few shapes.
+
+    Args:
+        family: one of `retrograde.kernels.choose.FAMILIES`.
+
+    Returns:
+        Seconds for each term of each fit.
+    """
     measured = _Measured()
-    for number, shape in enumerate(_SHAPES):
+    kind, _, operand = family.partition("/")
+    if kind == "convolution":
+        for shape in _CONVOLUTIONS:
+            _measure_convolution(measured, *shape, channels_last=operand == "last")
+    else:
         # Every other shape tells enough of operands that come in another precision.
-        _measure_linear(measured, *shape, operands=tuple(OPERANDS) if number % 2 else ("float32",))
-    for shape in _CONVOLUTIONS:
-        for channels_last in (False, True):
-            _measure_convolution(measured, *shape, channels_last)
-    return measured.model()
+        for shape in _SHAPES if operand == "float32" else _SHAPES[1::2]:
+            _measure_linear(measured, *shape, operand=operand)
+    return measured.fits()
 
 
-def _measure_linear(measured: _Measured, a: int, m: int, i: int, operands: Sequence[str]) -> None:
+def _measure_linear(measured: _Measured, a: int, m: int, i: int, operand: str) -> None:
     dense = torch.randn(m, i)
-    comes = {"float32": dense, "bfloat16": dense.bfloat16(), "int8": int8.quantise_columns(dense)}
+    comes = {"bfloat16": dense.bfloat16, "int8": lambda: int8.quantise_columns(dense)}
+    given = comes[operand]() if operand in comes else dense
     for transposed in (False, True):
         run = functools.partial(linear.run, transposed=transposed)
         shape = (m, a) if transposed else (a, m)
-        plain = Problem(a, m, i, a * m, levels=False, transposed=transposed)
-        measured.add("dense", plain, functools.partial(run, "dense", torch.randn(shape), None, dense))
+        if operand == "float32":
+            plain = Problem(a, m, i, a * m, levels=False, transposed=transposed)
+            measured.add("dense", plain, functools.partial(run, "dense", torch.randn(shape), None, dense))
         for share in _SHARES:
             levels = _levels(shape, share)
             nonzeros = int(levels.count_nonzero())
-            for operand in operands:
-                problem = Problem(a, m, i, nonzeros, levels=True, transposed=transposed, operand=operand)
-                for kernel in kernels_for(operand):
-                    # What multiplies zeros takes as long with any number of them.
-                    if kernel in linear.SKIPPING or share == _SHARES[0]:
-                        work = functools.partial(run, kernel, levels, 0.5, comes[operand])
-                        measured.add(kernel, problem, work)
+            problem = Problem(a, m, i, nonzeros, levels=True, transposed=transposed, operand=operand)
+            for kernel in kernels_for(operand):
+                # What multiplies zeros takes as long with any number of them.
+                if kernel in linear.SKIPPING or share == _SHARES[0]:
+                    measured.add(kernel, problem, functools.partial(run, kernel, levels, 0.5, given))
 
 
 def _measure_convolution(

@@ -3,8 +3,8 @@
 A backward product of a linear layer is ``(a × m) · (m × i)``: the gradient's matrix, sparse or not, times a dense
 operand. Each kernel's time is a sum of a few terms (a constant, multiply-adds, entries read and written), whose weights
 are fitted to measured times, all positive, relative errors alike. The fit is kept in ``$RETROGRADE_CACHE/kernels``, or
-``~/.cache/retrograde/kernels``, by processor, threads and versions; it takes a minute or more, which is said, and
-happens when a product first needs it, or in ``retrograde doctor``.
+``~/.cache/retrograde/kernels``, by processor, threads and versions. Each family of products is fitted by itself when a
+product of it is first asked for, which takes some seconds and is said, or all of them in ``retrograde doctor``.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from retrograde import host
 from retrograde.errors import RetrogradeWarning
 from retrograde.kernels import convolution, cpu, linear
 
-_VERSION = 8
+_VERSION = 9
 """Raised with every change of a kernel or of a term, so that older fits are no longer found."""
 
 _LANES = 16
@@ -75,6 +75,11 @@ class Problem:
     transposed: bool
     share: float = 1.0
     operand: str = "float32"
+
+    @property
+    def family(self) -> str:
+        """What is calibrated together with it."""
+        return f"linear/{self.operand}"
 
     @property
     def entries(self) -> int:
@@ -126,6 +131,11 @@ class ConvolutionProblem:
     channels_last: bool
     share: float = 1.0
 
+    @property
+    def family(self) -> str:
+        """What is calibrated together with it."""
+        return "convolution/last" if self.channels_last else "convolution"
+
     def skips(self, kernel: str) -> bool:
         """Whether `kernel` visits the non-zeros one by one."""
         return kernel in convolution.SKIPPING
@@ -147,19 +157,33 @@ class ConvolutionProblem:
         return [1.0, work, self.inputs, self.entries, self.entries * lanes]
 
 
+FAMILIES = (*(f"linear/{operand}" for operand in OPERANDS), "convolution", "convolution/last")
+"""Products whose kernels are calibrated together."""
+
+
 class CostModel:
     """Predicted seconds of each kernel on one machine.
 
     Args:
         weights: seconds for each term of each fit.
+        calibrate: called with a family of which `weights` has no fits, for its fits; None: that is an error.
     """
 
-    def __init__(self, weights: dict[str, list[float]]) -> None:
+    def __init__(
+        self,
+        weights: dict[str, list[float]],
+        calibrate: Callable[[str], dict[str, list[float]]] | None = None,
+    ) -> None:
         self.weights = weights
+        self._calibrate = calibrate
+        self._lock = threading.Lock()
 
     def seconds(self, kernel: str, problem: Problem | ConvolutionProblem) -> float:
         """Predicted time of one product."""
-        return float(np.dot(self.weights[problem.fit(kernel)], problem.terms(kernel)))
+        fit = problem.fit(kernel)
+        if fit not in self.weights:
+            self.complete(problem.family)
+        return float(np.dot(self.weights[fit], problem.terms(kernel)))
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  the model lives as long as the process
     def best(self, problem: Problem | ConvolutionProblem, allowed: tuple[str, ...]) -> str:
@@ -168,7 +192,20 @@ class CostModel:
             # A non-zero that is visited by itself takes several times its share of a dense product on any processor.
             # Whoever measured otherwise did so while the machine was busy.
             allowed = tuple(kernel for kernel in allowed if not problem.skips(kernel)) or allowed
+        if len(allowed) == 1:
+            return allowed[0]
         return min(allowed, key=lambda kernel: self.seconds(kernel, problem))
+
+    def complete(self, family: str) -> None:
+        """Calibrate the kernels of a family, unless that was done.
+
+        Args:
+            family: one of `FAMILIES`.
+        """
+        # Backward passes of two threads may ask at once.
+        with self._lock:
+            if self._calibrate is not None and not self.weights.keys() >= _fits(family).keys():
+                self.weights.update(self._calibrate(family))
 
 
 _models: dict[tuple[object, ...], CostModel] = {}
@@ -176,12 +213,11 @@ _models: dict[tuple[object, ...], CostModel] = {}
 
 
 def model() -> CostModel:
-    """The cost model of this machine at torch's present number of threads: cached, stored, or calibrated now."""
+    """The cost model of this machine at torch's present number of threads: what it lacks is calibrated when needed."""
     which = _which()
     known = _models.get(which)
     if known is None:
-        path = _path()
-        known = _models[which] = _stored(path) or _calibrated(path)
+        known = _models[which] = CostModel(_stored(_path()), _calibrated)
     return known
 
 
@@ -192,7 +228,11 @@ def _which() -> tuple[object, ...]:
 def state_dict() -> dict[str, Any] | None:
     """The calibration in use at the present number of threads; None where no product has needed one."""
     known = _models.get(_which())
-    return None if known is None else {"for": list(_which()), "weights": known.weights}
+    return (
+        None
+        if known is None or not known.weights
+        else {"for": list(_which()), "weights": dict(known.weights)}
+    )
 
 
 def load_state_dict(state: dict[str, Any]) -> None:
@@ -201,9 +241,12 @@ def load_state_dict(state: dict[str, Any]) -> None:
     Where this process has chosen by another one already, or runs on another number of threads, it says so.
     """
     found, which = _complete(state["weights"]), _which()
-    same = list(which) == state["for"]
-    if found is not None and same and _models.setdefault(which, found).weights == found.weights:
-        return
+    if list(which) == state["for"] and found.keys() == state["weights"].keys():
+        known = _models.setdefault(which, CostModel({}, _calibrated))
+        for name, weights in found.items():
+            known.weights.setdefault(name, weights)
+        if all(known.weights[name] == weights for name, weights in found.items()):
+            return
     warnings.warn(
         "kernels are chosen by a calibration other than the one that this run started with (another number of threads, "
         "other kernels, or another run in this process), so it may continue with other kernels, whose results differ "
@@ -213,16 +256,18 @@ def load_state_dict(state: dict[str, Any]) -> None:
     )
 
 
-def _calibrated(path: Path) -> CostModel:
+def _calibrated(family: str) -> dict[str, list[float]]:
     from retrograde.kernels.calibrate import calibrate
 
+    path = _path()
     start = time.perf_counter()
-    with _announced(path):
-        found = calibrate()
-    _LOG.info("kernels calibrated in %.1f s; the result is kept in %s", time.perf_counter() - start, path)
+    with _announced(family, path):
+        found = calibrate(family)
+    _LOG.info("%s: kernels calibrated in %.1f s", family, time.perf_counter() - start)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(found.weights)
+        # Another process may have calibrated another family in the meantime.
+        text = json.dumps({**_stored(path), **found})
         host.write_atomically(path, lambda file: file.write(text.encode()), shared=True)
     except OSError as error:
         _LOG.warning("the calibration of kernels cannot be stored in %s: %s", path, error)
@@ -230,14 +275,14 @@ def _calibrated(path: Path) -> CostModel:
 
 
 @contextlib.contextmanager
-def _announced(path: Path) -> Generator[None]:
+def _announced(family: str, path: Path) -> Generator[None]:
     """Say why a backward pass takes so long, where it does."""
     text = (
-        "the first backward pass on this machine compiles the kernels and measures which are fastest, with %d "
-        "thread(s): about a minute, or a few on a slow machine. It happens once, the result is kept in %s; "
-        "`retrograde doctor` does it beforehand."
+        "the first backward pass of this kind (%s) on this machine compiles the kernels and measures which are "
+        "fastest, with %d thread(s): some seconds, or a minute on a slow machine. It happens once, the result is kept "
+        "in %s; `retrograde doctor` does it beforehand."
     )
-    timer = threading.Timer(_PATIENCE, _LOG.warning, (text, torch.get_num_threads(), path.parent))
+    timer = threading.Timer(_PATIENCE, _LOG.warning, (text, family, torch.get_num_threads(), path.parent))
     timer.daemon = True
     timer.start()
     try:
@@ -246,33 +291,42 @@ def _announced(path: Path) -> Generator[None]:
         timer.cancel()
 
 
-def _stored(path: Path) -> CostModel | None:
+def _stored(path: Path) -> dict[str, list[float]]:
     try:
         return _complete(json.loads(path.read_text()))
     except (OSError, ValueError, AttributeError, TypeError):
-        return None
+        return {}
 
 
-def _complete(weights: dict[str, list[float]]) -> CostModel | None:
-    """The model of these weights; None where some are missing."""
-    found = {str(name): [float(w) for w in row] for name, row in weights.items()}
-    return CostModel(found) if all(len(found.get(n, ())) == size for n, size in _fits().items()) else None
-
-
-def _fits() -> dict[str, int]:
-    """Every fit's number of terms."""
-    found: dict[str, int] = {}
-    for operand in OPERANDS:
-        kernels = kernels_for(operand)
-        for transposed, levels, kernel in itertools.product((False, True), (False, True), kernels):
-            # An exact gradient meets operands in its own precision alone.
-            if levels or operand == "float32":
-                one = Problem(1, 1, 1, 1, levels=levels, transposed=transposed, operand=operand)
-                found[one.fit(kernel)] = len(one.terms(kernel))
-    for product, last, kernel in itertools.product(("input", "weight"), (False, True), convolution.KERNELS):
-        other = ConvolutionProblem(product, 1, 1, (1, 1, 1, 1), 1, 1, levels=True, channels_last=last)
-        found[other.fit(kernel)] = len(other.terms(kernel))
+def _complete(weights: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Those of the weights that make up whole families."""
+    given = {str(name): [float(w) for w in row] for name, row in weights.items()}
+    found: dict[str, list[float]] = {}
+    for fits in map(_fits, FAMILIES):
+        if all(len(given.get(name, ())) == size for name, size in fits.items()):
+            found |= {name: given[name] for name in fits}
     return found
+
+
+def _fits(family: str) -> dict[str, int]:
+    """The number of terms of each fit of a family."""
+    kind, _, operand = family.partition("/")
+    if kind == "linear":
+        problems = [
+            Problem(1, 1, 1, 1, levels=levels, transposed=transposed, operand=operand)
+            # An exact gradient meets operands in its own precision alone.
+            for levels, transposed in itertools.product(
+                (True, False) if operand == "float32" else (True,), (False, True)
+            )
+        ]
+        return {
+            one.fit(kernel): len(one.terms(kernel)) for one in problems for kernel in kernels_for(operand)
+        }
+    others = [
+        ConvolutionProblem(product, 1, 1, (1, 1, 1, 1), 1, 1, levels=True, channels_last=operand == "last")
+        for product in ("input", "weight")
+    ]
+    return {one.fit(kernel): len(one.terms(kernel)) for one in others for kernel in convolution.KERNELS}
 
 
 def _path() -> Path:
