@@ -359,6 +359,22 @@ def test_measuring_changes_nothing(
     assert_same_run(tmp_path / "measured", tmp_path / "unmeasured")
 
 
+def test_saved_activations_on_average(tmp_path: Path) -> None:
+    """Of full and of projected steps, which take turns; plain training keeps the same in every step."""
+    recipe = SMALL.model_copy(update={"epochs": 4, "limit": 160, "methods": {}})
+    options = {"warmup": 2, "every": 4, "full_every": 2}
+    plain = train(recipe, tmp_path / "plain")
+    assert plain["mean_saved_activation_bytes"] == plain["saved_activation_bytes"]
+    spectral = train(recipe.model_copy(update={"methods": {"spectral": options}}), tmp_path / "spectral")
+    assert spectral["saved_activation_bytes"] == plain["saved_activation_bytes"]
+    assert spectral["mean_saved_activation_bytes"] < 0.95 * spectral["saved_activation_bytes"]
+
+
+def test_backward_passes_are_a_part_of_a_step(tmp_path: Path) -> None:
+    result = train(SMALL.model_copy(update={"epochs": 1}), tmp_path)
+    assert 0 < result["backward_seconds"] < result["step_seconds"]
+
+
 @pytest.mark.parametrize("model", [NOISY, "mlp-small", "vgg-small-bn"])
 def test_whole_flops_are_those_of_plain_training(tmp_path: Path, model: str) -> None:
     """Dense-equivalent of an attached run = plain run = torch's own count of a step × steps."""

@@ -4,11 +4,11 @@
 >>> for x, y in batches(data.train, 128, seed=0, epoch=0):
 ...     ...
 
-A name means, in this order: ``digits``, which scikit-learn bundles; a folder of that name in ``data_dir`` or
-``$RETROGRADE_DATA``; a path to a folder; a data set on the hub. Folders hold image files, one folder a class
-(see :mod:`retrograde.lab.source`), or Parquet files (or others that ``datasets.load_dataset`` reads) in the
-columns that the hub uses. The columns decide what is made of them: see :mod:`retrograde.lab.decode` for the
-columns and :mod:`retrograde.lab.encode` for the tensors.
+A name means, in this order: ``digits``, which scikit-learn bundles, or ``digits-32``, the same enlarged to 32 × 32
+pixels, where convolutions have room; a folder of that name in ``data_dir`` or ``$RETROGRADE_DATA``; a path to a
+folder; a data set on the hub. Folders hold image files, one folder a class (see :mod:`retrograde.lab.source`), or
+Parquet files (or others that ``datasets.load_dataset`` reads) in the columns that the hub uses. The columns decide
+what is made of them: see :mod:`retrograde.lab.decode` for the columns and :mod:`retrograde.lab.encode` for the tensors.
 
 Splits: where there is no test split, the official validation split is the test split; where there is neither,
 a fifth of the training rows is, the same for every seed. Where there is no validation split, one is taken
@@ -31,6 +31,9 @@ from retrograde.lab.encode import Rows, encode
 from retrograde.lab.source import Source, available, read
 
 __all__ = ["Data", "Source", "Split", "available", "batches", "evaluation_batches", "load"]
+
+DIGITS = {"digits": 8, "digits-32": 32}
+"""Pixels a side of the bundled digits, by name."""
 
 _TEST_SEED = 20_1797
 _TEST_FRACTION = 0.2
@@ -82,7 +85,7 @@ def load(
     limit: int | None = None,
     standardise: bool = True,
 ) -> Data:
-    """Load ``name``: ``digits``, a folder in ``data_dir`` or ``$RETROGRADE_DATA``, a path, or a hub id.
+    """Load ``name``: ``digits`` or ``digits-32``, a folder of ``data_dir`` or ``$RETROGRADE_DATA``, a path, a hub id.
 
     The training rows come in an order keyed on ``seed``. ``validation`` is the share of them set apart where
     there is no official validation split. ``limit`` keeps so many rows of each split, those of validation and
@@ -99,7 +102,7 @@ def load(
         )
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit} keeps no rows: give a number from 1 up, or None for all.")
-    raw = _digits() if name == "digits" else read(name, data_dir)
+    raw = _digits(DIGITS[name]) if name in DIGITS else read(name, data_dir)
     if not standardise and raw.kind != "image":
         raise OptionError(
             f"standardise=False leaves pixels between 0 and 1, and {name} holds no images ({raw.kind}). Leave it out."
@@ -241,11 +244,14 @@ def _carved(raw: Raw, official: Rows, part: str, share: float, *, seed: int, nam
     return {"train": ("train", np.asarray(kept)), part: ("train", np.asarray(taken))}
 
 
-def _digits() -> Raw:
+def _digits(side: int) -> Raw:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     pixels = digits.images.astype(np.uint8)[:, None]
+    if side != pixels.shape[-1]:
+        larger = F.interpolate(torch.from_numpy(pixels).float(), size=(side, side), mode="bilinear")
+        pixels = larger.round().numpy().astype(np.uint8)
     names = tuple(str(digit) for digit in range(10))
     parts = {"train": {"pixels": pixels, "labels": digits.target.astype(np.int64)}}
     return Raw("image", parts, names, white=16)

@@ -103,10 +103,21 @@ def _frozen_statistics(model: nn.Module) -> Generator[None]:
 
 @dataclass
 class Passes:
-    """Forward and backward passes of a run, in passes of a whole batch: peers may run one twice, or in part."""
+    """What was counted of a run's forward and backward passes.
+
+    Attributes:
+        forward: forward passes of a whole batch: peers may run one twice, or in part.
+        backward: backward passes likewise.
+        backward_seconds: time that the backward passes took.
+        saved_bytes: sum of what forward passes kept for the backward pass, over the samples.
+        samples: forward passes that were looked at for that.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    backward_seconds: float = 0.0
+    saved_bytes: float = 0.0
+    samples: float = 0.0
 
 
 def whole_flops(

@@ -31,6 +31,8 @@ from retrograde.session import Session, attach
 
 _LOG_EVERY = 10
 _SHARPNESS_ROWS = 512
+_MEMORY_SAMPLES = 8
+"""Steps of a run, about, before which the activations that a forward pass keeps are counted."""
 CHECKPOINT_SECONDS = 20.0
 
 
@@ -171,6 +173,8 @@ class Trainer:
         self.steps = recipe.steps or self._steps_in_epoch * recipe.epochs
         self._epochs = math.ceil(self.steps / self._steps_in_epoch)
         self._schedule = make_schedule(recipe, self.optimizer, self.steps)
+        # Odd, because methods alternate between two or four kinds of steps.
+        self._memory_stride = max(1, self.steps // _MEMORY_SAMPLES) | 1
         self.step = 0
         self._finished_epochs = 0
         self._seconds = 0.0
@@ -280,6 +284,8 @@ class Trainer:
         )
         with self._generators.in_use():
             for x, y in itertools.islice(batches, last - self.step):
+                if self.session is not None and self.step % self._memory_stride == 0:
+                    self._count_saved(x, y)
                 self._run_step(epoch, x, y)
                 if self.step in readings:
                     self._read(epoch)
@@ -289,6 +295,12 @@ class Trainer:
                     raise KeyboardInterrupt
                 if time.monotonic() - self._saved_at > self._checkpoint_seconds:
                     self.save()
+
+    def _count_saved(self, x: Tensor, y: Tensor) -> None:
+        """What the coming step's forward pass keeps, which with some methods differs from step to step."""
+        found = measure.saved_activation_bytes(self.model, x.to(self.device), y.to(self.device))
+        self._passes.saved_bytes += found
+        self._passes.samples += 1
 
     def _run_step(self, epoch: int, x: Tensor, y: Tensor) -> None:
         began = time.perf_counter()
@@ -335,7 +347,9 @@ class Trainer:
         with measure.autocast(self.device, self.recipe.precision):
             logits = self._forward(x)
             loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
+        began = time.perf_counter()
         loss.backward()
+        self._passes.backward_seconds += time.perf_counter() - began
         self._passes.forward += len(x) / self._rows
         self._passes.backward += len(x) / self._rows
         return loss, logits
@@ -571,6 +585,10 @@ class Trainer:
             "steps": self.step,
             "seconds": self._seconds,
             "step_seconds": self._seconds / self.step if self.step else None,
+            # The host does not wait for a GPU's backward pass.
+            "backward_seconds": self._passes.backward_seconds / self.step
+            if self.step and self.device.type == "cpu"
+            else None,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "best_validation": self._best or None,
             "validation": self._validation or None,
@@ -581,6 +599,9 @@ class Trainer:
             "fallbacks": summary.fallbacks if summary else 0,
             "flops": flops,
             "saved_activation_bytes": self._saved_bytes,
+            "mean_saved_activation_bytes": self._passes.saved_bytes / self._passes.samples
+            if self._passes.samples
+            else self._saved_bytes,
             "peak_memory_bytes": measure.peak_memory(self.device),
             "timing": self._timing(),
             "model_file": None,

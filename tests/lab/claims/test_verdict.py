@@ -176,7 +176,8 @@ def test_shares_of_flops() -> None:
     sums = {"dense": 300.0, "needed": 200.0, "executed": 250.0, "discounted": 150.0, "overhead": 1.0}
     flops = sums | {"forward": {"dense": 100.0, "discounted": 90.0}}
     whole = {"test": {"accuracy": 0.9}, "best_validation": {"accuracy": 0.95}, "flops": flops}
-    names = ("zeros", "own_zeros", "parameters", "saved_activation_bytes", "seconds", "step_seconds", "steps")
+    names = ("zeros", "own_zeros", "parameters", "saved_activation_bytes", "mean_saved_activation_bytes")
+    names += ("seconds", "step_seconds", "backward_seconds", "steps")
     whole |= {"measures": {"sharpness": 2.0}, **dict.fromkeys(names, 1.0)}
     found = of_run(whole)
     assert (found["needed"], found["executed"], found["discounted"]) == pytest.approx((2 / 3, 5 / 6, 0.5))
