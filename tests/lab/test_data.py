@@ -47,6 +47,14 @@ def test_digits_need_no_files():
     assert abs(data.train.inputs.std() - 1) < 1e-3
 
 
+def test_enlarged_digits_are_the_same_pictures():
+    small, large = load("digits"), load("digits-32")
+    assert large.input_shape == (1, 32, 32)
+    assert torch.equal(small.train.targets, large.train.targets)
+    shrunk = torch.nn.functional.avg_pool2d(large.train.inputs, 4)
+    assert float(torch.corrcoef(torch.stack([shrunk.flatten(), small.train.inputs.flatten()]))[0, 1]) > 0.95
+
+
 def test_digits_test_rows_are_the_same_for_every_seed():
     one, two = load("digits", seed=1), load("digits", seed=2)
     assert torch.equal(one.test.targets, two.test.targets)
