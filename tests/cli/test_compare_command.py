@@ -10,9 +10,11 @@ import pytest
 from outcome import Outcome
 from PIL import Image
 
+import retrograde as rg
 from retrograde.cli import main
 from retrograde.lab import peers
 from retrograde.lab.recipe import make_recipe
+from retrograde.methods.registry import available, make
 
 Run = Callable[..., Outcome]
 
@@ -53,6 +55,35 @@ def test_compare_searches_trains_and_tells(run: Run) -> None:
     again = run(*command, "--trials", "1", *SMALL, "--json")
     assert list(again.json["contestants"]) == ["plain", "dither", "dither+spectral", "meprop"]
     assert all(len(entry["trials"]) == 1 for entry in again.json["contestants"].values())
+
+
+def test_all_methods_run_as_each_says_of_a_short_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside combinations that are named, and with options of the command line."""
+    monkeypatch.setattr(rg.Decorrelate, "short_run", {"rank": 5})
+    command = (
+        "compare",
+        "mlp-small",
+        "digits",
+        "--methods",
+        "all",
+        "decorrelate+dither",
+        "--dither.bits",
+        "4",
+    )
+    outcome = run(*command, "--trials", "0", *SMALL, "--limit", "64", "--json")
+    found = {name: entry["recipe"]["methods"] for name, entry in outcome.json["contestants"].items()}
+    assert list(found) == ["plain", *available(), "decorrelate+dither"]
+    for name, method in available().items():
+        expected = {**method.short_run, **({"bits": 4} if name == "dither" else {})}
+        assert found[name] == {name: expected}
+    assert found["decorrelate+dither"] == {"decorrelate": {}, "dither": {"bits": 4}}
+
+
+def test_every_named_setting_is_one_that_the_method_takes() -> None:
+    for name, method in available().items():
+        for options in (method.short_run, *(o for found in method.benchmarks.values() for o in found)):
+            make(name, dict(options))
+        assert set(method.benchmarks) <= {"float32", "bfloat16"}
 
 
 def test_help_names_every_peer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from retrograde.cli import output
 from retrograde.cli.flags import TaskFlags
-from retrograde.cli.options import Given
+from retrograde.cli.options import ALL_METHODS, Given
 from retrograde.cli.repro import present, shown
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
@@ -45,7 +45,8 @@ class Compare:
     Attributes:
         model: a model's name, or any importable module:callable.
         data: digits, a folder of images or Parquet files, or a hub id.
-        methods: methods to compare; A+B attaches both. Their options are flags: --dither.scale 2.
+        methods: methods to compare; A+B attaches both. all: every method by itself, with the options that each names
+            for a short run. Their options are flags: --dither.scale 2.
         peers: rivals: adalora, asam, constant-dither, foof, galore, int8, lora, meprop, muon, psgd, sam, schedule-free,
             selective-backprop, shampoo, soap, vcas. Their options are flags too: --sam.rho 0.1.
         seeds: paired seeds.
@@ -184,10 +185,19 @@ def _recipe(given: Given, flags: Any, model: str, data: str) -> Recipe:
 
 
 def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
-    return [
-        {name: _options(given, name, given.recipe.methods, make) for name in entry.split("+")}
-        for entry in names
-    ]
+    found: list[dict[str, dict[str, Any]]] = []
+    for entry in names:
+        if entry == ALL_METHODS:
+            known = available()
+            short = {
+                name: {**method.short_run, **given.recipe.methods.get(name, {})}
+                for name, method in known.items()
+            }
+            found += [{name: _options(given, name, short, make)} for name in known]
+        else:
+            options = given.recipe.methods
+            found.append({name: _options(given, name, options, make) for name in entry.split("+")})
+    return found
 
 
 def _peers(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:

@@ -18,6 +18,9 @@ from retrograde.lab.files import read_run
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.methods.registry import available, suggest
 
+ALL_METHODS = "all"
+"""In ``compare --methods`` every installed method."""
+
 _SEVERAL = (["compare"], ["advise"])
 """Commands that try methods beside each other; the others attach what they are given."""
 
@@ -67,6 +70,8 @@ def read_given(arguments: Sequence[str]) -> Given:
     recipe = _recipe(arguments)
     given = _values(arguments, "--methods" if arguments[:1] in _SEVERAL else "--method")
     # Methods that are attached together are written with a plus between them.
+    if arguments[:1] == ["compare"] and ALL_METHODS in given:
+        given = [*available(), *(entry for entry in given if entry != ALL_METHODS)]
     chosen = [name for entry in given for name in entry.split("+")] or list(recipe.methods)
     # Only when a method is named: `doctor` must run where one is broken.
     methods = available() if chosen else {}

@@ -428,7 +428,7 @@ class Method:
 
     short_run: ClassVar[Mapping[str, Any]] = {}
     """Options with which a run of a few hundred steps shows what the method does, where the defaults are for longer
-    ones: ``retrograde demo`` takes them."""
+    ones: ``retrograde compare --methods all`` takes them."""
 
     whole_run: ClassVar[str] = ""
     """Why a few hundred steps cannot judge the method; empty where they can. ``retrograde advise`` then leaves it out
