@@ -1,13 +1,11 @@
 """``methods``, ``plan``, ``report``, ``doctor`` and ``demo``: results on stdout, the rest on stderr, exit codes."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from outcome import QUICK, Outcome
 
-from retrograde.cli import demo
 from retrograde.lab import checks
 
 Run = Callable[..., Outcome]
@@ -241,48 +239,3 @@ def test_doctor_reports_a_broken_method_package(run: Run, monkeypatch: pytest.Mo
     outcome = run("doctor", "--json")
     assert outcome.code == 1
     assert [c["name"] for c in outcome.json["checks"] if c["status"] == "failed"] == ["methods"]
-
-
-# demo
-
-
-@pytest.fixture
-def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One small model in the demonstration."""
-    monkeypatch.setattr(demo, "MODELS", ("mlp-small",))
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_writes_table_and_report_and_replaces_its_own(run: Run) -> None:
-    outcome = run("demo", "--seeds", "1", "--epochs", "1")
-    assert outcome.code == 0
-    assert "plain" in outcome.out
-    assert "dither" in outcome.out
-    assert outcome.out.rstrip().endswith("report: report.html")
-    assert "<html" in Path("report.html").read_text(encoding="utf-8")
-    Path("runs/demo/leftover").mkdir()
-    again = run("demo", "--seeds", "1", "--epochs", "1", "--json")
-    assert again.code == 0
-    (result,) = again.json["results"]
-    assert next(iter(result["contestants"])) == "plain"
-    assert all(figures["accuracy"]["n"] == 1 for figures in result["summaries"].values())
-    assert not Path("runs/demo/leftover").exists()
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_refuses_a_folder_that_is_not_its_own(run: Run) -> None:
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").write_text("years of work")
-    outcome = run("demo", "--runs", "mine", "--seeds", "1", "--epochs", "1", "--json")
-    assert outcome.code == 3
-    assert json.loads(outcome.out)["error"]["type"] == "OptionError"
-    assert Path("mine/thesis.txt").read_text() == "years of work"
-    assert len(list(Path("mine").iterdir())) == 1
-
-
-@pytest.mark.usefixtures("small_demo")
-def test_demo_refuses_a_file_as_its_folder(run: Run) -> None:
-    Path("mine").write_text("years of work")
-    outcome = run("demo", "--runs", "mine", "--seeds", "1", "--epochs", "1")
-    assert outcome.code == 3
-    assert Path("mine").read_text() == "years of work"

@@ -1,84 +1,83 @@
-"""``retrograde demo``: every method against plain backpropagation on the bundled digits."""
+"""``retrograde demo``: each method on the kind of work that it is for, against plain backpropagation."""
 
 import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.options import Given
-from retrograde.cli.repro import shown
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
 from retrograde.lab.claims import metrics, wording
-from retrograde.lab.claims.adhoc import comparison
-from retrograde.lab.claims.grid import RUNS, Grid, Places
 from retrograde.lab.claims.result import Result, write_result
-from retrograde.lab.recipe import Recipe
-from retrograde.methods.registry import available
-from retrograde.report import write
+from retrograde.lab.demo.run import Demonstration, Outcome
+from retrograde.lab.demo.scenarios import Scenario, scenarios
+from retrograde.lab.demo.verdict import advice, judge
+from retrograde.report.claims import write_claims
 
-COMBINATION = ("decorrelate", "dither")
-"""Methods that the demonstration also attaches together."""
-
-MODELS = ("mlp", "resnet-small")
-
-COLUMNS = ("needed", "executed", "parameters", "saved_bytes")
+RESULT = "result.json"
 
 _MARK = ".retrograde-demo"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train every method and plain backpropagation on the bundled digits; a table and a report at the end.
+    """Show each method on the kind of work that it is for, on the bundled digits, in about a minute and a half.
+
+    Every scenario trains plain backpropagation and a method in turns, with paired seeds, and ends in a verdict made of
+    the measured figures. `retrograde compare MODEL DATA --methods all` is the table of all methods on one model.
 
     Attributes:
-        output: the report to write.
-        runs: folder for the run folders; an earlier demonstration's is replaced.
-        seeds: paired seeds.
-        epochs: epochs of each run.
-        json: print JSON.
+        output: The page to write.
+        runs: Folder for the run folders; an earlier demonstration's is replaced.
+        seeds: Paired seeds.
+        seconds: What all of it may take: a slow machine trains fewer epochs, and then fewer seeds, and says so.
+        json: Print JSON.
     """
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     runs: Path = Path("runs/demo")
     seeds: int = 3
-    epochs: int = 8
+    seconds: float = 100.0
     json: bool = False
 
     def run(self, given: Given) -> int:
-        """Train, write the report, print the table."""
-        if self.seeds < 1 or self.epochs < 1:
-            raise OptionError(f"demo: seeds={self.seeds} and epochs={self.epochs} must be 1 or more.")
+        """Train, write the page, print the verdicts."""
+        if self.seeds < 1 or not self.seconds > 0:
+            raise OptionError(
+                f"demo: seeds={self.seeds} must be 1 or more, and seconds={self.seconds} more than 0."
+            )
         _clear(self.runs)
-        results = [self._result(model) for model in MODELS]
-        page = write(
-            [self.runs / model / RUNS for model in MODELS], self.output, "Demonstration on the digits"
-        )
+        with _progress() as show, stop_request() as stop:
+            outcome = Demonstration(
+                scenarios(), self.runs, seeds=self.seeds, seconds=self.seconds, show=show, stop=stop
+            ).run()
+        last = advice(outcome.shown)
+        told = [_told(scenario, result) for scenario, result in outcome.shown]
+        for (scenario, _), result in zip(outcome.shown, told, strict=True):
+            write_result(result, self.runs / scenario.name / RESULT)
+        lead = " ".join(part for part in (last, outcome.shortened) if part)
+        page = write_claims(told, self.output, "What each method is for, on the digits", lead)
         if self.json:
-            found = [result.model_dump(mode="json") for result in results]
-            output.print_json({"results": found, "report": str(page)})
+            output.print_json(_plain(outcome, told, last, page))
         else:
-            output.print_table(_table(results, self.seeds))
-            output.print_line(f"report: {page}")
+            _print(outcome, last, page)
         return 0
 
-    def _result(self, model: str) -> Result:
-        recipe = Recipe(data="digits", model=model, epochs=self.epochs, batch_size=64)
-        claim = comparison(recipe, _contestants(), [], seeds=self.seeds, trials=0)
-        folder = self.runs / model
-        with shown(f"demo: {model}") as show, stop_request() as stop:
-            result = Grid(claim, Places(folder)).run(command="retrograde demo", show=show, stop=stop)
-        write_result(result, folder / "result.json")
-        return result
 
-
-def _contestants() -> list[dict[str, dict[str, Any]]]:
-    settings = {name: dict(method.short_run) for name, method in available().items()}
-    return [*({name: options} for name, options in settings.items()), {n: settings[n] for n in COMBINATION}]
+@contextmanager
+def _progress() -> Generator[Callable[[str, float], None]]:
+    with output.share_bar() as bar:
+        task = bar.add_task("demo", total=1.0, note="")
+        yield lambda what, share: bar.update(task, completed=share, note=escape(what))
+        bar.update(task, completed=1.0, note="")
 
 
 def _clear(folder: Path) -> None:
@@ -91,37 +90,55 @@ def _clear(folder: Path) -> None:
     (folder / _MARK).touch()
 
 
-def _table(results: list[Result], seeds: int) -> Table:
-    table = output.new_table(
-        f"digits, {seeds} seed(s), mean ± half of its 95 % interval; FLOPs as a share of the dense-equivalent; needed: "
-        "with zeros skipped; executed: by the kernel in use, overhead included; saved: activations kept for the "
-        "backward pass; time: ratio to plain, runs interleaved"
+def _told(scenario: Scenario, result: Result) -> Result:
+    """The result with its verdicts behind the sentence that says what is compared."""
+    verdicts = " ".join(f"{one.label}: {one.words}." for one in judge(scenario, result))
+    return result.model_copy(update={"sentence": f"{result.sentence} {verdicts}"})
+
+
+def _plain(outcome: Outcome, told: list[Result], last: str, page: Path) -> dict[str, object]:
+    return {
+        "results": [result.model_dump(mode="json") for result in told],
+        "verdicts": [one.to_dict() for shown in outcome.shown for one in judge(*shown)],
+        "advice": last,
+        "shortened": outcome.shortened,
+        "seconds": outcome.seconds,
+        "report": str(page),
+    }
+
+
+def _print(outcome: Outcome, last: str, page: Path) -> None:
+    for scenario, result in outcome.shown:
+        output.print_table(_table(scenario, result))
+        output.print_line("")
+    seeds = len(outcome.shown[0][1].seeds)
+    output.print_line(
+        f"Means over {seeds} paired seed{'s' * (seeds > 1)} ± half of their 95 % interval; ×: over plain training's."
     )
-    for name in ("model", "method"):
-        table.add_column(name, overflow="fold")
-    for name in ("test accuracy", "zeros (own)", *(metrics.ALL[metric].label for metric in COLUMNS), "time"):
-        table.add_column(name, justify="right")
-    for model, result in zip(MODELS, results, strict=True):
-        for name, entry in result.contestants.items():
-            table.add_row(
-                model,
-                entry.label,
-                output.unbroken(wording.cell(result, name, "accuracy")),
-                output.unbroken(zeros(result, name)),
-                *(output.unbroken(wording.cell(result, name, metric)) for metric in COLUMNS),
-                output.unbroken(wording.ratio(result, name, "seconds") or "×1"),
-            )
+    if outcome.shortened:
+        output.print_line(outcome.shortened)
+    output.print_line(f"report: {page}")
+    output.print_line("")
+    output.print_line(f"{last} For your own model: retrograde advise MODEL DATA")
+
+
+def _table(scenario: Scenario, result: Result) -> Table:
+    table = output.new_table("")
+    table.title, table.title_justify, table.title_style = escape(scenario.claim.title), "left", "bold cyan"
+    table.add_column("", width=22, overflow="fold")
+    labels = [metrics.ALL[scenario.metric].label]
+    if scenario.metric != "accuracy":
+        labels.append(metrics.ALL["accuracy"].label)
+    for label in labels:
+        table.add_column(label, justify="right", width=20)
+    table.add_column("verdict", overflow="fold")
+    verdicts = {one.name: one for one in judge(scenario, result)}
+    for name, entry in result.contestants.items():
+        cells = [
+            wording.cell(result, name, metric) for metric in dict.fromkeys((scenario.metric, "accuracy"))
+        ]
+        verdict = verdicts.get(name)
+        style = "green" if verdict is not None and verdict.gains else ""
+        words = escape(verdict.words) if verdict is not None else ""
+        table.add_row(escape(entry.label), *map(output.unbroken, cells), words, style=style)
     return table
-
-
-def zeros(result: Result, name: str) -> str:
-    """Zeros in the gradients, and those that they have of their own."""
-    means = [result.summaries[name].get(metric) for metric in ("zeros", "own_zeros")]
-    return (
-        " ".join(
-            form.format(wording.figure("zeros", found.mean))
-            for form, found in zip(("{}", "({})"), means, strict=True)
-            if found
-        )
-        or "–"
-    )

@@ -92,7 +92,7 @@ def advise(result: Result) -> Advice:
     """
     judged = tuple(_judge(result, name) for name in result.contestants if name != BASELINE)
     timed = [(one, one.time) for one in judged if one.time is not None]
-    faster = [(one, time) for one, time in timed if _saves(time)]
+    faster = [(one, time) for one, time in timed if saves(time)]
     if faster:
         best, time = min(faster, key=lambda pair: pair[1].mean)
         reached = best.to_target is not None
@@ -104,7 +104,7 @@ def advise(result: Result) -> Advice:
             judged,
             1 - time.mean,
         )
-    smaller = [one for one in judged if one.as_accurate and _saves(one.memory)]
+    smaller = [one for one in judged if one.as_accurate and saves(one.memory)]
     if smaller:
         best = min(smaller, key=lambda one: one.memory.mean)
         return Advice(
@@ -148,7 +148,8 @@ def _judge(result: Result, name: str) -> Judged:
     )
 
 
-def _saves(share: Estimate) -> bool:
+def saves(share: Estimate) -> bool:
+    """Whether a share of plain's time or memory is worth a changed line, and sure as far as the seeds can tell."""
     end = share.mean if share.high is None else share.high
     return share.mean <= 1 - _WORTH and end < 1
 
