@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .PHONY: demo test lint format docs pictures clean
 
-demo: .venv/installed  ## plain backpropagation and every method on the bundled digits, then report.html
+demo: .venv/installed  ## each method on the work that it is for, on the bundled digits, then report.html
 	$(BIN)/retrograde demo
 
 test: .venv/installed-dev  ## the test suite
