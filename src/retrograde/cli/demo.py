@@ -45,7 +45,7 @@ class Demo:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     runs: Path = Path("runs/demo")
     seeds: int = 3
-    seconds: float = 100.0
+    seconds: float = 105.0
     json: bool = False
 
     def run(self, given: Given) -> int:

@@ -20,6 +20,9 @@ _TRIED_STEPS = 5
 _OVERHEAD = 1.3
 """Time of a run over that of its steps: setting up, reading the validation split, writing checkpoints."""
 
+_PREPARATION = 0.25
+"""Share of the progress that compiling and trying count as."""
+
 Show = Callable[[str, float], None]
 """Called with what is being done, and the share of all work that is done."""
 
@@ -97,7 +100,7 @@ class Demonstration:
     def _try(self, number: int, scenario: Scenario) -> float:
         """Seconds that one seed should take, from a few steps of each run, which also bring their kernels."""
         claim = scenario.claim
-        self._show(f"kernels: {scenario.name}", number / len(self._scenarios) * self._prepared)
+        self._show(f"kernels: {scenario.name}", number / len(self._scenarios) * _PREPARATION)
         cells: list[Cell] = []
         for name in claim.contestants:
             recipe = claim.recipe_of(name, {"steps": _TRIED_STEPS})
@@ -116,9 +119,6 @@ class Demonstration:
         shutil.rmtree(self._folder / "tried")
         return _OVERHEAD * pace * steps * claim.recipe["epochs"]
 
-    _prepared = 0.2
-    """Share of the progress that the preparation counts as."""
-
     def _round(self, scenarios: Sequence[Scenario], seed: int) -> list[Result] | None:
         """Every scenario with one more seed; None where the time ran out on the way, which the first seed ignores."""
         late = False
@@ -135,7 +135,7 @@ class Demonstration:
 
             def show(state: State, done: float = done, scenario: Scenario = scenario) -> None:
                 within = state.done / state.total / len(scenarios) / self._seeds
-                share = self._prepared + (1 - self._prepared) * (done + within)
+                share = _PREPARATION + (1 - _PREPARATION) * (done + within)
                 self._show(f"seed {seed + 1} of {self._seeds}: {scenario.name}", share)
 
             grid = Grid(claim, Places(self._folder / scenario.name))

@@ -42,7 +42,7 @@ class Scenario:
     def shortened(self, share: float, seeds: int) -> "Scenario":
         """With so much of its epochs, and so many seeds."""
         epochs = self.claim.recipe["epochs"]
-        fewer = min(epochs, max(self.least_epochs, int(epochs * share)))
+        fewer = min(epochs, max(self.least_epochs, round(epochs * share)))
         recipe = {**self.claim.recipe, "epochs": fewer}
         claim = self.claim.model_copy(update={"recipe": recipe, "seeds": seeds})
         return dataclasses.replace(self, claim=claim)
