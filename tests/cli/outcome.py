@@ -9,7 +9,16 @@ import torch
 
 QUICK = ("--limit", "64", "--epochs", "1", "--batch-size", "16")
 
-_TIMES = ("seconds", "step_seconds", "peak_memory_bytes", "folder", "metrics_bytes", "timing", "clocked")
+_TIMES = (
+    "seconds",
+    "step_seconds",
+    "backward_seconds",
+    "peak_memory_bytes",
+    "folder",
+    "metrics_bytes",
+    "timing",
+    "clocked",
+)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from retrograde.lab.trainer import Progress, Trainer, train
 STEPS = 10
 """Steps of an epoch of `SMALL`."""
 
-_TIMES = ("seconds", "step_seconds", "peak_memory_bytes", "timing")
+_TIMES = ("seconds", "step_seconds", "backward_seconds", "peak_memory_bytes", "timing")
 
 
 def noisy(data: Data) -> nn.Module:

@@ -34,11 +34,12 @@ class Checkpoint(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    format: Literal[2]
+    format: Literal[3]
     recipe: dict[str, Any]
     step: NonNegativeInt
     finished_epochs: NonNegativeInt
     seconds: float
+    backward_seconds: float
     passes: Annotated[dict[str, float], _of("forward", "backward")]
     model: _State
     optimizer: _State

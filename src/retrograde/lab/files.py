@@ -26,7 +26,7 @@ METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 RESULT = "result.json"
 RUN = "run.json"
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class Lock:

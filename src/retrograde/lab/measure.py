@@ -108,14 +108,12 @@ class Passes:
     Attributes:
         forward: forward passes of a whole batch: peers may run one twice, or in part.
         backward: backward passes likewise.
-        backward_seconds: time that the backward passes took.
         saved_bytes: sum of what forward passes kept for the backward pass, over the samples.
         samples: forward passes that were looked at for that.
     """
 
     forward: float = 0.0
     backward: float = 0.0
-    backward_seconds: float = 0.0
     saved_bytes: float = 0.0
     samples: float = 0.0
 

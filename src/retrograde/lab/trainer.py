@@ -178,6 +178,7 @@ class Trainer:
         self.step = 0
         self._finished_epochs = 0
         self._seconds = 0.0
+        self._in_backward = 0.0
         self._passes = measure.Passes()
         self._epoch_sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
         self._validation: dict[str, float] = {}
@@ -349,7 +350,7 @@ class Trainer:
             loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
         began = time.perf_counter()
         loss.backward()
-        self._passes.backward_seconds += time.perf_counter() - began
+        self._in_backward += time.perf_counter() - began
         self._passes.forward += len(x) / self._rows
         self._passes.backward += len(x) / self._rows
         return loss, logits
@@ -462,6 +463,7 @@ class Trainer:
                 "step": self.step,
                 "finished_epochs": self._finished_epochs,
                 "seconds": self._seconds,
+                "backward_seconds": self._in_backward,
                 "passes": asdict(self._passes),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -511,7 +513,7 @@ class Trainer:
         for name, part in parts.items():
             if part is not None:
                 restore(self.folder, name, part, getattr(state, name))
-        self.step, self._seconds = state.step, state.seconds
+        self.step, self._seconds, self._in_backward = state.step, state.seconds, state.backward_seconds
         self._passes = measure.Passes(**state.passes)
         self._finished_epochs = state.finished_epochs
         self._epoch_sums = state.epoch_sums
@@ -586,7 +588,7 @@ class Trainer:
             "seconds": self._seconds,
             "step_seconds": self._seconds / self.step if self.step else None,
             # The host does not wait for a GPU's backward pass.
-            "backward_seconds": self._passes.backward_seconds / self.step
+            "backward_seconds": self._in_backward / self.step
             if self.step and self.device.type == "cpu"
             else None,
             "parameters": sum(p.numel() for p in self.model.parameters()),

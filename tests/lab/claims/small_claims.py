@@ -29,7 +29,15 @@ CONTENT: dict[str, Any] = {
 }
 CHECK = {"says": "no less accurate", "of": "decayed", "metric": "accuracy", "minus": "plain", "at_least": -1}
 
-_TIMED = ("seconds", "step_seconds", "seconds_to_target", "peak_memory_bytes", "jobs", "threads")
+_TIMED = (
+    "backward_seconds",
+    "seconds",
+    "step_seconds",
+    "seconds_to_target",
+    "peak_memory_bytes",
+    "jobs",
+    "threads",
+)
 
 
 def small(**change: Any) -> Claim:

@@ -90,7 +90,9 @@ def _words(scenario: Scenario, result: Result, name: str) -> tuple[bool, str]:
 def _of_accuracy(accuracy: Estimate, unit: str) -> tuple[bool, str]:
     if accuracy.mean > 0 and (accuracy.low is None or accuracy.low > 0):
         return True, f"more accurate {unit} by {points(accuracy)}"
-    if accuracy.high is not None and accuracy.high < 0:
+    if accuracy.high is None:
+        return False, f"no gain here: {points(accuracy)} {unit}, with one seed"
+    if accuracy.high < 0:
         return False, f"no gain here: less accurate {unit} by {points(accuracy)}"
     return False, f"no gain here {unit}: {points(accuracy)}, within the noise"
 
@@ -127,7 +129,7 @@ def _reason(scenario: Scenario, paired: dict[str, Ratio]) -> str:
         if flops.mean < 1:
             return f"it runs {100 * flops.mean:.0f} % of the FLOPs, but its own work on small layers outweighs that"
         return f"with its own work it runs {100 * flops.mean:.0f} % of plain’s FLOPs"
-    return "it keeps as much as plain training does"
+    return "it keeps no less than plain training does"
 
 
 def _over(paired: dict[str, Ratio], metric: str) -> Estimate | None:
