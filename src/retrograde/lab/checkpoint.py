@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, InstanceOf, NonNegativeInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    InstanceOf,
+    NonNegativeFloat,
+    NonNegativeInt,
+    ValidationError,
+)
 from torch import Tensor
 
 from retrograde.errors import CheckpointError
@@ -39,7 +47,7 @@ class Checkpoint(BaseModel):
     step: NonNegativeInt
     finished_epochs: NonNegativeInt
     seconds: float
-    backward_seconds: float
+    backward_seconds: NonNegativeFloat
     passes: Annotated[dict[str, float], _of("forward", "backward")]
     model: _State
     optimizer: _State
