@@ -616,7 +616,7 @@ class Style:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    from retrograde.report.pictures.chart import COLOURS
+    from retrograde.report.comparison import COLOURS
 
     baselines = zip(BASELINES, SYMBOLS, DASHES, strict=False)
     found = {key: Style(FAINT, f"{symbol}-open", dash) for key, symbol, dash in baselines}
@@ -772,7 +772,7 @@ def roofline_figure(result: Result, op: str, look: dict[str, Style]) -> "Figure"
 def predicted_figure(rows: Sequence[Row]) -> "Figure":
     import plotly.graph_objects as go
 
-    from retrograde.report.pictures.chart import COLOURS
+    from retrograde.report.comparison import COLOURS
 
     both = [1e3 * row[key] for row in rows for key in ("predicted_seconds", "measured_seconds")]
     ends, figure = around(both), go.Figure()

@@ -8,7 +8,7 @@ need Chromium.
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +19,18 @@ from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.library import Entry, Library
 from retrograde.lab.claims.result import Result, schema
 from retrograde.lab.files import write_json
-from retrograde.report.claims import caption, caveats, changed, held, interval, time_ratio
-from retrograde.report.pictures.claims import courses, time_figure
+from retrograde.report.comparison import Comparison
+from retrograde.report.pictures.results import courses, time_figure
+from retrograde.report.prose import caption, caveats
+from retrograde.report.table import NONE, make_table
+from retrograde.report.table import markdown_literally as plain
+from retrograde.report.tables import checks_table, figures_table, settings_table
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ROOT = Path(__file__).parent.parent
 PAGE = "results.md"
-NONE = "–"
 MORE_IS_BETTER = ("accuracy", "best_validation", "zeros", "own_zeros")
 
 INTRODUCTION = """\
@@ -63,21 +66,6 @@ reproduced if some hold, and *not reproduced* if none does.
 # Pieces of the document.
 
 
-def plain(text: str) -> str:
-    """Text in one line that Markdown takes literally, also within a table."""
-    text = " ".join(text.split())
-    for mark in "\\`*_|<[":
-        text = text.replace(mark, f"\\{mark}")
-    return text
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """Markdown, the first `texts` columns to the left, the others to the right."""
-    marks = "---|" * texts + "---:|" * (len(columns) - texts)
-    lines = [f"| {' | '.join(columns)} |", f"|{marks}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
 def picture(claim: str) -> str:
     return claim.replace("/", "-")
 
@@ -90,7 +78,7 @@ def anchor(claim: str) -> str:
 
 
 def subject(claim: Claim) -> str | None:
-    """The contestant that a claim is about: that of its first check, else the first after the baseline."""
+    """The variant that a claim is about: that of its first check, else the first after the baseline."""
     if claim.checks:
         return claim.checks[0].of
     return next(iter([*claim.contestants][1:]), None)
@@ -104,7 +92,7 @@ def main_figures(claim: Claim) -> list[str]:
 
 
 def best_peer(claim: Claim, result: Result) -> str | None:
-    """The peer with the best figure: a contestant beside baseline and subject that runs by none of our methods."""
+    """The peer with the best figure: a variant beside baseline and subject that runs by none of our methods."""
     metric = main_figures(claim)[0]
     peers = {
         name: result.summaries[name][metric].mean
@@ -125,11 +113,8 @@ def figures_of(result: Result, name: str | None, names: Sequence[str]) -> str:
 
 def overview(entries: Sequence[Entry]) -> str:
     """A row for every claim."""
-    return table(
-        ("claim", "the source's figure", "ours", "best peer", "status", "verdict"),
-        map(overview_row, entries),
-        texts=6,
-    )
+    columns = ("claim", "the source's figure", "ours", "best peer", "status", "verdict")
+    return make_table(columns, map(overview_row, entries), texts=6).markdown(literal=False)
 
 
 def overview_row(entry: Entry) -> tuple[str, ...]:
@@ -170,10 +155,10 @@ def section(entry: Entry, result: Result) -> list[str]:
     ]
     if entry.status == "stale":
         parts.append("*The definition has changed since this result was made.*")
-    said = caveats(result)
+    said = caveats(Comparison(result, {}))
     parts += ["\n".join(prose(f"- {plain(caveat)}", "  ") for caveat in said)] if said else []
-    parts += [figures(result), prose(plain(caption(result)))]
-    parts += [checks(result)] if result.findings else []
+    parts += [figures_table(Comparison(result, {})).markdown(), prose(plain(caption(result)))]
+    parts += [checks_table(result).markdown()] if result.findings else []
     parts += [prose(plain(part)) for part in result.note.split("\n\n") if part.strip()]
     if has_picture(result):
         alt = f"Validation accuracy over seconds of training: {plain(result.title)}"
@@ -181,55 +166,10 @@ def section(entry: Entry, result: Result) -> list[str]:
     return [*parts, *settings(result), made_by(entry.claim.id, result)]
 
 
-def figures(result: Result) -> str:
-    """Contestants and the metrics of the result's table."""
-    sourced = any(entry.source for entry in result.contestants.values())
-    columns = [
-        "variant",
-        *(metrics.ALL[metric].label for metric in result.table),
-        "time over the baseline's",
-    ]
-    rows = [
-        [
-            plain(entry.label),
-            *(wording.cell(result, name, metric) for metric in result.table),
-            time_ratio(result, name),
-            *([wording.source(result, name)] if sourced else []),
-        ]
-        for name, entry in result.contestants.items()
-    ]
-    return table([*columns, "the source's figures"] if sourced else columns, rows)
-
-
-def checks(result: Result) -> str:
-    """What was asked, and what came out."""
-    rows = [
-        (
-            plain(finding.says + (f" ({finding.remark})" if finding.remark else "")),
-            held(finding),
-            NONE if finding.value is None else wording.found(finding, finding.value),
-            interval(finding),
-            plain(wording.bound(finding)),
-        )
-        for finding in result.findings
-    ]
-    return table(("check", "outcome", "figure", "95 % interval", "bound"), rows, texts=2)
-
-
 def settings(result: Result) -> list[str]:
     """What the searches found, in a table."""
-    found = {entry.label: dict(changed(entry)) for entry in result.contestants.values()}
-    keys = list(dict.fromkeys(key for one in found.values() for key in one))
-    if not keys:
-        return []
-    rows = [
-        [plain(entry.label), *(found[entry.label].get(key, NONE) for key in keys), str(len(entry.trials))]
-        for entry in result.contestants.values()
-    ]
-    return [
-        "Settings that were searched for, or that follow from an equal time:",
-        table(["variant", *(f"`{key}`" for key in keys), "trials"], rows),
-    ]
+    found = settings_table(result)
+    return ["Settings that the search, or an equal time, gave:", found.markdown()] if found else []
 
 
 def made_by(claim: str, result: Result) -> str:
@@ -249,7 +189,7 @@ def made_by(claim: str, result: Result) -> str:
 
 
 def has_picture(result: Result) -> bool:
-    """Whether two contestants or more have a line."""
+    """Whether two variants or more have a line."""
     return sum(len(one.seconds) > 1 for one in courses(result).values()) > 1
 
 
@@ -257,7 +197,9 @@ def pictures(entries: Sequence[Entry]) -> dict[str, "Figure"]:
     """Accuracy over time of every result where it makes sense, by the picture's name."""
     found: dict[str, Figure] = {}
     for entry in entries:
-        figure = time_figure(entry.result) if entry.result and has_picture(entry.result) else None
+        figure = (
+            time_figure(Comparison(entry.result, {})) if entry.result and has_picture(entry.result) else None
+        )
         if figure is None:
             continue
         span = figure.layout.yaxis.range

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from make_performance import digits
-from make_results import overview, table
+from make_results import overview
 
 from retrograde.lab.claims import wording
 from retrograde.lab.claims.library import Entry, Library
 from retrograde.lab.claims.result import Finding, Result, read_result
+from retrograde.report.table import make_table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
@@ -106,7 +107,7 @@ def when() -> str:
     rows = [[cell.format_map(figures) for cell in row] for row in WHEN]
     machine, seeds = measured("bench-steps")["machine"], len(claim("decorrelate/cifar10-mlp").seeds)
     return (
-        f"{table(head, rows, texts=4)}\n\n*{machine['cores']} cores ({machine['cpu']}), torch "
+        f"{make_table(head, rows, texts=4).markdown(literal=False)}\n\n*{machine['cores']} cores ({machine['cpu']}), torch "
         f"{machine['torch']}. Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with the same "
         "number of trials.*"
     )

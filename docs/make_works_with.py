@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from make_results import table
+from retrograde.report.table import make_table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "works-with.md"
@@ -160,7 +160,7 @@ def page(ids: Sequence[str]) -> str:
     held = "\n".join(f"- [{way.name}](../{way.check.replace('::', '#')}): {way.holds}." for way in WAYS)
     parts = [
         INTRODUCTION.strip(),
-        table(["", *names], rows, texts=6),
+        make_table(["", *names], rows, texts=6).markdown(literal=False),
         f"What each row demands:\n\n{held}",
         END.strip(),
     ]

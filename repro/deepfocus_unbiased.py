@@ -4,6 +4,8 @@
 
 Prints JSON: the largest |mean − dense| in standard errors over all entries, and the mean square of that score (1 for an
 unbiased estimate).
+
+Results: printed
 """
 
 import argparse

@@ -7,6 +7,8 @@ resumed checkpoints in it, and one or two methods; ``tests/fuzzing`` draws it, r
 It is *the same as plain*, ends in a *typed error* (of retrograde, or what plain training raises, too), or is *wrong*.
 ``results/fuzz.json`` gets the counts after every chunk of programs, and each wrong program; an interrupted run goes
 on after its last chunk, as long as the library is the same. `--only` runs one chunk again, and prints what is wrong.
+
+Results: results/fuzz.json
 """
 
 import argparse

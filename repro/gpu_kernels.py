@@ -11,6 +11,8 @@ What is measured, in float32 (TF32 allowed) and in bfloat16: dithering by itself
 backward pass, and one training step's forward and backward pass of such a layer, plain and attached. The contestants
 take turns, so that whatever else the machine does hits all alike. On a GPU every product is dense, so dithering saves
 no time there: the question is how little it takes. Writes ``results/gpu-kernels.json``.
+
+Results: results/gpu-kernels.json
 """
 
 import argparse

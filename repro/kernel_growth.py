@@ -12,6 +12,8 @@ fused multiply-adds in registers, and copies from the size of a cache to the siz
 
 Writes ``results/kernel-growth.json``, from which ``docs/make_performance.py`` makes ``docs/performance.md``. With
 ``--quick`` a few tiny points in seconds, to see that it runs; that writes nothing unless ``--out`` says where.
+
+Results: results/kernel-growth.json
 """
 
 import argparse

@@ -7,6 +7,8 @@ which replaces the one before it at once. A process that trains is killed (SIGKI
 one goes on from the file, until the run ends; then another begins. *Lost*: a file that was written is gone or cannot
 be read, or a process failed. *Different*: a run ended in other weights. ``results/kills.json`` gets both for each
 method, and the phases and moments in which the kills fell.
+
+Results: results/kills.json
 """
 
 import argparse

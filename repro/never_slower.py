@@ -6,6 +6,8 @@
 zeros. Each is attached with an example and may be declined; then forward and backward pass run in turns with the plain
 layer. A second table holds what the cost model predicts for each kernel's product against what it takes.
 About 6 minutes on two cores.
+
+Results: results/never-slower.json
 """
 
 import argparse

@@ -8,6 +8,8 @@ bundled or synthetic data. The loss is the mean of ten evaluations of a fixed ba
 is compared with plain backpropagation's from the same seed, and two more seeds of plain backpropagation show how far
 chance alone moves it. Every run leaves a row in ``runs/public-scripts.jsonl``, so that what was interrupted goes on; at
 the end ``results/public-scripts.json`` is written. About half an hour on one core.
+
+Results: results/public-scripts.json
 """
 
 import argparse

@@ -6,6 +6,8 @@ The model trains with each choice of basis, with the residual path off and on, a
 run without warm-up and on all layers, head included, so that nothing but the subspace is at work; the row "default" is
 `Spectral()` as it comes. ``results/spectral-ablation-<optimizer>.json`` gets the accuracy after each epoch for each row
 and seed; a run that was interrupted goes on after the last finished row.
+
+Results: results/spectral-ablation-adamw.json, results/spectral-ablation-sgd.json
 """
 
 import argparse

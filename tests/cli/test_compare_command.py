@@ -120,7 +120,7 @@ def test_options_of_peers_are_flags(run: Run) -> None:
         (("--peers", "lora", "--methods", "spectral", "--rank", "3"), "--spectral.rank or --lora.rank"),
         (("--methods", "diter"), "dither"),
         (("--peers", "samm"), "sam"),
-        ((), "nobody to compare with"),
+        ((), "nothing to compare"),
         (("--methods", "dither", "--seeds", "0"), "seeds=0"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from outcome import QUICK, Outcome
 
 from retrograde.engine.slots import Method, Rule, Site
+from retrograde.lab.record import read_description
 from retrograde.methods import registry
 
 Run = Callable[..., Outcome]
@@ -177,9 +178,7 @@ def test_flags_win_over_the_recipe(run: Run) -> None:
 
 def test_a_flag_that_restates_the_default_wins_too(run: Run) -> None:
     run("train", "--recipe", recipe(), "--model", "mlp-small", "--batch-size", "128", "--out", "a")
-    from retrograde.lab.files import read_run
-
-    found = read_run(Path("a"))["recipe"]
+    found = read_description(Path("a")).recipe
     assert (found["batch_size"], found["model"], found["limit"]) == (128, "mlp-small", 64)
 
 

@@ -175,11 +175,8 @@ def test_overview_and_section(script: ModuleType, library: Library) -> None:
         "the better peer: test accuracy 92.10 ± 0.25 % | run | *reproduced* |"
     ) in found
     assert '<a id="claim-dither-made-up"></a>' in found
-    assert "| ours | 95.10 ± 0.25 % | – | 10.0 s | ×1.00 ± 0.00 | test accuracy 97.77 % |" in found
-    assert (
-        "| as accurate as plain | holds | +1.00 points | +1.00 points to +1.00 points | at least −1.00 points"
-        in found
-    )
+    assert "| ours | 95.10 ± 0.25 % | – | 10.0 s | ×1.00 | test accuracy 97.77 % |" in found
+    assert "| as accurate as plain | holds | +1.00 points | at least −1.00 points" in found
     assert "half \\| of the FLOPs" in found
     assert "A note with \\*stars\\*." in found
     assert "| ours | 0.01235 | 0 |" in found

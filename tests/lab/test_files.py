@@ -197,11 +197,3 @@ def test_another_format_is_refused(tmp_path: Path, content: Any) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         files.load_checkpoint(tmp_path)
-    with pytest.raises(RunError, match="no run in"):
-        files.read_run(tmp_path)
-    (tmp_path / files.RUN).write_text('{"recipe": ')
-    with pytest.raises(RunError, match="damaged"):
-        files.read_run(tmp_path)
-    (tmp_path / files.RUN).write_bytes(b"\xff\xfe")
-    with pytest.raises(RunError, match="damaged"):
-        files.read_run(tmp_path)

@@ -20,6 +20,7 @@ from retrograde.lab import data as lab_data
 from retrograde.lab import files, measure, models
 from retrograde.lab.data import Data
 from retrograde.lab.recipe import Recipe
+from retrograde.lab.record import read_description
 from retrograde.lab.tensorboard import is_available
 from retrograde.lab.trainer import Progress, Trainer, train
 
@@ -198,8 +199,8 @@ def test_a_run_that_declined_layers_goes_on_with_the_others(
     assert list(result["timing"]["layers"]) == ["1"]
     assert layer["forecast"] == result["timing"]["backward_forecast"] == 0.1
     assert layer["seconds"] > 0
-    rows = {row["name"]: row for row in files.read_run(tmp_path / "run")["plan"]["layers"]}
-    assert rows["5"]["status"] == "declined"
+    rows = {row.name: row for row in read_description(tmp_path / "run").plan.layers}
+    assert rows["5"].status == "declined"
 
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(tmp_path: Path, whole: Path) -> None:

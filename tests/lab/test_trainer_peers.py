@@ -16,6 +16,7 @@ from retrograde.lab import files, measure, models, peers
 from retrograde.lab.data import Data, Split
 from retrograde.lab.peers import Peer
 from retrograde.lab.recipe import Recipe, make_recipe
+from retrograde.lab.record import read_run
 from retrograde.lab.trainer import Progress, Trainer, train
 
 STEPS = 10
@@ -48,9 +49,7 @@ def untimed(content: dict[str, Any]) -> dict[str, Any]:
 
 def readings(folder: Path) -> list[tuple[str, int, float]]:
     return [
-        (line["event"], line["step"], line["validation"]["accuracy"])
-        for line in files.read_metrics(folder)
-        if line["event"] != "step"
+        (reading.event, reading.step, reading.validation["accuracy"]) for reading in read_run(folder).readings
     ]
 
 
@@ -96,11 +95,7 @@ def test_the_schedule_is_fitted_to_the_steps(tmp_path: Path) -> None:
     by_epochs = untimed(train(changed(epochs=2), tmp_path / "epochs"))
     assert untimed(train(changed(epochs=7, steps=2 * STEPS), tmp_path / "steps")) == by_epochs
     train(changed(steps=STEPS + 4), tmp_path / "fewer")
-    rates = [
-        line["learning_rate"]
-        for line in files.read_metrics(tmp_path / "fewer")
-        if line["event"] == "step" and line["step"] == STEPS + 4
-    ]
+    rates = [step.learning_rate for step in read_run(tmp_path / "fewer").steps if step.step == STEPS + 4]
     assert rates == [pytest.approx(0.05 / 25 / 1e4, rel=1e-3)]
 
 

@@ -13,8 +13,10 @@ from retrograde.errors import RunError
 from retrograde.lab.claims.definition import Check
 from retrograde.lab.claims.result import Entry, Reading, Result, Run, Trial, write_result
 from retrograde.lab.claims.verdict import complete
-from retrograde.report.claims import read_claims, render_claims, section, write_claims
-from retrograde.report.pictures.claims import cost_metric, course, courses, goal
+from retrograde.report.comparison import Comparison
+from retrograde.report.page import Section, read_claims, render_claims, write_claims
+from retrograde.report.page import section as section_of
+from retrograde.report.pictures.results import cost_metric, course, courses, goal
 
 CHECKS = (
     Check(says="fast & accurate", of="ours", metric="accuracy", minus="plain", at_least=-0.01),
@@ -108,6 +110,17 @@ def made(
     )
 
 
+def section(result: Result) -> Section:
+    return section_of(Comparison(result, {}))
+
+
+def column(found: Section, name: str) -> list[str]:
+    """Of the checks."""
+    assert found.checks is not None
+    at = [one.name for one in found.checks.columns].index(name)
+    return [row.cells[at] for row in found.checks.rows]
+
+
 def text_of(page: str) -> str:
     """What a reader sees: no scripts, no styles, no tags."""
     page = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
@@ -146,30 +159,37 @@ def test_page_says_what_the_result_says() -> None:
 
 def test_verdicts() -> None:
     """All hold, one of two, none; a quick run has no verdict."""
-    assert section(made()).badge.text == "reproduced"
-    assert [check.holds for check in section(made()).checks] == ["holds", "holds"]
-    partly = section(made(reached=0.945))
-    assert (partly.badge.text, partly.badge.tone) == ("partly", "part")
+    assert section(made()).badge == "reproduced"
+    assert column(section(made()), "outcome") == ["holds", "holds"]
+    assert section(made(reached=0.945)).badge == "partly"
     failed = section(made(reached=0.5))
-    assert (failed.badge.text, failed.badge.tone) == ("not reproduced", "bad")
-    assert failed.checks[1].figure == "–"
-    assert failed.checks[1].remark.endswith("has no figure for 5 of 5 seeds")
+    assert failed.badge == "not reproduced"
+    assert column(failed, "figure")[1] == "–"
+    assert column(failed, "check")[1].endswith("has no figure for 5 of 5 seeds")
     more = [CHECKS[0].model_copy(update={"exceeds": 0.005})]
-    assert section(made(checks=more)).badge.text == "exceeded"
-    assert section(made(checks=more)).checks[0].holds == "exceeded"
+    assert section(made(checks=more)).badge == "exceeded"
+    assert column(section(made(checks=more)), "outcome") == ["exceeded"]
+
+
+def test_badges_have_tones() -> None:
+    for result, tone in ((made(), "good"), (made(reached=0.945), "part"), (made(reached=0.5), "bad")):
+        assert f'<span class="badge large {tone}">{result.verdict}</span>' in render_claims([result])
 
 
 def test_quick_decides_nothing() -> None:
     found = section(made(quick=True))
-    assert found.badge.text == "quick: decides nothing"
-    assert found.badge.tone == "plain"
+    assert found.badge == "quick: decides nothing"
+    assert f'<span class="badge large plain">{found.badge}' in render_claims([made(quick=True)])
     assert "decides nothing" in found.caveats[0]
     assert not any("decides nothing" in caveat for caveat in section(made()).caveats)
 
 
 def test_figures_that_are_missing() -> None:
     found = section(made(reached=0.5))
-    rows = {row.swatch.run: {name: cell.text for name, cell in row.cells.items()} for row in found.table.rows}
+    columns = [one.name for one in found.figures.columns]
+    rows = {
+        row.swatch.run: dict(zip(columns, row.cells, strict=True)) for row in found.figures.rows if row.swatch
+    }
     assert rows["ours"]["time to target"] == "never"
     assert rows["plain"]["zeros in δ"] == "–"
     assert rows["plain"]["time over the baseline’s"] == "×1"
@@ -179,12 +199,12 @@ def test_one_seed_without_checks() -> None:
     """What an ad-hoc comparison leaves: no source, no checks, no search, no target, one seed."""
     result = made(1, (), zeros=None, executed=None, target=None, peak=None)
     found = section(result)
-    assert found.badge is None
+    assert not found.badge
     assert not found.checks
-    assert "One seed" in found.caption
-    assert "the source’s figures" not in found.table.columns
+    assert "One seed" in found.figures.caption
+    assert "the source’s figures" not in [one.name for one in found.figures.columns]
     # Nothing to pair; what is left has two plots, side by side.
-    assert [chart.wide for chart in found.charts] == [False, False]
+    assert [chart.wide for chart in found.galleries[0].charts] == [False, False]
     text = text_of(render_claims([result]))
     assert "94.00 %" in text
     assert "±" not in text
@@ -197,7 +217,7 @@ def test_no_readings() -> None:
     for run in result.runs:
         run.curve = []
         run.metrics = dict.fromkeys(run.metrics)
-    assert section(complete(result, CHECKS)).charts == ()
+    assert section(complete(result, CHECKS)).galleries == ()
     assert "–" in text_of(render_claims([result]))
 
 
@@ -209,7 +229,7 @@ def test_several_results_have_a_list() -> None:
     page = render_claims([made(), made(quick=True)], "Both")
     assert page.count('<section class="group"') == 2
     assert "<title>Both</title>" in page
-    assert 'href="#claim-1"' in page
+    assert 'href="#section-1"' in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -243,11 +263,13 @@ def test_lines_end_with_the_shortest_run() -> None:
     result = made()
     assert courses(result)["plain"].seconds[-1] == 40.0
     assert courses(result)["peer"].seconds[-1] == 60.0
-    assert goal(result) == pytest.approx(95.4)
-    drawn = section(result).charts[0].spec["data"]
+    found = goal(result)
+    assert found is not None
+    assert found[0] == pytest.approx(95.4)
+    drawn = section(result).galleries[0].charts[0].spec["data"]
     assert any(trace["line"].get("dash") == "dash" and list(trace["y"]) == [95.4, 95.4] for trace in drawn)
-    without = section(made(target=None)).charts[0]
-    assert len(without.legend) == len(section(result).charts[0].legend) - 1
+    without = section(made(target=None)).galleries[0].charts[0]
+    assert len(without.legend) == len(section(result).galleries[0].charts[0].legend) - 1
 
 
 def test_cost_is_what_differs() -> None:
@@ -257,7 +279,7 @@ def test_cost_is_what_differs() -> None:
     larger = made(executed=None)
     for run in larger.runs:
         run.metrics["parameters"] = 5000.0 if run.contestant == "ours" else 1000.0
-    assert cost_metric(larger) == "parameters"
+    assert cost_metric(complete(larger, CHECKS)) == "parameters"
 
 
 def test_command_takes_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

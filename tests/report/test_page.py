@@ -1,22 +1,20 @@
+"""The page of run folders: one file, escaped, described, and the same for the same runs."""
+
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from small_runs import Make, edit, edit_epochs
 
 from retrograde.errors import RunError
-from retrograde.report import collect, write
-from retrograde.report.formats import flops, share, size
-from retrograde.report.groups import Group, grouped
-from retrograde.report.page import section
-from retrograde.report.pictures import charts, swatches
-from retrograde.report.pictures.chart import COLOURS
-from retrograde.report.prose import caveats, headline
-
-Make = Callable[..., Path]
-SPACE = "\u00a0"
+from retrograde.lab import files
+from retrograde.report import write
+from retrograde.report.comparison import of_folders
+from retrograde.report.formats import cell, flat, flops
+from retrograde.report.page import Fold, section
+from retrograde.report.tables import plan_table, run_table
 
 
 class Page(HTMLParser):
@@ -45,23 +43,17 @@ def page(runs: Path, title: str | None = None) -> str:
     return write([runs], runs.parent / "report.html", title).read_text(encoding="utf-8")
 
 
-def group(path: Path) -> Group:
-    return grouped(collect([path]))[0]
-
-
-def edit(folder: Path, **fields: object) -> None:
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(result | fields))
-
-
 def test_writes_the_page_and_the_folders_above_it(runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "report.html"
     assert write([runs], output, "Two dithers") == output
     text = Page(output.read_text(encoding="utf-8")).text
-    assert "Two dithers" in text
-    assert "Dither(scale=1)" in text
-    assert f"97.2{SPACE}%" in text
-    assert "images · convolutions" in text
+    for said in ("Two dithers", "dither(scale=1.0)", "digits · resmlp", "deepfocus(warmup=2) is unfinished"):
+        assert said in text, said
+
+
+def test_a_page_of_several_groups_counts_them(runs: Path, copy_run: Make) -> None:
+    assert "<title>Training runs in 2 groups</title>" in page(runs)
+    assert "<title>digits · resmlp</title>" in page(copy_run("blocks", "alone"))
 
 
 def test_an_output_that_cannot_be_written_is_an_error(runs: Path) -> None:
@@ -85,9 +77,9 @@ def test_the_page_needs_no_network_and_holds_plotly_once(runs: Path) -> None:
     assert "@import" not in styles
 
 
-def test_what_comes_from_runs_is_escaped(make_run: Make, tmp_path: Path) -> None:
+def test_what_comes_from_runs_is_escaped(copy_run: Make, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
-    make_run("a", evil, group=f"group {evil}", recipe={"task": evil}, machine={"cpu": evil})
+    copy_run("plain-0", "a", label=evil, group=f"group {evil}", machine={"cpu": evil})
     text = page(tmp_path / "runs", evil)
     assert "<script>alert" not in text
     parsed = Page(text)
@@ -98,117 +90,84 @@ def test_what_comes_from_runs_is_escaped(make_run: Make, tmp_path: Path) -> None
     assert len(scripts) == len(plots) + 2
 
 
-def test_plot_data_is_json(runs: Path) -> None:
-    found = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page(runs), re.DOTALL)
-    assert len(found) == 16
-    assert all(json.loads(text)["data"] for text in found)
-
-
-def test_differences_are_against_the_baseline_of_the_group(make_run: Make, tmp_path: Path) -> None:
-    edit(make_run("base", scale=0), test={"accuracy": 0.90}, seconds=10.0)
-    edit(make_run("better"), test={"accuracy": 0.924}, seconds=15.0)
-    edit(make_run("worse", scale=4), test={"accuracy": 0.88}, seconds=5.0)
-    rows = {row.swatch.label: row.cells for row in section(group(tmp_path / "runs")).table.rows}
-    assert rows["Backprop"]["Difference"].text == "baseline"
-    assert rows["Dither(scale=2)"]["Test"].text == f"92.4{SPACE}%"
-    assert rows["Dither(scale=2)"]["Difference"].text == f"+2.4{SPACE}pt"
-    assert rows["Dither(scale=2)"]["Time ratio"].text == f"1.50{SPACE}×"
-    assert rows["Dither(scale=4)"]["Difference"].text == f"−2.0{SPACE}pt"
-    text = headline(group(tmp_path / "runs"))
-    assert text.startswith(f"Dither(scale=2) reaches 92.4{SPACE}% test accuracy, +2.4{SPACE}pt against")
-    assert "1.50 times the baseline’s time" in text
-
-
-def test_several_baselines_are_averaged(make_run: Make, tmp_path: Path) -> None:
-    edit(make_run("base-0", scale=0), test={"accuracy": 0.90})
-    edit(make_run("base-1", scale=0), test={"accuracy": 0.92})
-    edit(make_run("dither"), test={"accuracy": 0.92})
-    found = section(group(tmp_path / "runs"))
-    assert "mean of the 2 baselines" in found.caption
-    differences = [row.cells["Difference"].text for row in found.table.rows]
-    assert differences == [f"−1.0{SPACE}pt", f"+1.0{SPACE}pt", f"+1.0{SPACE}pt"]
-
-
-def test_a_run_with_nothing_measured_makes_a_page(make_run: Make, tmp_path: Path) -> None:
-    folder = make_run("empty", finished=False, plan=None, machine=None, recipe=None)
-    (folder / "metrics.jsonl").unlink()
-    assert "unfinished" in Page(page(tmp_path / "runs")).text
-    cells = section(group(tmp_path / "runs")).table.rows[0].cells
-    assert [cell.text for cell in cells.values()] == ["–"] * 9 + ["unfinished"]
-    assert not any(charts(group(tmp_path / "runs")).values())
-
-
-def test_a_diverged_run_makes_a_page(make_run: Make, tmp_path: Path) -> None:
-    folder = make_run("diverged", epochs=2)
-    text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(re.sub(r'"loss": [^,}]+', '"loss": NaN', text))
-    edit(folder, test={"accuracy": float("nan")}, zeros=float("nan"), seconds=float("inf"))
-    assert "NaN" not in "".join(re.findall(r"application/json[^>]*>(.*?)</script>", page(tmp_path / "runs")))
-    assert section(group(tmp_path / "runs")).table.rows[0].cells["Test"].text == "–"
-
-
-@pytest.mark.parametrize(
-    ("kernel", "scale", "shown"), [("reference", 2, True), ("cpu", 2, False), ("reference", 0, False)]
-)
-def test_the_reference_caveat_needs_a_reference_kernel_with_a_method(
-    make_run: Make, tmp_path: Path, kernel: str, scale: float, shown: bool
-) -> None:
-    make_run(kernel=kernel, scale=scale)
-    assert (
-        any("Reference kernels multiply zeros too" in text for text in caveats(group(tmp_path / "runs")))
-        == shown
+def test_plot_data_is_json_also_of_a_run_that_diverged(copy_run: Make, tmp_path: Path) -> None:
+    folder = copy_run("dither-0", outcome={"zeros": float("nan"), "seconds": float("inf")})
+    text = (folder / files.METRICS).read_text()
+    (folder / files.METRICS).write_text(re.sub(r'"loss": [^,}]+', '"loss": NaN', text))
+    edit(folder / files.RESULT, test={"accuracy": float("nan")})
+    found = re.findall(
+        r'<script type="application/json"[^>]*>(.*?)</script>', page(tmp_path / "runs"), re.DOTALL
     )
-
-
-def test_caveats_name_other_machines_and_unfinished_runs(make_run: Make, tmp_path: Path) -> None:
-    make_run("base", scale=0)
-    make_run("dither", machine={"cpu": "Another"}, finished=False)
-    found = " ".join(caveats(group(tmp_path / "runs")))
-    assert "different machines" in found
-    assert "Dither(scale=2) is unfinished" in found
-
-
-def test_a_run_keeps_its_colour_in_every_plot(runs: Path) -> None:
-    first = group(runs)
-    colours = {swatch.run: swatch.colour for swatch in swatches(first)}
-    assert list(colours.values())[1:] == list(COLOURS[:2])
-    seen = 0
-    for chart in [chart for found in charts(first).values() for chart in found]:
-        for trace in chart.spec["data"]:
-            if "meta" in trace:
-                colour = trace.get("line", trace.get("marker"))["color"]
-                assert colour == colours[trace["meta"]["run"]]
-                seen += 1
-    assert seen > 20
-
-
-def test_the_bars_of_a_count_add_up_to_its_total(runs: Path) -> None:
-    first = group(runs)
-    (chart,) = charts(first)["flops"]
-    bars = [trace for trace in chart.spec["data"] if trace["type"] == "bar"]
-    at = {y for trace in bars for y in trace["y"]}
-    sums = [
-        sum(x for trace in bars for x, y in zip(trace["x"], trace["y"], strict=True) if y == row)
-        for row in sorted(at)
-    ]
-    counts = ("dense", "needed", "executed", "discounted")
-    totals = [getattr(run.result.flops, count) / 1e9 for run in first.runs for count in counts]
-    assert sums == pytest.approx(totals)
-    assert "overhead, or not split" in [swatch.label for swatch in chart.legend]
+    assert len(found) > 5
+    assert all(json.loads(text)["data"] for text in found)
+    assert "NaN" not in "".join(found)
+    comparison = of_folders([tmp_path / "runs"])[0]
+    assert comparison.result.summaries["dither(scale=1.0)"].keys() >= {"executed"}
+    assert "accuracy" not in comparison.result.summaries["dither(scale=1.0)"]
 
 
 def test_plots_and_tables_are_described(runs: Path) -> None:
     tags = Page(page(runs)).tags
     assert ("html", {"lang": "en"}) in tags
     plots = [attrs for _, attrs in tags if attrs.get("class") == "plot"]
+    assert plots
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in plots)
     names = [tag for tag, _ in tags]
     assert names.count("caption") == names.count("table")
     assert all("scope" in attrs for tag, attrs in tags if tag == "th")
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def titles(folds: tuple[Fold, ...]) -> list[str]:
+    return [table.caption for fold in folds for table in (*fold.tables, *fold.columns)]
+
+
+def test_runs_are_folded_away_and_a_plan_is_shown_once(runs: Path) -> None:
+    plain, dither, each = section(of_folders([runs])[0]).folds
+    assert [fold.label for fold in plain.folds] == ["plain, seed 0", "plain, seed 1"]
+    first, second = dither.folds
+    assert titles((first,))[0] == "Plan: what is attached to each layer, and why"
+    assert second.text == "The plan is that of dither(scale=1.0), seed 0."
+    assert titles((second,)) == ["Layers in the last epoch", "Run", "Configuration", "Machine"]
+    assert len(each.tables[0].rows) == 4
+
+
+def test_a_plan_names_layers_methods_and_reasons(copy_run: Make, tmp_path: Path) -> None:
+    copy_run("blocks")
+    (run,) = of_folders([tmp_path / "runs"])[0].variants[0].records
+    table = plan_table(run)
+    assert table is not None
+    assert [row.cells[0] for row in table.rows] == [layer.name for layer in run.description.plan.layers]
+    assert {row.cells[6] for row in table.rows} == {"attached"}
+    assert {row.cells[4] for row in table.rows} == {"deepfocus"}
+
+
+def test_a_forecast_stands_beside_what_was_measured(copy_run: Make, tmp_path: Path) -> None:
+    for run, forecast in (("dither-0", True), ("plain-0", False)):
+        copy_run(run)
+        (record,) = of_folders([tmp_path / "runs" / run])[0].variants[0].records
+        rows = {row.cells[0]: row.cells[1] for row in run_table(record).rows}
+        assert ("Attached backward passes in a step, forecast" in rows) is forecast
+        assert rows["Status"] == "finished"
+
+
+def test_a_methods_own_numbers_have_columns(copy_run: Make, tmp_path: Path) -> None:
+    folder = copy_run("dither-0")
+    edit_epochs(folder, layers={"head": {"zeros": 0.5, "something_new": 17, "energy": 0.25, "odd": [1]}})
+    assert "something new" in Page(page(tmp_path / "runs")).text
+    assert [cell(value, name) for name, value in (("new", 17000), ("energy", 0.25), ("odd", [1]))] == [
+        "17,000",
+        "25.00 %",
+        "–",
+    ]
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert share(0.974) == f"97.4{SPACE}%"
-    assert flops(1.2e9) == f"1.2{SPACE}GFLOP"
-    assert size(3 * 2**20) == f"3.0{SPACE}MiB"
-    assert share(None) == flops(None) == flops(float("nan")) == "–"
+    assert flops(1.2e9) == "1.2 GFLOP"
+    assert flops(None) == flops(float("nan")) == "–"
+    assert flat({"a": {"b": [1, 2]}, "c": [{"d": "e"}], "f": {}}) == [
+        ("a.b", "[1, 2]"),
+        ("c.0.d", "e"),
+        ("f", "{}"),
+    ]

@@ -1,150 +1,213 @@
-import json
-from collections.abc import Callable
+"""The plots of run folders, from what each method really left."""
+
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_runs import Make, edit_epochs
 
-from retrograde.report.groups import Contestant, grouped
-from retrograde.report.page import write
-from retrograde.report.pictures import Chart, charts, method_charts, swatches
-from retrograde.report.pictures.chart import MAX_POINTS_OF_PLOT, thinned
+from retrograde.lab import files
+from retrograde.report import write
+from retrograde.report.comparison import Comparison, Variant, of_folders
+from retrograde.report.pictures import Chart, galleries, method_charts
+from retrograde.report.pictures.chart import MAX_POINTS_OF_PLOT, mean_line, thinned
 from retrograde.report.pictures.perforate import marks
-from retrograde.report.runs import collect, read
 
-Make = Callable[..., Path]
-TITLES = [
+BASES = [
     "Decorrelate: correlation left in each layer’s input",
-    "DeepFocus: how backward work was done",
-    "DeepFocus: share skipped, by block",
-    "Perforate: phases over validation accuracy",
-    "Perforate: dendrites of each layer",
     "Spectral: gradient energy inside the basis",
     "Spectral: effective rank of each layer’s input",
     "Spectral: drift of the basis",
 ]
+BLOCKS = ["DeepFocus: how backward work was done", "DeepFocus: share skipped, by block"]
+GROWN = ["Perforate: phases over validation accuracy", "Perforate: dendrites of each layer"]
 
 
-def contestant(path: Path, label: str = "Everything") -> Contestant:
-    return next(one for one in grouped(collect([path]))[0].contestants if one.label == label)
+def compared(path: Path) -> Comparison:
+    return of_folders([path])[0]
+
+
+def only(path: Path) -> Variant:
+    (variant,) = compared(path).variants
+    return variant
 
 
 def pictures(path: Path) -> dict[str, Chart]:
-    first = grouped(collect([path]))[0]
-    at = [one.label for one in first.contestants].index("Everything")
-    return {chart.title: chart for chart in method_charts(first.contestants[at], swatches(first)[at])}
+    return {chart.title: chart for chart in method_charts(only(path))}
 
 
-def test_every_method_has_its_pictures_with_a_caption(seeded: Path) -> None:
-    found = pictures(seeded)
-    assert list(found) == TITLES
+def gallery(path: Path, title: str) -> dict[str, Chart]:
+    found = next(one for one in galleries(compared(path)) if one.title == title)
+    return {chart.title: chart for chart in found.charts}
+
+
+@pytest.mark.parametrize(
+    ("run", "titles"), [("bases", BASES), ("blocks", BLOCKS), ("grown", GROWN), ("dither-0", [])]
+)
+def test_a_method_has_its_pictures_with_a_caption(trained: Path, run: str, titles: list[str]) -> None:
+    found = pictures(trained / run)
+    assert list(found) == titles
     assert all(chart.note.endswith(".") and chart.alt for chart in found.values())
 
 
-def test_a_run_without_the_data_has_no_pictures(seeded: Path) -> None:
-    assert (
-        method_charts(contestant(seeded, "Dither(scale=1)"), swatches(grouped(collect([seeded]))[0])[0]) == []
-    )
-
-
-def test_layers_are_means_over_seeds(make_run: Make, tmp_path: Path) -> None:
-    for seed, energy in ((0, 0.5), (1, 0.7)):
-        folder = make_run(f"s{seed}", "Everything", seed=seed, epochs=1)
-        rewrite(folder, layers={"1": {"captured_energy": energy}})
-    (trace,) = pictures(tmp_path / "runs")[TITLES[5]].spec["data"]
-    assert trace["y"] == [pytest.approx(60.0)]
-
-
-def test_correlation_is_drawn_against_that_of_the_input_on_a_log_axis(seeded: Path) -> None:
-    spec = pictures(seeded)[TITLES[0]].spec
-    assert spec["layout"]["yaxis"]["type"] == "log"
-    assert [trace["line"]["dash"] for trace in spec["data"]] == ["dot"] * 3 + ["solid"] * 3
-    colours = [trace["line"]["color"] for trace in spec["data"]]
-    assert colours[:3] == colours[3:]
-    assert len(set(colours)) == 3
-
-
-def test_the_tiers_fill_the_whole_and_the_heat_map_has_every_block(seeded: Path) -> None:
-    found = pictures(seeded)
-    areas = found[TITLES[1]].spec["data"]
-    assert [sum(parts) for parts in zip(*(area["y"] for area in areas), strict=True)] == pytest.approx(
-        [100] * 8, rel=1e-4
-    )
-    (heat,) = found[TITLES[2]].spec["data"]
-    assert (len(heat["z"]), len(heat["z"][0])) == (4, 8)
-    assert heat["z"][0][-1] == pytest.approx(80)
-    assert found[TITLES[2]].spec["layout"]["yaxis"]["ticktext"][3] == "stages.3.branch (chain)"
-
-
-def test_one_epoch_still_has_an_area(make_run: Make, tmp_path: Path) -> None:
-    make_run("a", "Everything", methods=True, epochs=1)
-    area = pictures(tmp_path / "runs")[TITLES[1]].spec["data"][0]
-    assert area["x"] == [0.5, 1.5]
-
-
-def test_each_phase_change_is_marked_once(make_run: Make, tmp_path: Path) -> None:
-    folder = make_run("a", "Everything", methods=True)
-    found = marks(read(folder))
-    assert [(mark.step, mark.phase, mark.dendrites) for mark in found] == [
-        (46, "dendrite", 0),
-        (92, "neuron", 2),
-        (138, "done", 4),
+def test_methods_have_a_section_only_where_they_left_something(trained: Path, runs: Path) -> None:
+    titles = [one.title for one in galleries(compared(trained / "bases"))]
+    assert titles[-2:] == ["What each method did", only(trained / "bases").label]
+    assert [one.title for one in galleries(compared(runs))] == [
+        "Accuracy, time and cost",
+        "Learning",
+        "Zeros in the gradient",
+        "Work",
+        "Time",
     ]
-    layout = pictures(tmp_path / "runs")[TITLES[3]].spec["layout"]
-    assert [shape["x0"] for shape in layout["shapes"] if shape["type"] == "line"] == [46, 92, 138]
-    assert [(shape["x0"], shape["x1"]) for shape in layout["shapes"] if shape["type"] == "rect"] == [(46, 92)]
-    assert [note["text"] for note in layout["annotations"]] == ["0", "2", "4"]
 
 
-def test_phases_are_found_by_what_is_recorded(make_run: Make, tmp_path: Path) -> None:
-    """Whatever the method is called that recorded them."""
-    folder = make_run("a", "Everything", epochs=2)
-    rewrite(folder, somebody={"marks": [{"step": 10, "phase": "dendrite", "dendrites": 0}]})
-    (mark,) = marks(read(folder))
-    assert (mark.step, mark.phase) == (10, "dendrite")
-    assert TITLES[3] in pictures(tmp_path / "runs")
+def test_layers_are_means_over_seeds(copy_run: Make, tmp_path: Path) -> None:
+    for seed, energy in ((0, 0.5), (1, 0.7)):
+        edit_epochs(copy_run("bases", str(seed), seed=seed), layers={"1": {"captured_energy": energy}})
+    (trace,) = pictures(tmp_path / "runs")[BASES[1]].spec["data"]
+    assert trace["y"] == [pytest.approx(60.0)] * 2
 
 
-def test_correlation_alone_is_not_decorrelates(make_run: Make, tmp_path: Path) -> None:
+def test_correlation_is_drawn_against_that_of_the_input_on_a_log_axis(trained: Path) -> None:
+    spec = pictures(trained / "bases")[BASES[0]].spec
+    assert spec["layout"]["yaxis"]["type"] == "log"
+    half = len(spec["data"]) // 2
+    assert [trace["line"]["dash"] for trace in spec["data"]] == ["dot"] * half + ["solid"] * half
+    colours = [trace["line"]["color"] for trace in spec["data"]]
+    assert colours[:half] == colours[half:]
+    assert len(set(colours)) == half > 1
+
+
+def test_correlation_alone_is_not_decorrelates(copy_run: Make, tmp_path: Path) -> None:
     """Perforate calls a number of its own so."""
-    folder = make_run("a", "Everything", epochs=2)
+    folder = copy_run("bases")
     for layer, shown in (
         ({"correlation": 0.2}, False),
         ({"correlation": 0.2, "correlation_input": 0.4}, True),
     ):
-        rewrite(folder, layers={"1": layer})
-        assert (TITLES[0] in pictures(tmp_path / "runs")) is shown
+        edit_epochs(folder, layers={"1": layer})
+        assert (BASES[0] in pictures(tmp_path / "runs")) is shown
 
 
-def test_phases_name_the_seed_they_are_drawn_for(seeded: Path) -> None:
-    assert pictures(seeded)[TITLES[3]].note.endswith("Drawn for one seed, 0.")
+def test_the_tiers_fill_the_whole_and_the_heat_map_has_every_block(trained: Path) -> None:
+    found = pictures(trained / "blocks")
+    areas = found[BLOCKS[0]].spec["data"]
+    assert [sum(parts) for parts in zip(*(area["y"] for area in areas), strict=True)] == pytest.approx(
+        [100] * 4, rel=1e-4
+    )
+    (heat,) = found[BLOCKS[1]].spec["data"]
+    blocks = only(trained / "blocks").records[0].epochs[-1].mapping("blocks")
+    assert [row[-1] for row in heat["z"]] == pytest.approx([100 * block["skip"] for block in blocks.values()])
+    assert any(row[-1] > 0 for row in heat["z"])
+
+
+def test_one_epoch_still_has_an_area(copy_run: Make, tmp_path: Path) -> None:
+    folder = copy_run("blocks")
+    lines = (folder / files.METRICS).read_text().splitlines(keepends=True)
+    (folder / files.METRICS).write_text(lines[0])
+    assert pictures(tmp_path / "runs")[BLOCKS[0]].spec["data"][0]["x"] == [0.5, 1.5]
+
+
+def test_each_phase_change_is_marked_once(trained: Path) -> None:
+    (run,) = only(trained / "grown").records
+    found = marks(run)
+    assert [mark.phase for mark in found[:4]] == ["dendrite", "neuron"] * 2
+    steps = [mark.step for mark in found]
+    assert steps == sorted(set(steps))
+    layout = pictures(trained / "grown")[GROWN[0]].spec["layout"]
+    assert [shape["x0"] for shape in layout["shapes"] if shape["type"] == "line"] == steps
+    assert [(shape["x0"], shape["x1"]) for shape in layout["shapes"] if shape["type"] == "rect"][:2] == [
+        (steps[0], steps[1]),
+        (steps[2], steps[3]),
+    ]
+    assert [note["text"] for note in layout["annotations"]] == ["0", "1", "2"]
+
+
+def test_phases_name_the_seed_they_are_drawn_for(copy_run: Make, tmp_path: Path) -> None:
+    for seed in (3, 1):
+        copy_run("grown", str(seed), seed=seed)
+    assert pictures(tmp_path / "runs")[GROWN[0]].note.endswith("Drawn for one seed, 1.")
 
 
 @pytest.mark.parametrize("odd", [None, 1, "text", [1, None], {"a": 1}, {"a": {"skip": "x"}}, {"marks": [1]}])
-def test_fields_of_another_shape_are_harmless(make_run: Make, tmp_path: Path, odd: object) -> None:
+def test_fields_of_another_shape_are_harmless(copy_run: Make, tmp_path: Path, odd: object) -> None:
     layer = dict.fromkeys(("correlation", "captured_energy", "effective_rank", "drift", "dendrites"), odd)
-    folder = make_run("a", "Everything", epochs=2)
-    rewrite(folder, blocks=odd, perforate=odd, unknown=odd, layers={"1": layer})
+    edit_epochs(copy_run("bases"), blocks=odd, perforate=odd, unknown=odd, layers={"1": layer})
     write([tmp_path / "runs"], tmp_path / "report.html")
-    assert set(pictures(tmp_path / "runs")) <= {TITLES[3], *(TITLES if odd == 1 else [])}
+    assert set(pictures(tmp_path / "runs")) <= {GROWN[0], *([*BASES, GROWN[1]] if odd == 1 else [])}
 
 
-def test_seeds_are_faint_and_their_mean_strong_in_one_colour(seeded: Path) -> None:
-    first = grouped(collect([seeded]))[0]
-    traces = charts(first)["learning"][0].spec["data"]
-    assert [trace["meta"]["run"] for trace in traces] == ["0", "0", "1", "1", "2", "2"]
+def test_a_variant_keeps_its_colour_in_every_plot(runs: Path) -> None:
+    comparison = compared(runs)
+    colours = {one.name: one.swatch.colour for one in comparison.variants}
+    seen = 0
+    for chart in [chart for one in galleries(comparison) for chart in one.charts]:
+        for trace in chart.spec["data"]:
+            if trace.get("meta") and trace["meta"]["run"] and trace.get("fill") is None:
+                colour = trace.get("line", trace.get("marker"))["color"]
+                assert colour == colours[trace["meta"]["run"]]
+                seen += 1
+    assert seen > 20
+
+
+def test_seeds_are_faint_and_their_mean_strong_in_one_colour(runs: Path) -> None:
+    traces = gallery(runs, "Learning")["Validation accuracy over epochs"].spec["data"]
+    assert [trace["meta"]["run"] for trace in traces] == ["plain"] * 2 + ["dither(scale=1.0)"] * 2
     for faint, strong in zip(traces[::2], traces[1::2], strict=True):
         assert faint["line"]["color"] == strong["line"]["color"]
         assert faint["line"]["width"] < strong["line"]["width"]
-        assert faint["y"].count(None) == 3
-        first_of_seeds = [y for at, y in enumerate(faint["y"]) if at % 9 == 0]
-        assert strong["y"][0] == pytest.approx(sum(first_of_seeds) / 3, rel=1e-4)
+        assert faint["y"].count(None) == 2
+        assert strong["y"][0] == pytest.approx((faint["y"][0] + faint["y"][3]) / 2, rel=1e-4)
 
 
-def test_bars_have_whiskers_only_with_seeds(seeded: Path) -> None:
-    first = grouped(collect([seeded]))[0]
-    assert any("error_x" in trace for trace in charts(first)["time"][0].spec["data"])
-    single = grouped(collect([seeded / "backprop-0"]))[0]
-    assert not any("error_x" in trace for trace in charts(single)["time"][0].spec["data"])
+def test_the_bars_of_a_count_add_up_to_its_total(copy_run: Make, tmp_path: Path) -> None:
+    copy_run("plain-0")
+    copy_run("dither-0")
+    chart = gallery(tmp_path / "runs", "Work")["FLOPs by count and product"]
+    bars = [trace for trace in chart.spec["data"] if trace["type"] == "bar"]
+    at = sorted({y for trace in bars for y in trace["y"]})
+    sums = [
+        sum(x for trace in bars for x, y in zip(trace["x"], trace["y"], strict=True) if y == row)
+        for row in at
+    ]
+    runs = [run for one in compared(tmp_path / "runs").variants for run in one.records]
+    counts = ("dense", "needed", "executed", "discounted")
+    totals = [getattr(run.outcome.flops, count) or 0.0 for run in runs for count in counts]
+    assert sums == pytest.approx([total * sums[0] / totals[0] for total in totals])
+    assert "overhead, or not split" in [swatch.label for swatch in chart.legend]
+
+
+def whiskers(spec: dict[str, Any]) -> list[Any]:
+    return [trace["error_x"]["array"] for trace in spec["data"] if trace.get("error_x", {}).get("array")]
+
+
+def test_whiskers_are_half_of_the_interval_and_need_seeds(runs: Path) -> None:
+    chart = gallery(runs, "Time")["Time per training step"]
+    (halves,) = whiskers(chart.spec)
+    plain = compared(runs).variants[0].estimate(lambda run: run.step_seconds)
+    assert plain is not None
+    assert plain.half is not None
+    bar = next(trace for trace in chart.spec["data"] if trace["type"] == "bar")
+    assert halves[0] / bar["x"][0] == pytest.approx(plain.half / plain.mean)
+    alone = gallery(runs / "plain-0", "Time")["Time per training step"]
+    assert whiskers(alone.spec) == []
+
+
+def test_zeros_are_drawn_before_and_with_the_method(runs: Path) -> None:
+    chart = gallery(runs, "Zeros in the gradient")["Zeros in the gradient by layer"]
+    marked = [trace for trace in chart.spec["data"] if trace["mode"] == "markers"]
+    assert [trace["marker"]["symbol"] for trace in marked] == ["circle-open", "circle"]
+    before, after = (trace["x"] for trace in marked)
+    assert all(one < other for one, other in zip(before, after, strict=True))
+    layer = [run.layers["head"].zeros for run in compared(runs).variants[1].records]
+    assert after[-1] == pytest.approx(50 * sum(layer))
+
+
+def test_the_mean_of_lines_is_taken_where_all_of_them_are() -> None:
+    lines = [[(1.0, 2.0), (2.0, 4.0), (3.0, 0.0)], [(2.0, 6.0), (3.0, 2.0)], []]
+    assert mean_line(lines) == [(2.0, 5.0), (3.0, 1.0)]
+    assert mean_line([[], []]) == []
 
 
 def test_many_long_lines_share_a_budget_and_keep_their_ends() -> None:
@@ -153,11 +216,3 @@ def test_many_long_lines_share_a_budget_and_keep_their_ends() -> None:
     assert stride > 1
     assert sum(map(len, lines)) <= MAX_POINTS_OF_PLOT * 1.1
     assert all(kept[0] == line[0] and kept[-1] == line[-1] for kept in lines)
-
-
-def rewrite(folder: Path, **fields: object) -> None:
-    """Replace fields of every epoch line."""
-    source = folder / "metrics.jsonl"
-    events = [json.loads(line) for line in source.read_text().splitlines()]
-    lines = [event | fields if event["event"] == "epoch" else event for event in events]
-    source.write_text("".join(json.dumps(line) + "\n" for line in lines))

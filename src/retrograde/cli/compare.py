@@ -19,15 +19,16 @@ from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import peers
 from retrograde.lab.claims.adhoc import BASELINE, comparison
-from retrograde.lab.claims.advice import Advice, advise, points, times
+from retrograde.lab.claims.advice import Advice, advise
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.result import Result, write_result
+from retrograde.lab.claims.wording import points, times
 from retrograde.lab.files import writing
 from retrograde.lab.options import make
 from retrograde.lab.recipe import Recipe, make_recipe
 from retrograde.methods.registry import available
-from retrograde.report.claims import write_claims
+from retrograde.report import write_claims
 
 _READINGS = 10
 """Of the validation split in a short run: the time to an accuracy is known to a tenth of it."""

@@ -14,8 +14,8 @@ from typing import Any
 from retrograde.cli.flags import NOT_FLAGS
 from retrograde.errors import OptionError
 from retrograde.lab import peers
-from retrograde.lab.files import read_run
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
+from retrograde.lab.record import read_description
 from retrograde.methods.registry import available, suggest
 
 ALL_METHODS = "all"
@@ -109,7 +109,7 @@ def _recipe(arguments: Sequence[str]) -> Recipe:
         return make_recipe(read_recipe(Path(file[0]), code=named), file[0])
     folder = _values(arguments, "--out") or _values(arguments, "-o")
     if "--resume" in arguments and folder:
-        fields = read_run(Path(folder[0]))["recipe"]
+        fields = read_description(Path(folder[0])).recipe
         if not named:
             refuse_code(fields, f"the run in {folder[0]}")
         return make_recipe(fields, folder[0])

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import tyro
 from rich.markup import escape
-from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.options import Given
@@ -22,11 +21,15 @@ from retrograde.lab.claims.jobs import State
 from retrograde.lab.claims.library import Library
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.verify import run_again
+from retrograde.report.comparison import Comparison
+from retrograde.report.prose import caption
+from retrograde.report.table import NONE, make_table
+from retrograde.report.tables import checks_table, figures_table
 
 
 @dataclass(frozen=True)
 class List:
-    """Name every claim: what its source says, whether it has been run, and the verdict.
+    """Name every claim: what its source says, whether it has been run, and the verdict; and every other experiment.
 
     Attributes:
         folder: definitions; results lie beside it.
@@ -38,16 +41,36 @@ class List:
 
     def run(self, given: Given) -> int:
         """Print to stdout."""
-        entries = Library(self.folder).entries()
+        library = Library(self.folder)
+        entries, scripts = library.entries(), library.scripts()
         if self.json:
-            output.print_json({"claims": [entry.to_dict() for entry in entries]})
+            output.print_json(
+                {
+                    "claims": [entry.to_dict() for entry in entries],
+                    "scripts": [script.to_dict() for script in scripts],
+                }
+            )
             return 0
-        table = output.new_table("repro run CLAIM runs one; repro show CLAIM tells what came out")
-        for name in ("claim", "the source says", "status", "verdict"):
-            table.add_column(name, overflow="fold")
-        for entry in entries:
-            table.add_row(entry.claim.id, escape(entry.claim.claim), entry.status, entry.verdict or "–")
-        output.print_table(table)
+        claims = make_table(
+            ("claim", "the source says", "status", "verdict"),
+            ((e.claim.id, e.claim.claim, e.status, e.verdict or NONE) for e in entries),
+            texts=4,
+            caption="repro run CLAIM runs one; repro show CLAIM tells what came out",
+        )
+        output.print_table(claims.terminal())
+        if scripts:
+            rows = (
+                (
+                    one.name,
+                    one.question,
+                    ", ".join(one.results) if one.status == "run" else one.status,
+                    one.command,
+                )
+                for one in scripts
+            )
+            columns = ("script", "its question", "results", "command")
+            output.print_line("")
+            output.print_table(make_table(columns, rows, texts=4, caption="not claims: scripts").terminal())
         return 0
 
 
@@ -185,16 +208,16 @@ class Verify:
             output.print_json({"claim": entry.claim.id, **found.to_dict()})
         else:
             verdict = "identical" if found.identical else "agrees" if found.agrees else "DOES NOT AGREE"
-            table = output.new_table(f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}")
-            for name in ("metric", "published", "now"):
-                table.add_column(name)
-            for name, value in found.published.items():
-                table.add_row(
+            rows = (
+                (
                     metrics.ALL[name].label,
                     wording.figure(name, value),
                     wording.figure(name, found.found[name]),
                 )
-            output.print_table(table)
+                for name, value in found.published.items()
+            )
+            title = f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}"
+            output.print_table(make_table(("metric", "published", "now"), rows, caption=title).terminal())
         return 0 if found.agrees else 1
 
 
@@ -215,45 +238,13 @@ def present(result: Result, path: Path | None, *, as_json: bool) -> None:
     if as_json:
         output.print_json(result.model_dump(mode="json"))
         return
-    output.print_table(_summary(result))
+    output.print_table(figures_table(Comparison(result, {})).terminal(f"{result.title}. {caption(result)}"))
     if result.findings:
+        verdict = "quick, which decides nothing: " if result.quick else "verdict: "
         output.print_line("")
-        output.print_table(_findings(result))
+        output.print_table(checks_table(result).terminal(f"{verdict}[bold]{result.verdict}[/]"))
     if path is not None:
         output.print_line(f"result: {path}")
-
-
-def _summary(result: Result) -> Table:
-    seeds = len(result.seeds)
-    table = output.new_table(
-        f"{result.title}; {seeds} seed{'s' * (seeds > 1)}, mean ± half of its 95 % interval; time: over the baseline's"
-    )
-    table.add_column("contestant", overflow="fold")
-    for name in result.table:
-        table.add_column(metrics.ALL[name].label, justify="right")
-    table.add_column("time", justify="right")
-    for name, entry in result.contestants.items():
-        cells = [wording.cell(result, name, metric) for metric in result.table]
-        cells.append(wording.ratio(result, name, "seconds") or "×1")
-        table.add_row(escape(entry.label), *map(output.unbroken, cells))
-    return table
-
-
-def _findings(result: Result) -> Table:
-    table = output.new_table("")
-    table.caption = (
-        f"{'quick, which decides nothing: ' if result.quick else 'verdict: '}[bold]{result.verdict}[/]"
-    )
-    for name in ("check", "holds", "found", "wanted"):
-        table.add_column(name, overflow="fold")
-    for finding in result.findings:
-        table.add_row(
-            escape(finding.says),
-            "yes" if finding.holds else "no",
-            escape(wording.outcome(finding)),
-            wording.bound(finding),
-        )
-    return table
 
 
 Command = (

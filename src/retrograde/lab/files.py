@@ -114,9 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}. Make it again, or remove it.") from error
+        raise RunError(
+            f"{path} cannot be read: {error}. It is damaged: copy or make it again, or leave it out."
+        ) from error
     if not isinstance(content, dict):
-        raise RunError(f"{path} holds no JSON object. Make it again, or remove it.")
+        raise RunError(f"{path} is not a JSON object. It is damaged: copy or make it again, or leave it out.")
     return content
 
 
@@ -182,37 +184,6 @@ def check_metrics(folder: Path, length: int) -> None:
             f"{path} is missing or shorter than the {length} bytes that its checkpoint counts on, so the run cannot go "
             "on in it. Put the file back, or start the run anew in another folder."
         )
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the run's metrics file, in order.
-
-    Raises:
-        RunError: it is missing or damaged.
-    """
-    path = folder / METRICS
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}. Start the run anew in another folder.") from error
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """The description of the run in `folder`.
-
-    Raises:
-        RunError: there is none, or it is damaged.
-    """
-    path = folder / RUN
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"there is no run in {folder}: {error}. Give the folder of a run (--out).") from error
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Start the run anew in another folder.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("recipe"), dict):
-        raise RunError(f"{path} is damaged: it describes no run. Start the run anew in another folder.")
-    return content
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from retrograde.accounting.memory import saved_bytes
 from retrograde.kernels.work import DISCOUNTS
 from retrograde.lab.data import Split, evaluation_batches
+from retrograde.lab.record import Timing
 from retrograde.session import Session
 
 _EVALUATION_BATCH = 512
@@ -160,7 +161,7 @@ def whole_flops(
     return found
 
 
-def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> dict[str, Any]:
+def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> Timing:
     """Seconds that the backward pass of each attached layer took in a step, beside those that were forecast.
 
     Args:
@@ -177,12 +178,12 @@ def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> 
         if steps
     }
     both = [layer for layer in layers.values() if layer["forecast"] is not None]
-    return {
-        "forecast_ratio": forecast.get("ratio"),
-        "backward_seconds": sum(layer["seconds"] or 0.0 for layer in both) if both else None,
-        "backward_forecast": sum(layer["forecast"] or 0.0 for layer in both) if both else None,
-        "layers": layers,
-    }
+    return Timing(
+        forecast_ratio=forecast.get("ratio"),
+        backward_seconds=sum(layer["seconds"] or 0.0 for layer in both) if both else None,
+        backward_forecast=sum(layer["forecast"] or 0.0 for layer in both) if both else None,
+        layers=layers,
+    )
 
 
 def sharpness(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, tolerance: float = 1e-3) -> float:
@@ -215,7 +216,7 @@ def sharpness(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, tolera
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of the device's allocator on a GPU, else of the whole process; None where nobody counts."""
+    """Bytes: of the device's allocator on a GPU, else of the whole process; None where nothing counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -147,7 +147,7 @@ def read_recipe(path: Path, *, code: bool = False) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"recipe {path} cannot be read: {error}. Give the path of a TOML file.") from error
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"recipe {path} is no valid TOML: {error}. Mend that line.") from error
+        raise OptionError(f"recipe {path} is no valid TOML: {error}. Correct that line.") from error
     if not code:
         refuse_code(fields, f"recipe {path}")
     return fields

@@ -204,7 +204,7 @@ def _image_splits(folder: Path, images: list[Path]) -> dict[str, dict[str, list[
     if len(splits["train"]) < 2:
         raise DataError(
             f"The training images of {folder} are all of one class, {next(iter(splits['train']))}, and "
-            f"there is nothing to tell apart. {_LAYOUT}"
+            f"there is nothing to distinguish. {_LAYOUT}"
         )
     for split, classes in splits.items():
         if unknown := sorted(classes.keys() - splits["train"].keys()):

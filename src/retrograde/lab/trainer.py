@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ from retrograde.lab.data import Data
 from retrograde.lab.generators import Generators, seeded
 from retrograde.lab.optimization import make_optimizer, make_schedule
 from retrograde.lab.recipe import Recipe
+from retrograde.lab.record import (
+    Description,
+    Epoch,
+    Flops,
+    Outcome,
+    Plan,
+    Reading,
+    Step,
+    Timing,
+    read_description,
+)
 from retrograde.lab.tensorboard import open_writer
 from retrograde.patterns import escape
 from retrograde.planning import make_plan
@@ -329,14 +340,7 @@ class Trainer:
         if self.step % _LOG_EVERY == 0 or self.step == self.steps:
             rate = float(self._schedule.get_last_lr()[0])
             self._log(
-                {
-                    "event": "step",
-                    "step": self.step,
-                    "epoch": epoch,
-                    "loss": value,
-                    "learning_rate": rate,
-                    "seconds": self._seconds,
-                }
+                Step(step=self.step, epoch=epoch, loss=value, learning_rate=rate, seconds=self._seconds)
             )
             self._log_scalars({"train/loss": value, "train/learning_rate": rate})
         if self._progress:
@@ -374,48 +378,41 @@ class Trainer:
         """A reading within an epoch; training goes on as if there had been none."""
         self._evaluate(epoch)
         self._log(
-            {
-                "event": "reading",
-                "epoch": epoch,
-                "step": self.step,
-                "validation": self._validation,
-                "seconds": self._seconds,
-            }
+            Reading(epoch=epoch, step=self.step, validation=dict(self._validation), seconds=self._seconds)
         )
 
     def _finish_epoch(self, epoch: int) -> None:
         sums = self._epoch_sums
-        seen = {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
-        self._evaluate(epoch)
-        line: dict[str, Any] = {
-            "event": "epoch",
-            "epoch": epoch,
-            "step": self.step,
-            "train": seen,
-            "validation": self._validation,
-            "seconds": self._seconds,
-            "step_seconds": median(self._step_seconds) if self._step_seconds else None,
-            "zeros": None,
-            "own_zeros": None,
-            "flops": None,
-            "layers": {},
+        seen: dict[str, float | None] = {
+            "loss": sums["loss"] / sums["count"],
+            "accuracy": sums["correct"] / sums["count"],
         }
+        self._evaluate(epoch)
+        figures: dict[str, Any] = {}
         if self.session:
             self.session.validated(self._validation["accuracy"])
-            figures = self.session.metrics(reset=True)
-            line |= figures
-            line["flops"] = self.session.flops().to_dict()
+            figures = {**self.session.metrics(reset=True), "flops": self.session.flops().to_dict()}
             self._log_scalars({f"gradients/{name}": figures[name] for name in ("zeros", "own_zeros")})
         self._log_scalars({f"validation/{name}": value for name, value in self._validation.items()})
-        self._log(line)
+        self._log(
+            Epoch(
+                epoch=epoch,
+                step=self.step,
+                train=seen,
+                validation=dict(self._validation),
+                seconds=self._seconds,
+                step_seconds=median(self._step_seconds) if self._step_seconds else None,
+                **figures,
+            )
+        )
         self._step_seconds.clear()
         self._epoch_sums = dict.fromkeys(sums, 0.0)
         self._finished_epochs = epoch
         self.save()
 
-    def _log(self, line: dict[str, Any]) -> None:
+    def _log(self, event: Step | Reading | Epoch) -> None:
         with files.writing(self.folder / files.METRICS):
-            self._metrics.write(files.to_json(line).encode() + b"\n")
+            self._metrics.write(files.to_json(event.to_dict()).encode() + b"\n")
             self._metrics.flush()
 
     def _log_scalars(self, values: dict[str, float]) -> None:
@@ -533,22 +530,18 @@ class Trainer:
     def _describe(self, group: str | None, label: str | None) -> None:
         recipe = self.recipe
         plan = self.session.plan if self.session else make_plan(self.model, [])
-        files.write_json(
-            self.folder / files.RUN,
-            {
-                "schema": 1,
-                "name": self.folder.name,
-                "label": label or recipe.label,
-                "baseline": recipe.plain,
-                "group": group or f"{recipe.data} · {recipe.model}",
-                "recipe": recipe.model_dump(),
-                "machine": machine.describe(self.device),
-                "metric": "accuracy",
-                "commit": machine.commit(),
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "plan": plan.to_dict(),
-            },
+        description = Description(
+            name=self.folder.name,
+            label=label or recipe.label,
+            baseline=recipe.plain,
+            group=group or f"{recipe.data} · {recipe.model}",
+            recipe=recipe.model_dump(),
+            machine=machine.describe(self.device),
+            commit=machine.commit(),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            plan=Plan.model_validate(plan.to_dict()),
         )
+        files.write_json(self.folder / files.RUN, description.to_dict())
 
     def _backward_seconds(self) -> dict[str, tuple[float, int]]:
         """Of each attached layer in the whole run, with the steps that they were for."""
@@ -559,7 +552,7 @@ class Trainer:
             for name, (seconds, steps) in now.items()
         }
 
-    def _timing(self) -> dict[str, Any] | None:
+    def _timing(self) -> Timing | None:
         """Backward passes of the attached layers, beside what was forecast when the run began."""
         if self.session is None:
             return None
@@ -567,50 +560,48 @@ class Trainer:
 
     def _forecast(self) -> dict[str, Any]:
         """What the plan said when the run began."""
-        plan = files.read_run(self.folder).get("plan")
-        return (plan.get("forecast") if isinstance(plan, dict) else None) or {}
+        return read_description(self.folder).plan.forecast
 
-    def _write_result(self, status: str, model: dict[str, Any]) -> dict[str, Any]:
+    def _write_result(
+        self, status: Literal["finished", "interrupted"], model: dict[str, Any]
+    ) -> dict[str, Any]:
         """Write what is known; `model` is what `_finish_model` found, nothing where it has not run."""
         summary = self.session.summary() if self.session else None
+        again = self._second_pass or self._selector is not None
         flops = measure.whole_flops(
             self.session,
             self._plain_flops,
             self.step,
-            passes=self._passes if self._second_pass or self._selector is not None else None,
+            passes=self._passes if again else None,
             precision=self.recipe.precision,
         )
-        result = {
-            "schema": 1,
-            "status": status,
-            "epochs": self._finished_epochs,
-            "steps": self.step,
-            "seconds": self._seconds,
-            "step_seconds": self._seconds / self.step if self.step else None,
+        outcome = Outcome(
+            status=status,
+            epochs=self._finished_epochs,
+            steps=self.step,
+            seconds=self._seconds,
+            step_seconds=self._seconds / self.step if self.step else None,
             # The host does not wait for a GPU's backward pass.
-            "backward_seconds": self._in_backward / self.step
+            backward_seconds=self._in_backward / self.step
             if self.step and self.device.type == "cpu"
             else None,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "best_validation": self._best or None,
-            "validation": self._validation or None,
-            "test": None,
-            "measures": {},
-            "zeros": summary.zeros if summary else None,
-            "own_zeros": summary.own_zeros if summary else None,
-            "fallbacks": summary.fallbacks if summary else 0,
-            "flops": flops,
-            "saved_activation_bytes": self._saved_bytes,
-            "mean_saved_activation_bytes": self._passes.saved_bytes / self._passes.samples
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            best_validation=self._best or None,
+            validation=dict(self._validation) or None,
+            zeros=summary.zeros if summary else None,
+            own_zeros=summary.own_zeros if summary else None,
+            fallbacks=summary.fallbacks if summary else 0,
+            flops=Flops.model_validate(flops),
+            saved_activation_bytes=self._saved_bytes,
+            mean_saved_activation_bytes=self._passes.saved_bytes / self._passes.samples
             if self._passes.samples
             else self._saved_bytes,
-            "peak_memory_bytes": measure.peak_memory(self.device),
-            "timing": self._timing(),
-            "model_file": None,
+            peak_memory_bytes=measure.peak_memory(self.device),
+            timing=self._timing(),
             **model,
-        }
-        files.write_json(self.folder / files.RESULT, result)
-        return result
+        )
+        files.write_json(self.folder / files.RESULT, outcome.to_dict())
+        return outcome.to_dict()
 
 
 def pick_device(name: str) -> torch.device:

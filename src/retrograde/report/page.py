@@ -1,6 +1,6 @@
-"""The report as one HTML file that needs no network."""
+"""The report as one HTML file that needs no network: from run folders, and from results of claims."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,40 +8,50 @@ import jinja2
 import plotly.offline
 
 from retrograde.errors import RunError
-from retrograde.report.details import Fold, fold
-from retrograde.report.groups import Contestant, Group, grouped
-from retrograde.report.pictures import Chart, Swatch, charts, method_charts, swatches
-from retrograde.report.prose import caption, caveats, headline
-from retrograde.report.runs import Run, collect
-from retrograde.report.table import Table, table
+from retrograde.lab.claims.result import Entry, Result, read_result
+from retrograde.lab.record import RunRecord
+from retrograde.report import formats, tables
+from retrograde.report.comparison import Comparison, Variant, of_folders
+from retrograde.report.pictures import Gallery, galleries
+from retrograde.report.prose import caveats, headline
+from retrograde.report.table import Table, figure_parts, pairs
+
+TONES = {"reproduced": "good", "exceeded": "good", "holds": "good", "partly": "part"} | dict.fromkeys(
+    ("not reproduced", "fails"), "bad"
+)
+"""Of badges; others are plain."""
 
 
 @dataclass(frozen=True)
-class Deeds:
-    """What one contestant's methods did: its legend entry, its seeds and its plots."""
+class Fold:
+    """What is folded away: tables, and further folds."""
 
-    swatch: Swatch
-    seeds: int
-    charts: Sequence[Chart]
+    label: str
+    hint: str = ""
+    text: str = ""
+    tables: tuple[Table, ...] = ()
+    columns: tuple[Table, ...] = ()
+    """Beside each other where there is room."""
+    folds: "tuple[Fold, ...]" = ()
 
 
 @dataclass(frozen=True)
 class Section:
-    """A group of runs, ready for the template."""
+    """A comparison, ready for the template; `badge` is empty where there is no verdict."""
 
-    name: str
-    metric: str
+    result: Result
+    badge: str
     headline: str
-    caption: str
-    table: Table
     caveats: tuple[str, ...]
-    charts: Mapping[str, Sequence[Chart]]
-    methods: tuple[Deeds, ...]
-    details: tuple[Fold, ...]
+    figures: Table
+    checks: Table | None
+    galleries: tuple[Gallery, ...]
+    note: tuple[str, ...]
+    folds: tuple[Fold, ...]
 
 
 def write(runs: Sequence[Path], output: Path, title: str | None = None) -> Path:
-    """Write the report of ``runs`` to ``output`` and return its path.
+    """Write the report of `runs` to `output` and return its path.
 
     Args:
         runs: run folders, or folders of run folders.
@@ -51,28 +61,123 @@ def write(runs: Sequence[Path], output: Path, title: str | None = None) -> Path:
     The same runs give the same bytes.
 
     Raises:
-        RunError: no run was found, one cannot be read, or ``output`` cannot be written.
+        RunError: no run was found, one cannot be read, or `output` cannot be written.
     """
-    return save(render(collect(runs), title), output)
+    groups = of_folders(runs)
+    name = groups[0].result.title if len(groups) == 1 else f"Training runs in {len(groups)} groups"
+    return _save(_render(groups, "retrograde report", title or name), output)
 
 
-def save(text: str, output: Path) -> Path:
-    """Write a page and return its path.
+def write_claims(results: Sequence[Result], output: Path, title: str | None = None, lead: str = "") -> Path:
+    """Write the page of `results` to `output` and return its path; `lead` stands below its title.
 
     Raises:
-        RunError: ``output`` cannot be written.
+        RunError: there is no result, or `output` cannot be written.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Names of files that are not UTF-8 are shown with escapes.
-        output.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise RunError(f"The report cannot be written to {output}: {error}. Name another file.") from error
-    return output
+    return _save(render_claims(results, title, lead), output)
 
 
-def templates() -> jinja2.Environment:
-    """Where the pages' templates lie, and how they are filled in."""
+def render_claims(results: Sequence[Result], title: str | None = None, lead: str = "") -> str:
+    """The page of `results` as HTML; the same results give the same bytes.
+
+    Raises:
+        RunError: there is no result.
+    """
+    if not results:
+        raise RunError("No results found: none was given. Name at least one result of a claim.")
+    name = results[0].title if len(results) == 1 else f"{len(results)} claims"
+    return _render([Comparison(result, {}) for result in results], "retrograde results", title or name, lead)
+
+
+def read_claims(paths: Sequence[Path]) -> list[Result]:
+    """The results in JSON files.
+
+    Raises:
+        RunError: a path is no such file, or its content is no result of a claim.
+    """
+    for path in paths:
+        if path.suffix != ".json":
+            raise RunError(
+                f"{path} is no result of a claim, but others of the given paths are: they make different pages. "
+                "Give run folders alone, or JSON files alone."
+            )
+        if (path.parent / "run.json").is_file():
+            raise RunError(
+                f"{path} belongs to a single run, and is no result of a claim. Name its folder, {path.parent}."
+            )
+    return [read_result(path) for path in paths]
+
+
+def section(comparison: Comparison) -> Section:
+    """A comparison's verdict, table, checks, plots and details."""
+    result = comparison.result
+    paragraphs = (" ".join(part.split()) for part in result.note.split("\n\n"))
+    return Section(
+        result=result,
+        badge=badge(result),
+        headline=headline(comparison),
+        caveats=caveats(comparison),
+        figures=tables.figures_table(comparison),
+        checks=tables.checks_table(result) if result.findings else None,
+        galleries=tuple(galleries(comparison)),
+        note=tuple(filter(None, paragraphs)),
+        folds=_folds(comparison),
+    )
+
+
+def badge(result: Result) -> str:
+    """The verdict; that of a quick run is none, and where nothing is checked there is nothing to say."""
+    if result.quick:
+        return "quick: decides nothing"
+    return result.verdict if result.findings else ""
+
+
+def _folds(comparison: Comparison) -> tuple[Fold, ...]:
+    result = comparison.result
+    each = Fold("Each run", f"{len(result.runs)} runs", tables=(tables.runs_table(result),))
+    if comparison.recorded:
+        return (*map(_of_variant, comparison.variants), each)
+    made = (tables.facts_table(result), pairs("Machine", formats.flat(result.machine)))
+    how = Fold("How it was made", "command, commit, machine", columns=made)
+    return (*map(_settings, result.contestants.values()), each, how)
+
+
+def _settings(entry: Entry) -> Fold:
+    """What a variant ran by, and the search that led to it."""
+    changes = pairs("Found by the search, or for an equal time", tables.changed(entry))
+    recipe = pairs("Recipe it ran by", formats.flat(entry.recipe))
+    return Fold(
+        entry.label,
+        f"{len(entry.trials)} trials" if entry.trials else "nothing searched",
+        columns=tuple(table for table in (changes, recipe) if table.rows),
+        tables=(tables.search_table(entry),) if entry.trials else (),
+    )
+
+
+def _of_variant(variant: Variant) -> Fold:
+    """A variant's runs: one fold, or one within it for each seed."""
+    runs = tuple(_of_run(variant, run) for run in variant.records)
+    return runs[0] if len(runs) == 1 else Fold(variant.label, f"{len(runs)} seeds", folds=runs)
+
+
+def _of_run(variant: Variant, run: RunRecord) -> Fold:
+    first = variant.records[0]
+    repeated = run is not first and run.description.plan.layers == first.description.plan.layers
+    shown = (None if repeated else tables.plan_table(run), tables.layers_table(run))
+    columns = (
+        tables.run_table(run),
+        pairs("Configuration", formats.flat(run.description.recipe)),
+        pairs("Machine", formats.flat(run.description.machine)),
+    )
+    return Fold(
+        variant.seed_label(run),
+        text=f"The plan is that of {variant.seed_label(first)}." if repeated else "",
+        tables=tuple(table for table in shown if table),
+        columns=tuple(table for table in columns if table.rows),
+    )
+
+
+def _render(comparisons: Sequence[Comparison], kicker: str, title: str, lead: str = "") -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retrograde.report", "template"),
         autoescape=True,
@@ -85,41 +190,25 @@ def templates() -> jinja2.Environment:
         "allow_nan": False,
         "separators": (",", ":"),
     }
-    return environment
-
-
-def render(runs: Sequence[Run], title: str | None = None) -> str:
-    """The report of ``runs`` as HTML."""
-    groups = grouped(runs)
-    return (
-        templates()
-        .get_template("page.html.jinja")
-        .render(
-            title=title or (groups[0].name if len(groups) == 1 else f"Training runs in {len(groups)} groups"),
-            sections=[section(group) for group in groups],
-            plotly=plotly.offline.get_plotlyjs(),
-        )
+    environment.globals.update(figure_parts=figure_parts, tone=_tone)
+    return environment.get_template("page.html.jinja").render(
+        kicker=kicker,
+        title=title,
+        lead=lead,
+        sections=[section(comparison) for comparison in comparisons],
+        plotly=plotly.offline.get_plotlyjs(),
     )
 
 
-def section(group: Group) -> Section:
-    """A group's sentence, table, caveats, plots and details."""
-    return Section(
-        name=group.name,
-        metric=group.metric,
-        headline=headline(group),
-        caption=caption(group),
-        table=table(group),
-        caveats=caveats(group),
-        charts=charts(group),
-        methods=tuple(
-            deeds
-            for entry in zip(group.contestants, swatches(group), strict=True)
-            if (deeds := _deeds(*entry)).charts
-        ),
-        details=tuple(map(fold, group.contestants)),
-    )
+def _tone(word: str) -> str:
+    return TONES.get(word, "plain")
 
 
-def _deeds(contestant: Contestant, swatch: Swatch) -> Deeds:
-    return Deeds(swatch, len(contestant.runs), method_charts(contestant, swatch))
+def _save(text: str, output: Path) -> Path:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files that are not UTF-8 are shown with escapes.
+        output.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise RunError(f"The report cannot be written to {output}: {error}. Name another file.") from error
+    return output

@@ -1,150 +1,148 @@
-"""The summary table: a row per contestant."""
+"""Tables as data: columns, rows and a caption; one renderer each for the terminal, Markdown and the page.
 
-from collections import Counter
-from collections.abc import Callable
+A cell is text. What stands after a line end in it is smaller, and so is what follows a ± in the page, where that saves
+width.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from retrograde.report import formats
-from retrograde.report.formats import NONE, SPACE
-from retrograde.report.groups import Contestant, Group
-from retrograde.report.pictures import Swatch, swatches
-from retrograde.report.runs import Run
-from retrograde.report.spread import Spread
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NONE = "–"
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+
+Kind = Literal["text", "number", "badge"]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell: its text, and smaller below it a deviation or a ratio."""
+class Swatch:
+    """A legend entry, and a row's mark.
 
-    text: str
-    detail: str = ""
+    Attributes:
+        label: in words.
+        colour: as CSS has it.
+        mark: ``line`` or ``box``.
+        dash: of a line, by plotly's names.
+        run: the variant's name where a click may hide it.
+        ink: drawn in the text's colour, which the theme decides.
+    """
+
+    label: str
+    colour: str
+    mark: Literal["line", "box"] = "line"
+    dash: str = "solid"
+    run: str = ""
+    ink: bool = False
+
+    @property
+    def meta(self) -> dict[str, str | bool]:
+        """What the page's script must know of a trace that has this entry."""
+        return {"run": self.run, "ink": self.ink}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: text, numbers (to the right), or short words that the page shows as badges."""
+
+    name: str
+    kind: Kind = "number"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A contestant: its legend entry, and its cells by column."""
+    """A row, its name first; `strong` is set in bold."""
 
-    swatch: Swatch
-    cells: dict[str, Cell]
+    cells: tuple[str, ...]
+    swatch: Swatch | None = None
+    strong: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """The names of the columns after the first, and the rows."""
+    """A table, ready for any renderer; one without a head has unnamed columns."""
 
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    caption: str = ""
 
+    @property
+    def headed(self) -> bool:
+        """Whether the columns have names."""
+        return any(column.name for column in self.columns)
 
-def table(group: Group) -> Table:
-    """The table of a group; seeds and saved activations have a column where there is something to say."""
-    metric = group.metric
-    shares: dict[str, Callable[[Run], float | None]] = {
-        "Zeros": lambda run: run.result.zeros,
-        "Own zeros": lambda run: run.result.own_zeros,
-        "Needed": lambda run: run.of_dense("needed"),
-        "Executed": lambda run: run.of_dense("executed"),
-    }
+    def terminal(self, caption: str | None = None) -> "RichTable":
+        """For `rich`; figures are not broken at their spaces."""
+        from rich.markup import escape
+        from rich.table import Table as RichTable
 
-    def cells(one: Contestant) -> dict[str, Cell]:
-        found = {"Seeds": _seeds(one)} if group.seeded else {}
-        found |= {
-            "Test": _cell(
-                one.spread(_test), lambda x: formats.score(x, metric), lambda x: formats.deviation(x, metric)
-            ),
-            "Difference": _difference(group, one),
-        }
-        for name, value in shares.items():
-            found[name] = _cell(one.spread(value), formats.share, _share_deviation)
-        found["Seconds"] = _cell(
-            one.spread(_seconds), formats.seconds, lambda x: f"±{SPACE}{formats.seconds(x)}"
+        table = RichTable(
+            box=None,
+            pad_edge=False,
+            header_style="bold",
+            caption_justify="left",
+            caption=self.caption if caption is None else caption,
+            show_header=self.headed,
         )
-        found["Time ratio"] = _time_ratio(group, one)
-        if any(run.result.saved_activation_bytes for run in group.runs):
-            found["Saved activations"] = _saved(group, one)
-        return found | {"Parameters": _parameters(group, one), "Status": _status(one)}
+        for column in self.columns:
+            right = column.kind == "number"
+            table.add_column(column.name, justify="right" if right else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(
+                *(
+                    escape(cell.replace(" ", _NO_BREAK) if column.kind == "number" else cell)
+                    for column, cell in zip(self.columns, row.cells, strict=True)
+                ),
+                style="bold" if row.strong else None,
+            )
+        return table
 
-    rows = [Row(*row) for row in zip(swatches(group), map(cells, group.contestants), strict=True)]
-    return Table(tuple(rows[0].cells), tuple(rows))
+    def markdown(self, *, literal: bool = True) -> str:
+        """For documents, without the caption.
 
+        Args:
+            literal: cells are taken literally; otherwise they may hold links and emphasis.
+        """
 
-def time_ratio(group: Group, one: Contestant) -> Spread | None:
-    """Seconds of a contestant over those of the baseline, seed by seed."""
-    return group.paired(one, _seconds, lambda own, base: own / base if own and base else None)
+        def write(cell: str) -> str:
+            text, _, below = cell.partition("\n")
+            cell = f"{text} ({below})" if below else text
+            return markdown_literally(cell) if literal else cell
 
-
-def score_difference(group: Group, one: Contestant) -> Spread | None:
-    """Test score of a contestant less that of the baseline, seed by seed."""
-    return group.paired(one, _test, lambda own, base: own - base)
-
-
-def _test(run: Run) -> float | None:
-    return run.test
-
-
-def _seconds(run: Run) -> float | None:
-    return run.result.seconds
-
-
-def _parameter_count(run: Run) -> float | None:
-    return run.result.parameters
-
-
-def _saved_bytes(run: Run) -> float | None:
-    return run.result.saved_activation_bytes
+        rule = "|".join("---:" if column.kind == "number" else "---" for column in self.columns)
+        head = " | ".join(column.name for column in self.columns)
+        rows = (" | ".join(map(write, row.cells)) for row in self.rows)
+        return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {row} |" for row in rows)])
 
 
-def _cell(found: Spread | None, write: Callable[[float], str], deviation: Callable[[float], str]) -> Cell:
-    if found is None:
-        return Cell(NONE)
-    return Cell(write(found.mean), "" if found.deviation is None else deviation(found.deviation))
+def make_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1, caption: str = ""
+) -> Table:
+    """A table whose first `texts` columns hold text and whose others hold numbers."""
+    kinds = tuple(Column(name, "text" if at < texts else "number") for at, name in enumerate(columns))
+    return Table(kinds, tuple(Row(tuple(row)) for row in rows), caption)
 
 
-def _share_deviation(value: float) -> str:
-    # Counts of the same work differ by nothing that is worth a line.
-    return formats.deviation(value, "accuracy") if value >= 0.0005 else ""
+def pairs(caption: str, rows: Iterable[Sequence[str]]) -> Table:
+    """Names and values, without a head."""
+    return make_table(("", ""), rows, texts=2, caption=caption)
 
 
-def _alone(group: Group, one: Contestant) -> bool:
-    return one.baseline and len(group.baselines) == 1
+def markdown_literally(text: str) -> str:
+    """Text in one line that Markdown takes literally, also within a table."""
+    text = " ".join(text.split())
+    for mark in "\\`*_|<[":
+        text = text.replace(mark, f"\\{mark}")
+    return text
 
 
-def _difference(group: Group, one: Contestant) -> Cell:
-    if _alone(group, one):
-        return Cell("baseline")
-    return _cell(
-        score_difference(group, one),
-        lambda x: formats.difference(x, group.metric),
-        lambda x: formats.deviation(x, group.metric),
-    )
-
-
-def _time_ratio(group: Group, one: Contestant) -> Cell:
-    if _alone(group, one):
-        return Cell(NONE)
-    return _cell(time_ratio(group, one), formats.ratio, lambda x: f"±{SPACE}{x:.2f}")
-
-
-def _seeds(one: Contestant) -> Cell:
-    scored, number = one.spread(_test), len(one.runs)
-    reached = scored.count if scored else 0
-    return Cell(str(number) if reached in (0, number) else f"{reached} of {number}")
-
-
-def _saved(group: Group, one: Contestant) -> Cell:
-    value, base = one.mean(_saved_bytes), group.base(_saved_bytes)
-    against = formats.ratio(value / base) if value is not None and base and not _alone(group, one) else ""
-    return Cell(formats.size(value), against)
-
-
-def _parameters(group: Group, one: Contestant) -> Cell:
-    value, base = one.mean(_parameter_count), group.base(_parameter_count)
-    more = formats.more(value - base) if value is not None and base is not None and value != base else ""
-    return Cell(formats.count(value), more)
-
-
-def _status(one: Contestant) -> Cell:
-    states = Counter(run.result.status for run in one.runs)
-    if len(states) == 1:
-        return Cell(next(iter(states)))
-    return Cell(", ".join(f"{number} {state}" for state, number in sorted(states.items())))
+def figure_parts(cell: str) -> tuple[str, str]:
+    """A cell's figure, and what stands smaller below it: half of the figure's interval, or what is after a line end."""
+    text, _, below = cell.partition("\n")
+    figure, sign, half = text.partition(" ± ")
+    if not sign:
+        return text, below
+    unit = half.partition(" ")[2]
+    return (figure if " " in figure or not unit else f"{figure} {unit}"), f"± {half}"

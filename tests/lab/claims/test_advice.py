@@ -58,7 +58,7 @@ def test_time_to_plains_accuracy_counts_before_the_time_of_a_step() -> None:
 def test_memory_is_the_second_reason() -> None:
     found = advice(small={"saved_bytes": [30.0, 31.0, 30.0], "step_seconds": [1.1, 1.1, 1.1]})
     assert found.name == "small"
-    assert "nobody saves time" in found.why
+    assert "no method saves time" in found.why
     assert found.saves < 0
 
 

@@ -147,7 +147,7 @@ def test_a_pending_claim_needs_its_reason_only(tmp_path: Path) -> None:
     text = 'title = "t"\nclaim = "c"\nsource = "s"\n'
     claim = read(tmp_path, text + 'pending = "ImageNet is not here"')
     assert claim.pending == "ImageNet is not here"
-    with pytest.raises(OptionError, match="contestants are missing, and pending does not say why"):
+    with pytest.raises(OptionError, match="are missing, and `pending` does not say why"):
         read(tmp_path, text)
 
 
@@ -255,11 +255,9 @@ def test_dotted_changes_reach_down() -> None:
 
 
 def test_refused_changes_name_the_claim_and_the_contestant() -> None:
-    with pytest.raises(
-        OptionError, match=r"toy/small, contestant 'plain': .*'learning_rat'.* 'learning_rate'"
-    ):
+    with pytest.raises(OptionError, match=r"toy/small, variant 'plain': .*'learning_rat'.* 'learning_rate'"):
         small().recipe_of("plain", {"learning_rat": 1})
-    with pytest.raises(OptionError, match=r"contestant 'decayed': learning_rate=-1 is refused"):
+    with pytest.raises(OptionError, match=r"variant 'decayed': learning_rate=-1 is refused"):
         small().recipe_of("decayed", {"learning_rate": -1})
 
 

@@ -102,3 +102,33 @@ def test_a_damaged_result_is_refused(library: Library) -> None:
     library.path(library.claim("dither/mnist")).write_text("{}")
     with pytest.raises(RunError, match=r"mnist\.json does not fit"):
         library.entry("dither/mnist")
+
+
+def test_scripts_say_themselves_what_they_are(library: Library) -> None:
+    texts = {
+        "grow": "How does ``time`` grow?\n\n    python repro/grow.py [--quick]\n\nResults: results/grow.json",
+        "twice": "Two files.\n\n    python repro/twice.py\n\nResults: results/grow.json, results/a/b.json",
+        "shown": "Shown.\n\n    python repro/shown.py\n\nResults: printed",
+        "helper": "Code that the others share.",
+    }
+    for name, text in texts.items():
+        (library.folder / f"{name}.py").write_text(f'"""{text}\n"""\n')
+    library.results.mkdir()
+    (library.results / "grow.json").touch()
+    grow, shown, twice = library.scripts()
+    assert grow.to_dict() == {
+        "name": "grow",
+        "question": "How does time grow?",
+        "command": "python repro/grow.py [--quick]",
+        "results": ["results/grow.json"],
+        "status": "run",
+    }
+    assert (shown.status, shown.results) == ("printed", ())
+    assert (twice.status, twice.results) == ("not run", ("results/grow.json", "results/a/b.json"))
+
+
+def test_every_script_of_the_checkout_is_listed() -> None:
+    folder = Path(__file__).parents[3] / "repro"
+    assert [one.name for one in Library(folder).scripts()] == sorted(
+        path.stem for path in folder.glob("*.py")
+    )

@@ -1,5 +1,6 @@
 """From figures to findings and a verdict."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from retrograde.lab.claims.definition import Check
 from retrograde.lab.claims.metrics import of_run, to_target
 from retrograde.lab.claims.result import Finding, Reading, Result
 from retrograde.lab.claims.verdict import complete, find, judge
+from retrograde.lab.record import Flops, Outcome
 
 A = [0.90, 0.92, 0.94]
 B = [0.89, 0.92, 0.91]
@@ -174,15 +176,12 @@ def test_summaries_are_of_what_every_seed_has() -> None:
 def test_shares_of_flops() -> None:
     """Of the whole step; the backward pass's are what is left without the forward pass."""
     sums = {"dense": 300.0, "needed": 200.0, "executed": 250.0, "discounted": 150.0, "overhead": 1.0}
-    flops = sums | {"forward": {"dense": 100.0, "discounted": 90.0}}
-    whole = {"test": {"accuracy": 0.9}, "best_validation": {"accuracy": 0.95}, "flops": flops}
-    names = ("zeros", "own_zeros", "parameters", "saved_activation_bytes", "mean_saved_activation_bytes")
-    names += ("seconds", "step_seconds", "backward_seconds", "steps")
-    whole |= {"measures": {"sharpness": 2.0}, **dict.fromkeys(names, 1.0)}
-    found = of_run(whole)
+    flops = Flops.model_validate(sums | {"forward": {"dense": 100.0, "discounted": 90.0}})
+    found = of_run(Outcome(flops=flops, test={"accuracy": math.nan}, measures={"sharpness": 2.0}))
     assert (found["needed"], found["executed"], found["discounted"]) == pytest.approx((2 / 3, 5 / 6, 0.5))
     assert found["discounted_backward"] == pytest.approx((150 - 90) / (300 - 100))
     assert found["sharpness"] == 2.0
+    assert found["accuracy"] is None
 
 
 # The verdict.

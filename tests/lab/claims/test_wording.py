@@ -44,7 +44,7 @@ def test_what_a_check_found() -> None:
     assert wording.outcome(finding("figure", "zeros", 0.9767)) == "97.67 %"
     assert wording.outcome(finding("ratio", "seconds", 1.456)) == "×1.46"
     points = finding("difference", "accuracy", -0.0021, low=-0.004, high=-0.0002, remark="as it is")
-    assert wording.outcome(points) == "−0.21 points (−0.40 points to −0.02 points); as it is"
+    assert wording.outcome(points) == "−0.21 ± 0.19 points; as it is"
 
 
 def test_what_it_is_held_against() -> None:

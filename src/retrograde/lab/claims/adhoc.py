@@ -29,24 +29,24 @@ def comparison(
 
     Args:
         recipe: what all share; its own methods, peers and seed are left out.
-        methods: contestants, each as a recipe's `methods`.
-        peers: contestants, each as a recipe's `peers`.
+        methods: variants, each as a recipe's `methods`.
+        peers: variants, each as a recipe's `peers`.
         seeds: paired.
-        trials: of the search for each contestant's learning rate; 0 runs all at the recipe's.
+        trials: of the search for each variant's learning rate; 0 runs all at the recipe's.
         steps: of every run; None: by the recipe's epochs.
 
     Raises:
-        OptionError: nobody to compare with, two of one name, or no seeds.
+        OptionError: nothing to compare, two of one name, or no seeds.
     """
     if seeds < 1 or trials < 0:
         raise OptionError(f"seeds={seeds} must be 1 or more, and trials={trials} must be 0 or more.")
     if not methods and not peers:
-        raise OptionError("there is nobody to compare with. Name --methods or --peers.")
+        raise OptionError("nothing to compare: pass --methods or --peers.")
     contestants = {BASELINE: Contestant(label="plain")}
     for one, kind in (*((m, "methods") for m in methods), *((p, "peers") for p in peers)):
         name = "+".join(one)
         if name in contestants:
-            raise OptionError(f"{name} contends twice. Name each contestant once.")
+            raise OptionError(f"{name} is named twice. Name each method and peer once.")
         contestants[name] = Contestant.model_validate({kind: one, "label": name})
     fields = recipe.model_dump(mode="json", exclude={"methods", "peers", "seed"}, exclude_unset=True)
     rate = Range(low=recipe.learning_rate / _AROUND, high=recipe.learning_rate * _AROUND)
@@ -56,7 +56,7 @@ def comparison(
         title=f"{recipe.model} on {recipe.data}",
         claim="",
         source="",
-        note=f"{trials} trials for each contestant's learning rate, on the validation split"
+        note=f"{trials} trials for each variant's learning rate, on the validation split"
         if trials
         else fixed,
         recipe={**fields, "steps": steps} if steps else fields,

@@ -7,6 +7,7 @@ from typing import Any
 from retrograde.lab.claims.adhoc import BASELINE
 from retrograde.lab.claims.result import Result
 from retrograde.lab.claims.statistics import Estimate
+from retrograde.lab.claims.wording import points, times
 
 _WORTH = 0.05
 """Less than this share of the time or memory is not worth a changed line."""
@@ -14,10 +15,10 @@ _WORTH = 0.05
 
 @dataclass(frozen=True)
 class Judged:
-    """What the short runs say of one contestant, against plain backpropagation on the same seeds.
+    """What the short runs say of one variant, against plain backpropagation on the same seeds.
 
     Attributes:
-        name: of the contestant.
+        name: of the variant.
         step: time of a step over plain's.
         accuracy: validation accuracy after the same steps, minus plain's.
         to_target: time to plain's best validation accuracy over the time that plain took; None where it did not get
@@ -51,9 +52,9 @@ class Advice:
     """The recommendation.
 
     Attributes:
-        name: of the recommended contestant; ``plain`` where nothing pays.
+        name: of the recommended variant; ``plain`` where nothing pays.
         why: in words, with its figures.
-        judged: all contestants.
+        judged: all variants.
         saves: share of the training time that it should save; negative where it costs some.
     """
 
@@ -85,7 +86,7 @@ class Advice:
 
 
 def advise(result: Result) -> Advice:
-    """Recommend the contestant that saves most time; failing that, memory; failing that, plain backpropagation.
+    """Recommend the variant that saves most time; failing that, memory; failing that, plain backpropagation.
 
     A saving counts where the far end of its 95 % interval is a saving too; with one seed, where it is above the least
     that is worth a changed line.
@@ -109,7 +110,7 @@ def advise(result: Result) -> Advice:
         best = min(smaller, key=lambda one: one.memory.mean)
         return Advice(
             best.name,
-            f"nobody saves time here, but it keeps {times(best.memory)} of the activations; a step takes "
+            f"no method saves time here, but it keeps {times(best.memory)} of the activations; a step takes "
             f"{times(best.step)}, validation accuracy after the same steps differs by {points(best.accuracy)}",
             judged,
             1 - best.step.mean,
@@ -152,19 +153,3 @@ def saves(share: Estimate) -> bool:
     """Whether a share of plain's time or memory is worth a changed line, and sure as far as the seeds can tell."""
     end = share.mean if share.high is None else share.high
     return share.mean <= 1 - _WORTH and end < 1
-
-
-def times(share: Estimate) -> str:
-    """A ratio with its interval."""
-    interval = "" if share.low is None else f" ({share.low:.2f} to {share.high:.2f})"
-    return f"×{share.mean:.2f}{interval}"
-
-
-def points(difference: Estimate) -> str:
-    """A difference of accuracies with its interval, in percentage points."""
-    interval = (
-        ""
-        if difference.low is None
-        else f" ({100 * difference.low:+.2f} to {100 * (difference.high or 0):+.2f})"
-    )
-    return f"{100 * difference.mean:+.2f} points{interval}"

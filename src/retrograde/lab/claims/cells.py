@@ -1,4 +1,4 @@
-"""Cells: one contestant's run with one seed each, trained in turns with the other contestants of that seed."""
+"""Cells: one variant's run with one seed each, trained in turns with the other variants of that seed."""
 
 import itertools
 import shutil
@@ -11,9 +11,9 @@ from typing import Any
 from retrograde.lab import data as lab_data
 from retrograde.lab import files
 from retrograde.lab.claims.jobs import Tell
-from retrograde.lab.claims.result import Reading
 from retrograde.lab.data import Data
 from retrograde.lab.recipe import Recipe
+from retrograde.lab.record import Outcome, read_outcome, read_run
 from retrograde.lab.trainer import Progress, Trainer
 
 DataSets = dict[tuple[Any, ...], Data]
@@ -27,7 +27,7 @@ class Cell:
     """One run.
 
     Attributes:
-        name: of the contestant.
+        name: of the variant.
         recipe: with its seed.
         folder: of the run; its name holds a hash of the recipe, so that another recipe has another folder.
     """
@@ -36,21 +36,10 @@ class Cell:
     recipe: Recipe
     folder: Path
 
-    def result(self) -> dict[str, Any] | None:
+    def outcome(self) -> Outcome | None:
         """Of the finished run; None before that."""
-        path = self.folder / files.RESULT
-        if not path.is_file():
-            return None
-        found = files.read_json(path)
-        return found if found.get("status") == "finished" else None
-
-    def curve(self) -> list[Reading]:
-        """Readings of the validation split, in order."""
-        return [
-            Reading(step=line["step"], seconds=line["seconds"], accuracy=line["validation"]["accuracy"])
-            for line in files.read_metrics(self.folder)
-            if line["event"] in ("reading", "epoch")
-        ]
+        found = read_outcome(self.folder)
+        return found if found is not None and found.status == "finished" else None
 
 
 def train_together(
@@ -70,7 +59,7 @@ def train_together(
     Args:
         cells: runs that share their seed.
         group: of the runs, in reports.
-        labels: of the contestants, in reports.
+        labels: of the variants, in reports.
         data_dir: where data sets lie.
         tell: told how much is done.
         stop: asked after every step; true writes all checkpoints and raises KeyboardInterrupt.
@@ -78,7 +67,7 @@ def train_together(
         trial: of a search: no test set is read, and no model kept.
         sets: data sets that are loaded already; what else is needed is added.
     """
-    waiting = [cell for cell in cells if cell.result() is None]
+    waiting = [cell for cell in cells if cell.outcome() is None]
     done = dict.fromkeys((cell.name for cell in waiting), 0.0)
     sets = {} if sets is None else sets
     trainers: list[Trainer] = []
@@ -118,10 +107,10 @@ def train_together(
 def pace(
     cells: Sequence[Cell], steps: int, data_dir: Path | None, stop: Callable[[], bool]
 ) -> tuple[dict[str, float], int]:
-    """Seconds of a step of each contestant, and the steps of the first one's whole run.
+    """Seconds of a step of each variant, and the steps of the first one's whole run.
 
     They run `steps` steps in ten turns, of which the second half counts: methods warm up. The median of what a turn
-    takes over the first contestant's own turn beside it: a machine that is disturbed for a while is so for all.
+    takes over the first variant's own turn beside it: a machine that is disturbed for a while is so for all.
     """
     sets: DataSets = {}
     trainers: dict[str, Trainer] = {}
@@ -135,9 +124,8 @@ def pace(
     _take_turns([trainer.epochs() for trainer in trainers.values()])
     turns: dict[str, list[float]] = {}
     for cell in cells:
-        ends = [line for line in files.read_metrics(cell.folder) if line["event"] == "epoch"]
-        counted = list(itertools.pairwise(ends))[_TURNS // 2 - 1 :]
-        turns[cell.name] = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in counted]
+        counted = list(itertools.pairwise(read_run(cell.folder).epochs))[_TURNS // 2 - 1 :]
+        turns[cell.name] = [(b.seconds - a.seconds) / (b.step - a.step) for a, b in counted]
         trainers[cell.name].close()
         shutil.rmtree(cell.folder)
     first = cells[0]

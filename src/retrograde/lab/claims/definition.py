@@ -1,4 +1,4 @@
-"""A claim's definition: a TOML file that says what is run, how every contestant is tuned, and what decides."""
+"""A claim's definition: a TOML file that says what is run, how every variant is tuned, and what decides."""
 
 import hashlib
 import json
@@ -37,10 +37,10 @@ Space = Range | list[float] | list[int] | list[str] | list[bool]
 
 
 class Tuning(_Table):
-    """The search that every contestant gets: as many trials each, on the validation split, by one seed.
+    """The search that every variant gets: as many trials each, on the validation split, by one seed.
 
     Attributes:
-        trials: of each contestant; the first is at the recipe's own values.
+        trials: of each variant; the first is at the recipe's own values.
         space: recipe field, dotted where it lies deeper (``methods.dither.scale``), → what is searched.
         recipe: recipe fields of a trial that differ from the claim's: a shorter run.
         seed: of the trials; apart from those of the claim.
@@ -53,15 +53,15 @@ class Tuning(_Table):
 
 
 class Contestant(_Table):
-    """Who contends.
+    """What is run beside the others.
 
     Attributes:
         label: in tables; empty: the methods and peers in words.
         methods: as in a recipe.
         peers: as in a recipe.
-        recipe: other recipe fields of this contestant's.
+        recipe: other recipe fields of this variant's.
         space: searched for this one beside the common space.
-        source: the source's figures of this contestant, by metric.
+        source: the source's figures of this variant, by metric.
     """
 
     label: str = ""
@@ -77,10 +77,10 @@ class Check(_Table):
 
     Attributes:
         says: the check in words.
-        of: contestant.
+        of: variant.
         metric: see `retrograde.lab.claims.metrics`.
-        minus: contestant whose figure is taken off, seed by seed.
-        over: contestant by whose figure is divided, seed by seed.
+        minus: variant whose figure is taken off, seed by seed.
+        over: variant by whose figure is divided, seed by seed.
         at_least: the figure must be this or more.
         at_most: this or less.
         by: what is held against the bound: the mean, or the far end of its 95 % interval; by default the interval of
@@ -122,12 +122,12 @@ class Claim(_Table):
         source: where it says so.
         pending: why it cannot be run yet; then nothing else is needed.
         note: what a reader of the result must know: how this differs from the source.
-        recipe: what all contestants share; the seed is replaced.
+        recipe: what all variants share; the seed is replaced.
         seeds: paired seeds, from 0.
         tuning: None: all run at the recipe's own values, and the note says why.
-        equal: what contestants have the same of: ``steps`` as the recipe gives them, or ``seconds``: each one's steps
-            are what fits into the time that the first contestant takes.
-        target: contestant whose best validation accuracy the others' time is taken to, for ``seconds_to_target``.
+        equal: what variants have the same of: ``steps`` as the recipe gives them, or ``seconds``: each one's steps
+            are what fits into the time that the first variant takes.
+        target: variant whose best validation accuracy the others' time is taken to, for ``seconds_to_target``.
         measures: figures taken of the trained model beside those of training.
         contestants: by name; the first one is the baseline.
         checks: what decides.
@@ -159,26 +159,26 @@ class Claim(_Table):
 
     @property
     def baseline(self) -> str:
-        """The first contestant."""
+        """The first variant."""
         return next(iter(self.contestants))
 
     @property
     def hash(self) -> str:
         """Of the whole definition: a result belongs to one."""
-        # The order of contestants says who is the baseline, and a hash sorts by name.
+        # The order of variants says which one is the baseline, and a hash sorts by name.
         return content_hash([self.model_dump(mode="json"), list(self.contestants)])
 
     @model_validator(mode="after")
     def _named(self) -> "Claim":
         if self.pending is None and not self.contestants:
-            raise ValueError("contestants are missing, and pending does not say why")
+            raise ValueError("`contestants` are missing, and `pending` does not say why")
         named = [
             self.target,
             *(name for check in self.checks for name in (check.of, check.minus, check.over)),
         ]
         for name in named:
             if name is not None and name not in self.contestants:
-                raise ValueError(f"there is no contestant {name!r}.{suggest(name, self.contestants)}")
+                raise ValueError(f"there is no variant {name!r}.{suggest(name, self.contestants)}")
         for metric in self.table:
             if metric not in metrics.ALL:
                 raise ValueError(
@@ -190,10 +190,10 @@ class Claim(_Table):
         return self
 
     def recipe_of(self, name: str, changes: dict[str, Any] | None = None) -> Recipe:
-        """The recipe of a contestant.
+        """The recipe of a variant.
 
         Args:
-            name: of the contestant.
+            name: of the variant.
             changes: dotted recipe fields laid over it: tuned values, a seed.
 
         Raises:
@@ -203,7 +203,7 @@ class Claim(_Table):
         fields = _merged(self.recipe, one.recipe) | {"methods": one.methods, "peers": one.peers}
         for key, value in (changes or {}).items():
             fields = _merged(fields, _nested(key, value))
-        where = f"{self.id}, contestant {name!r}"
+        where = f"{self.id}, variant {name!r}"
         # They come from files, of searches and of results.
         refuse_code(changes or {}, where)
         try:
@@ -245,7 +245,7 @@ def read_claim(path: Path, root: Path) -> Claim:
             f"the definition {path} cannot be read: {error}. Give the id of a claim."
         ) from error
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"the definition {path} is no valid TOML: {error}. Mend that line.") from error
+        raise OptionError(f"the definition {path} is no valid TOML: {error}. Correct that line.") from error
     refuse_code(content, f"the definition {path}")
     identity = path.relative_to(root).with_suffix("").as_posix()
     claim = _checked({"id": identity, **content}, str(path))

@@ -10,20 +10,21 @@ import torch
 
 from retrograde.errors import OptionError
 from retrograde.lab import files, machine
-from retrograde.lab.claims import metrics
 from retrograde.lab.claims.cells import Cell, pace, train_together
 from retrograde.lab.claims.definition import Claim, content_hash
 from retrograde.lab.claims.jobs import Job, State, Tell, run_all
+from retrograde.lab.claims.metrics import summary
 from retrograde.lab.claims.result import Entry, Result, Run, Trial
 from retrograde.lab.claims.tuning import Search
 from retrograde.lab.claims.verdict import complete
+from retrograde.lab.record import read_run
 from retrograde.lab.trainer import pick_device
 
 RUNS = "runs"
 """The folder of the run folders, in that of a claim."""
 
 PACE_STEPS = 1000
-"""Of each contestant, to learn how many of them take an equal time."""
+"""Of each variant, to learn how many of them take an equal time."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Places:
         folder: of its runs and searches.
         data_dir: where data sets lie.
         jobs: searches or seeds at once, each in a process of its own with an equal share of the cores. The last
-            seeds, where there are fewer of them than jobs, are shared out by contestants, without turns.
+            seeds, where there are fewer of them than jobs, are shared out by variants, without turns.
         device: of all recipes; None leaves them as they are.
     """
 
@@ -120,7 +121,7 @@ class Grid:
         state = State(show, sum(job.weight for job in (*tuning, *seeds)))
         run_all(tuning, self.places.jobs, state, stop)
         if known is None:
-            state.what = "timing a step of each contestant"
+            state.what = "timing a step of each variant"
             state.show()
             self._pace(stop)
             known = self.changes()
@@ -141,7 +142,7 @@ class Grid:
         return Cell(name, recipe, self.places.folder / RUNS / f"{name}-{seed}-{key}")
 
     def changes(self) -> dict[str, dict[str, Any]] | None:
-        """What searches and timing made of each contestant's recipe; None while that is not known."""
+        """What searches and timing made of each variant's recipe; None while that is not known."""
         if any(search.waiting() for search in self.searches):
             return None
         found = self._searched()
@@ -159,11 +160,11 @@ class Grid:
         }
 
     def _searched(self) -> dict[str, dict[str, Any]]:
-        """What the searches found; nothing for contestants of a claim without."""
+        """What the searches found; nothing for variants of a claim without."""
         return {name: {} for name in self.claim.contestants} | {s.name: s.best() for s in self.searches}
 
     def _pace(self, stop: Callable[[], bool]) -> None:
-        """Learn what a step of each contestant takes, all in turns."""
+        """Learn what a step of each variant takes, all in turns."""
         if self.claim.equal == "steps":
             return
         found = self._searched()
@@ -190,8 +191,8 @@ class Grid:
             weight = sum(self.claim.recipe_of(name).epochs for name in self.claim.contestants)
             return [Job(f"seed {seed}", weight, self._work(())) for seed in range(self.claim.seeds)]
         seeds = [(seed, self.cells(seed, changes)) for seed in range(self.claim.seeds)]
-        waiting = [(seed, cells) for seed, cells in seeds if any(cell.result() is None for cell in cells)]
-        # Processes that would wait for the last seeds take contestants of theirs.
+        waiting = [(seed, cells) for seed, cells in seeds if any(cell.outcome() is None for cell in cells)]
+        # Processes that would wait for the last seeds take variants of theirs.
         whole = len(waiting) - len(waiting) % self.places.jobs
         jobs = [(f"seed {seed}", cells) for seed, cells in waiting[:whole]]
         for seed, cells in waiting[whole:]:
@@ -242,19 +243,7 @@ class Grid:
 
 def run_of(cell: Cell) -> Run:
     """A finished cell, for the result."""
-    found = cell.result()
-    assert found is not None
-    return Run(
-        contestant=cell.name,
-        seed=cell.recipe.seed,
-        commit=files.read_run(cell.folder).get("commit"),
-        metrics=metrics.of_run(found),
-        flops={
-            name: float(value) for name, value in found["flops"].items() if isinstance(value, int | float)
-        },
-        peak_memory_bytes=found["peak_memory_bytes"],
-        curve=cell.curve(),
-    )
+    return summary(read_run(cell.folder), cell.name)
 
 
 def default_folder(claim: str, *, quick: bool) -> Path:

@@ -1,6 +1,8 @@
-"""All claims of a checkout: the definitions below ``repro``, and the results beside it below ``results``."""
+"""All that a checkout can run again: claims and scripts in ``repro``, and the results beside it in ``results``."""
 
-from dataclasses import dataclass
+import ast
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +49,31 @@ class Entry:
         }
 
 
+@dataclass(frozen=True)
+class Script:
+    """An experiment that is no claim, because it trains nothing by a recipe: its docstring says what it is.
+
+    Attributes:
+        name: of its file.
+        question: the docstring's first line.
+        command: how to run it: the docstring's indented line.
+        results: the files that it writes, from the checkout's folder; empty where it prints.
+        status: ``run`` where all of them are there; ``printed`` where it writes none.
+    """
+
+    name: str
+    question: str
+    command: str
+    results: tuple[str, ...]
+    status: Literal["not run", "run", "printed"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "results": list(self.results)}
+
+
 class Library:
-    """The claims below a folder.
+    """The claims and scripts of a folder.
 
     Args:
         folder: of the definitions.
@@ -105,3 +130,20 @@ class Library:
     def entries(self) -> list[Entry]:
         """All claims with their results."""
         return [self.entry(name) for name in self.ids()]
+
+    def scripts(self) -> list[Script]:
+        """All scripts that say in a line ``Results: …`` of their docstring where their figures go."""
+        return [
+            found for path in sorted(self.folder.glob("*.py")) if (found := self._script(path)) is not None
+        ]
+
+    def _script(self, path: Path) -> Script | None:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        written = re.search(r"^Results: (.+)$", text, re.MULTILINE)
+        command = re.search(r"^ {4}(.+)$", text, re.MULTILINE)
+        if written is None or command is None:
+            return None
+        results = () if written[1] == "printed" else tuple(written[1].split(", "))
+        there = all((self.folder.parent / result).is_file() for result in results)
+        status = ("run" if there else "not run") if results else "printed"
+        return Script(path.stem, text.splitlines()[0].replace("`", ""), command[1], results, status)

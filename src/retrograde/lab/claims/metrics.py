@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from retrograde.lab.claims.result import Reading
+from retrograde.lab.claims.result import Reading, Run
+from retrograde.lab.record import Outcome, RunRecord, number
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ TO_TARGET = {
     "seconds_to_target": Metric("time to target", "s"),
     "steps_to_target": Metric("steps to target"),
 }
-"""Known once all contestants of a seed have run; None where the target was not reached."""
+"""Known once all variants of a seed have run; None where the target was not reached."""
 
 ALL = {
     "accuracy": Metric("test accuracy", "%"),
     "best_validation": Metric("best validation accuracy", "%"),
     "zeros": Metric("zeros in δ", "%"),
-    "own_zeros": Metric("zeros of its own", "%"),
-    "needed": Metric("FLOPs needed", "%", 1),
-    "executed": Metric("FLOPs executed", "%", 1),
-    "discounted": Metric("FLOPs, precision discounted", "%", 1),
-    "discounted_backward": Metric("backward FLOPs, precision discounted", "%", 1),
+    "own_zeros": Metric("zeros before the method", "%"),
+    "needed": Metric("non-zero FLOPs", "%", 1),
+    "executed": Metric("executed FLOPs", "%", 1),
+    "discounted": Metric("FLOPs, discounted by precision", "%", 1),
+    "discounted_backward": Metric("backward FLOPs, discounted by precision", "%", 1),
     "parameters": Metric("parameters"),
     "saved_bytes": Metric("saved activations at most", "MiB"),
     "mean_saved_bytes": Metric("saved activations on average", "MiB"),
@@ -50,27 +50,45 @@ ALL = {
 """Shares of FLOPs are of the dense-equivalent whole training step; ``discounted_backward`` of the backward pass."""
 
 
-def of_run(result: dict[str, Any]) -> dict[str, float | None]:
-    """What a run's ``result.json`` tells: all but the time to a target, and what is measured afterwards."""
-    flops = result["flops"]
-    dense = flops["dense"] or 1.0
-    backward = {name: flops[name] - flops["forward"][name] for name in ("dense", "discounted")}
-    return {
-        "accuracy": result["test"]["accuracy"],
-        "best_validation": result["best_validation"]["accuracy"],
-        "zeros": result["zeros"],
-        "own_zeros": result["own_zeros"],
-        **{name: flops[name] / dense for name in ("needed", "executed", "discounted")},
-        "discounted_backward": backward["discounted"] / (backward["dense"] or 1.0),
-        "parameters": result["parameters"],
-        "saved_bytes": result["saved_activation_bytes"],
-        "mean_saved_bytes": result["mean_saved_activation_bytes"],
-        "seconds": result["seconds"],
-        "step_seconds": result["step_seconds"],
-        "backward_seconds": result["backward_seconds"],
-        "steps": result["steps"],
-        **result["measures"],
+def of_run(outcome: Outcome) -> dict[str, float | None]:
+    """What a run tells: all but the time to a target. None where it has no figure, or one that is not finite."""
+    flops = outcome.flops
+    found = {
+        "accuracy": outcome.score("test"),
+        "best_validation": outcome.score("best_validation"),
+        "zeros": outcome.zeros,
+        "own_zeros": outcome.own_zeros,
+        **{name: flops.of_dense(name) for name in ("needed", "executed", "discounted")},
+        "discounted_backward": flops.discounted_backward,
+        "parameters": outcome.parameters,
+        "saved_bytes": outcome.saved_activation_bytes,
+        "mean_saved_bytes": outcome.mean_saved_activation_bytes,
+        "seconds": outcome.seconds,
+        "step_seconds": outcome.step_seconds,
+        "backward_seconds": outcome.backward_seconds,
+        "steps": outcome.steps,
+        **outcome.measures,
     }
+    return {name: number(value) for name, value in found.items()}
+
+
+def summary(record: RunRecord, variant: str) -> Run:
+    """A run of `variant`, as results hold it."""
+    outcome = record.outcome
+    counts = {name: number(value) for name, value in outcome.flops.to_dict().items()}
+    return Run(
+        contestant=variant,
+        seed=record.seed,
+        commit=record.description.commit,
+        metrics=of_run(outcome),
+        flops={name: value for name, value in counts.items() if value is not None},
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        curve=[
+            Reading(step=reading.step, seconds=reading.seconds, accuracy=accuracy)
+            for reading in record.readings
+            if (accuracy := number(reading.validation.get("accuracy"))) is not None
+        ],
+    )
 
 
 def to_target(curve: Sequence[Reading], target: float) -> tuple[float, int] | None:

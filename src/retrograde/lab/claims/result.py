@@ -1,5 +1,6 @@
 """The result of a claim: everything that tables, plots and verdicts are made of, in one JSON file with a schema."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,15 +28,15 @@ class Reading(_Part):
 
 
 class Run(_Part):
-    """One contestant with one seed.
+    """One variant with one seed.
 
     Attributes:
         contestant: by name.
-        seed: paired: the same initial weights and order of data for all contestants.
+        seed: paired: the same initial weights and order of data for all variants.
         commit: of the checkout that trained it.
         metrics: see `retrograde.lab.claims.metrics`; None where a figure does not apply or was not reached.
         flops: dense, needed, executed and discounted FLOPs of the whole run, and the method's overhead.
-        peak_memory_bytes: of the process that trained all contestants of the seed.
+        peak_memory_bytes: of the process that trained all variants of the seed.
         curve: readings in order.
     """
 
@@ -57,7 +58,7 @@ class Trial(_Part):
 
 
 class Entry(_Part):
-    """A contestant.
+    """A variant.
 
     Attributes:
         label: in tables.
@@ -87,7 +88,7 @@ class Finding(_Part):
     Attributes:
         says: the check in words.
         metric: that it looks at.
-        kind: the figure itself, or its difference or ratio to another contestant's.
+        kind: the figure itself, or its difference or ratio to another variant's.
         value: the mean that it looks at; None where a seed has no figure.
         low: lower end of its 95 % interval.
         high: upper end.
@@ -130,13 +131,13 @@ class Result(_Part):
         jobs: seeds trained at once.
         threads: of each.
         seeds: all of them.
-        equal: what contestants have the same of.
+        equal: what variants have the same of.
         target: whose best validation accuracy times are taken to.
         table: metrics of its table, in order.
         contestants: by name, the baseline first.
         runs: all.
-        summaries: contestant → metric → estimate over seeds.
-        against_baseline: contestant → metric → paired with the baseline.
+        summaries: variant → metric → estimate over seeds.
+        against_baseline: variant → metric → paired with the baseline.
         findings: of the checks.
         verdict: of all of them.
     """
@@ -164,10 +165,20 @@ class Result(_Part):
     findings: list[Finding] = Field(default_factory=list)
     verdict: Verdict = "no checks"
 
-    def figures(self, contestant: str, metric: str) -> list[float | None]:
-        """A metric of a contestant, one for each of `seeds`."""
-        by_seed = {run.seed: run.metrics.get(metric) for run in self.runs if run.contestant == contestant}
-        return [by_seed.get(seed) for seed in self.seeds]
+    @property
+    def baseline(self) -> str:
+        """What the others are compared with: the first one."""
+        return next(iter(self.contestants))
+
+    def seeds_of(self, name: str) -> list[int]:
+        """The seeds that a variant ran with: all of them in a claim, some in a folder of runs."""
+        ran = {run.seed for run in self.runs if run.contestant == name}
+        return [seed for seed in self.seeds if seed in ran]
+
+    def figures(self, name: str, metric: str, seeds: Sequence[int] | None = None) -> list[float | None]:
+        """A metric of a variant, one for each of `seeds`, which are all by default."""
+        by_seed = {run.seed: run.metrics.get(metric) for run in self.runs if run.contestant == name}
+        return [by_seed.get(seed) for seed in (self.seeds if seeds is None else seeds)]
 
 
 def write_result(result: Result, path: Path) -> None:

@@ -27,6 +27,11 @@ class Estimate(BaseModel):
     low: float | None
     high: float | None
 
+    @property
+    def half(self) -> float | None:
+        """Half of the interval; None for one seed."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of `values`, one for each seed, which must be one or more."""

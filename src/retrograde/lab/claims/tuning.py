@@ -1,4 +1,4 @@
-"""The search for each contestant's settings: Optuna on the validation split, as many trials for all."""
+"""The search for each variant's settings: Optuna on the validation split, as many trials for all."""
 
 import shutil
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from retrograde.lab.claims.cells import Cell, DataSets, train_together
 from retrograde.lab.claims.definition import Claim, Range, Space, content_hash
 from retrograde.lab.claims.jobs import Tell
 from retrograde.lab.recipe import Recipe
+from retrograde.lab.record import Outcome
 
 if TYPE_CHECKING:
     import optuna
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Search:
-    """One contestant's search; what was found is kept under a hash of all that it depends on.
+    """One variant's search; what was found is kept under a hash of all that it depends on.
 
     Attributes:
         claim: with its tuning.
-        name: of the contestant.
+        name: of the variant.
         folder: of all searches of the claim.
     """
 
@@ -103,9 +104,8 @@ class Search:
                 trial=True,
                 sets=sets,
             )
-            result = cell.result() or {}
-            reading = result["best_validation" if recipe.keep == "best" else "validation"]
-            accuracy = float(reading["accuracy"])
+            outcome = cell.outcome() or Outcome()
+            accuracy = outcome.score("best_validation" if recipe.keep == "best" else "validation") or 0.0
         except (RetrogradeError, ArithmeticError, RuntimeError) as broken:
             if not self.trials():
                 # By its own settings it cannot train: a package is missing, or a definition is wrong.

@@ -12,18 +12,20 @@ def complete(result: Result, checks: Sequence[Check]) -> Result:
     """The result with the time to the target, summaries, findings and verdict."""
     if result.target is not None:
         _time_to_target(result, result.target)
-    baseline = next(iter(result.contestants))
+    baseline = result.baseline
     for name in result.contestants:
+        seeds = result.seeds_of(name)
         result.summaries[name] = {
             metric: estimate(values)
             for metric in metrics.ALL
-            if (values := _known(result.figures(name, metric))) is not None
+            if (values := _known(result.figures(name, metric, seeds))) is not None
         }
         if name != baseline:
+            common = [seed for seed in seeds if seed in result.seeds_of(baseline)]
             result.against_baseline[name] = {
                 metric: ratio
                 for metric in metrics.ALL
-                if (ratio := _ratio(result.figures(name, metric), result.figures(baseline, metric)))
+                if (ratio := _ratio(*(result.figures(one, metric, common) for one in (name, baseline))))
                 is not None
             }
     result.findings = [find(check, result) for check in checks]
@@ -103,7 +105,7 @@ def _rival(result: Result, name: str, metric: str) -> tuple[list[float | None], 
 
 
 def _time_to_target(result: Result, target: str) -> None:
-    goals = {run.seed: run.metrics["best_validation"] for run in result.runs if run.contestant == target}
+    goals = {run.seed: run.metrics.get("best_validation") for run in result.runs if run.contestant == target}
     for run in result.runs:
         goal = goals.get(run.seed)
         reached = None if goal is None else metrics.to_target(run.curve, goal)

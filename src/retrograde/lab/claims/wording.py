@@ -1,8 +1,13 @@
-"""How figures are written, in a terminal, in documents and in reports alike."""
+"""How figures are written, in a terminal, in documents and in reports alike: a mean ± half of its 95 % interval."""
+
+from collections.abc import Sequence
 
 from retrograde.lab.claims import metrics
 from retrograde.lab.claims.result import Finding, Result
 from retrograde.lab.claims.statistics import Estimate
+
+_NOTHING = 1e-12
+"""Half of an interval that is not worth writing."""
 
 
 def figure(metric: str, value: float) -> str:
@@ -12,9 +17,34 @@ def figure(metric: str, value: float) -> str:
 
 def spread(metric: str, found: Estimate) -> str:
     """A mean with half of its 95 % interval."""
-    if found.low is None or found.high is None or found.high - found.low < 1e-12:
-        return figure(metric, found.mean)
-    return _written(metric, (found.mean, (found.high - found.low) / 2), found.mean)
+    return _written(metric, _values(found), found.mean)
+
+
+def times(ratio: Estimate) -> str:
+    """A ratio with half of its interval."""
+    return "×" + " ± ".join(f"{value:.2f}" for value in _values(ratio))
+
+
+def difference(metric: str, found: Estimate) -> str:
+    """A difference with its sign and half of its interval; of shares in percentage points."""
+    values = _values(found)
+    if metrics.ALL[metric].unit == "%":
+        mean, *half = (f"{100 * value:.2f}" for value in values)
+        text = " ± ".join((mean, *half)) + " points"
+    else:
+        text = _written(metric, values, found.mean)
+    sign = "+" if found.mean > 0 and not text.startswith("−") else ""
+    return f"{sign}{text}".replace("-", "−")
+
+
+def points(found: Estimate) -> str:
+    """A difference of accuracies with half of its interval."""
+    return difference("accuracy", found)
+
+
+def _values(found: Estimate) -> tuple[float, ...]:
+    """The mean, and half of the interval where there is one."""
+    return (found.mean,) if found.half is None or found.half < _NOTHING else (found.mean, found.half)
 
 
 def _written(metric: str, values: tuple[float, ...], size: float) -> str:
@@ -37,18 +67,19 @@ def _written(metric: str, values: tuple[float, ...], size: float) -> str:
 
 
 def cell(result: Result, name: str, metric: str) -> str:
-    """A contestant's figure in a table; how many seeds have one, where not all do."""
+    """A variant's figure in a table; how many seeds have one, where not all do."""
     found = result.summaries[name].get(metric)
     if found is not None:
         return spread(metric, found)
-    reached = [value for value in result.figures(name, metric) if value is not None]
+    seeds = result.seeds_of(name)
+    reached = [value for value in result.figures(name, metric, seeds) if value is not None]
     if not reached:
         return "never" if metric in metrics.TO_TARGET else "–"
-    return f"{figure(metric, sum(reached) / len(reached))} in {len(reached)} of {len(result.seeds)}"
+    return f"{figure(metric, sum(reached) / len(reached))} in {len(reached)} of {len(seeds)}"
 
 
 def source(result: Result, name: str) -> str:
-    """The source's figures of a contestant."""
+    """The source's figures of a variant."""
     figures = result.contestants[name].source
     return ", ".join(f"{metrics.ALL[m].label} {figure(m, value)}" for m, value in figures.items()) or "–"
 
@@ -56,34 +87,45 @@ def source(result: Result, name: str) -> str:
 def ratio(result: Result, name: str, metric: str) -> str | None:
     """A figure over the baseline's, with half of its interval; None where there is none."""
     found = result.against_baseline.get(name, {}).get(metric)
-    if found is None or found.over is None:
-        return None
-    over = found.over
-    if over.low is None or over.high is None:
-        return f"×{over.mean:.2f}"
-    return f"×{over.mean:.2f} ± {(over.high - over.low) / 2:.2f}"
+    return None if found is None or found.over is None else times(found.over)
 
 
 def outcome(finding: Finding) -> str:
-    """A finding's figure and interval, as its metric is written."""
+    """A finding's figure with half of its interval, as its metric is written, and what a reader must know of it."""
     if finding.value is None:
         return finding.remark
-    interval = ""
-    if finding.low is not None and finding.high is not None and finding.high - finding.low > 1e-12:
-        interval = f" ({found(finding, finding.low)} to {found(finding, finding.high)})"
-    return f"{found(finding, finding.value)}{interval}" + (f"; {finding.remark}" if finding.remark else "")
+    return f"{found(finding)}" + (f"; {finding.remark}" if finding.remark else "")
+
+
+def found(finding: Finding) -> str:
+    """A finding's figure with half of its interval; a dash where there is none."""
+    if finding.value is None:
+        return "–"
+    return _as_found(
+        finding,
+        Estimate(n=1, mean=finding.value, deviation=None, low=finding.low, high=finding.high),
+    )
 
 
 def bound(finding: Finding) -> str:
     """What a finding is held against, and how."""
     who = "the far end of the interval" if finding.by == "interval" else "the mean"
-    return f"{finding.direction} {found(finding, finding.bound)}, {who} decides"
+    limit = Estimate(n=1, mean=finding.bound, deviation=None, low=None, high=None)
+    return f"{finding.direction} {_as_found(finding, limit)}, {who} decides"
 
 
-def found(finding: Finding, value: float) -> str:
-    """A value of a finding, as its metric is written: differences of shares in points, ratios as such."""
-    if finding.kind == "ratio":
-        return f"×{value:.2f}"
-    if finding.kind == "difference" and metrics.ALL[finding.metric].unit == "%":
-        return f"{100 * value:+.2f} points".replace("-", "−")
-    return figure(finding.metric, value)
+def _as_found(finding: Finding, value: Estimate) -> str:
+    """A value of a finding: differences of shares in points, ratios as such."""
+    match finding.kind:
+        case "ratio":
+            return times(value)
+        case "difference":
+            return difference(finding.metric, value)
+        case "figure":
+            return spread(finding.metric, value)
+
+
+def listed(words: Sequence[object]) -> str:
+    """Words in one line: ``0, 1 and 2``."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last

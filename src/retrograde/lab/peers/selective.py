@@ -6,7 +6,7 @@ A forward pass over the whole batch gives the losses; what is drawn by (1) is tr
 are biased towards hard examples. In the long run 1/(β + 1) of the examples is chosen.
 
 Deviations from the paper: it gathers chosen examples until they fill a batch, while here each batch shrinks to what was
-chosen of it, so that all contestants make the same number of steps; where nothing is chosen, the example with the
+chosen of it, so that all variants make the same number of steps; where nothing is chosen, the example with the
 highest loss is. Losses that are not finite are chosen, so that they are seen, and stay out of the history.
 
 Cost: a forward pass over every batch; sorting the history and one search in it for each example.

@@ -1,35 +1,70 @@
-"""The report's plots: those of a whole group, and those of what each method did."""
+"""The page's plots: of a comparison, and of what each method did."""
 
-from retrograde.report.groups import Contestant, Group
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from retrograde.report.comparison import Comparison, Variant
 from retrograde.report.pictures.chart import Chart as Chart
-from retrograde.report.pictures.chart import Swatch as Swatch
-from retrograde.report.pictures.chart import swatches as swatches
 from retrograde.report.pictures.costs import flops_chart, time_chart
-from retrograde.report.pictures.decorrelate import decorrelate
 from retrograde.report.pictures.deepfocus import deepfocus
+from retrograde.report.pictures.layers import decorrelate, spectral
 from retrograde.report.pictures.learning import learning
 from retrograde.report.pictures.perforate import perforate
-from retrograde.report.pictures.spectral import spectral
+from retrograde.report.pictures.results import result_charts
 from retrograde.report.pictures.zeros import zeros
+from retrograde.report.table import Swatch
+
+TERMS = (
+    ("Dense-equivalent", "What plain backpropagation multiplies."),
+    ("Non-zero", "Multiply-adds whose δ is not zero: what a kernel that skips zeros does."),
+    ("Executed", "What the kernels in use really did, with the method’s own overhead."),
+    ("Discounted", "Executed, with low-precision work counted in part: bf16 at 0.5, int8 at 0.25."),
+)
 
 
-def charts(group: Group) -> dict[str, list[Chart]]:
-    """All plots of a group by section; a plot without data is left out."""
-    sections = {
-        "learning": learning(group),
-        "zeros": zeros(group),
-        "flops": [flops_chart(group)],
-        "time": [time_chart(group)],
-    }
-    return {name: [chart for chart in found if chart] for name, found in sections.items()}
+@dataclass(frozen=True)
+class Gallery:
+    """Plots under a heading; one with a `swatch` belongs to a variant, and stands below the heading before it."""
+
+    title: str
+    charts: tuple[Chart, ...]
+    text: str = ""
+    terms: tuple[tuple[str, str], ...] = ()
+    swatch: Swatch | None = None
 
 
-def method_charts(contestant: Contestant, swatch: Swatch) -> list[Chart]:
-    """What the contestant's methods did, as far as they left numbers; mean over seeds unless a note says otherwise."""
-    found = [
-        *decorrelate(contestant),
-        *deepfocus(contestant),
-        *perforate(contestant, swatch),
-        *spectral(contestant),
+def galleries(comparison: Comparison) -> list[Gallery]:
+    """All plots by section; a plot without data is left out, and so is a section without plots."""
+    whole = [
+        Gallery("Accuracy, time and cost", tuple(result_charts(comparison))),
+        Gallery("Learning", _drawn(learning(comparison))),
+        Gallery(
+            "Zeros in the gradient",
+            _drawn(zeros(comparison)),
+            "A gradient has zeros before any method, from ReLU and pooling for instance. What a method adds is the "
+            "distance between the two marks.",
+        ),
+        Gallery("Work", _drawn([flops_chart(comparison)]), terms=TERMS),
+        Gallery("Time", _drawn([time_chart(comparison)])),
     ]
-    return [chart for chart in found if chart]
+    methods = [
+        Gallery(
+            variant.label,
+            charts,
+            f"mean over {len(variant.records)} seeds" if len(variant.records) > 1 else "",
+            swatch=variant.swatch,
+        )
+        for variant in comparison.variants
+        if (charts := tuple(method_charts(variant)))
+    ]
+    found = [gallery for gallery in whole if gallery.charts]
+    return [*found, *([Gallery("What each method did", ()), *methods] if methods else [])]
+
+
+def method_charts(variant: Variant) -> tuple[Chart, ...]:
+    """What the variant's methods did, as far as they left numbers; mean over seeds unless a note says otherwise."""
+    return _drawn([*decorrelate(variant), *deepfocus(variant), *perforate(variant), *spectral(variant)])
+
+
+def _drawn(charts: Sequence[Chart | None]) -> tuple[Chart, ...]:
+    return tuple(chart for chart in charts if chart)

@@ -1,45 +1,27 @@
-"""What every plot is made of: its frame, its legend, the contestants' colours and their lines.
+"""What every plot is made of: its frame, its legend, and the variants' lines.
 
-Every plot is a :class:`Chart`: a plotly figure plus its title, its legend and a sentence for those who cannot
-see it. The legend is HTML and not plotly's, so that it wraps on a phone and takes no height from the plot.
-Colours that depend on the theme (text, grid, the baseline's ink) are set by the page's script; a trace's
-``meta`` says whose it is.
+Every plot is a `Chart`: a plotly figure plus its title, its legend and a sentence for those who cannot see it. The
+legend is HTML and not plotly's, so that it wraps on a phone and takes no height from the plot. Colours that depend on
+the theme (text, grid, the baseline's ink) are set by the page's script; a trace's ``meta`` says whose it is.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import fmean
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
 
-from retrograde.report.groups import Group
-from retrograde.report.spread import Points, mean_line
+from retrograde.report.comparison import INK
+from retrograde.report.table import Swatch
 
-# Okabe and Ito's palette without black, which the baseline takes. Yellow is last, as it is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-DASHES = ("solid", "dash", "dot", "dashdot")
-INK = "#80868b"
 MAX_POINTS = 1000
 # Lines of one plot share this many points, so that many seeds do not make a page of many megabytes.
 MAX_POINTS_OF_PLOT = 12_000
 
-
-@dataclass(frozen=True)
-class Swatch:
-    """One legend entry; ``run`` is the contestant's key where a click may hide it, ``mark`` its shape."""
-
-    label: str
-    colour: str
-    mark: str = "line"
-    dash: str = "solid"
-    run: str = ""
-    ink: bool = False
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What the page's script must know of a trace that has this entry."""
-        return {"run": self.run, "ink": self.ink}
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -53,20 +35,6 @@ class Chart:
     height: int
     spec: dict[str, Any]
     wide: bool = False
-
-
-def swatches(group: Group) -> tuple[Swatch, ...]:
-    """Each contestant's colour and dash, the same in all plots of the group; the baselines are ink."""
-    found: list[Swatch] = []
-    inks = colours = 0
-    for index, contestant in enumerate(group.contestants):
-        if contestant.baseline:
-            colour, dash, inks = INK, DASHES[inks % len(DASHES)], inks + 1
-        else:
-            colour = COLOURS[colours % len(COLOURS)]
-            dash, colours = DASHES[colours // len(COLOURS) % len(DASHES)], colours + 1
-        found.append(Swatch(contestant.label, colour, dash=dash, run=str(index), ink=contestant.baseline))
-    return tuple(found)
 
 
 def chart(
@@ -97,17 +65,19 @@ def chart(
     return Chart(title, note, alt, tuple(legend), height, figure.to_plotly_json(), wide)
 
 
+def mean_line(lines: Sequence[Points]) -> Points:
+    """The mean of several lines where all of them have the same x; empty lines are left out."""
+    heights = [dict(line) for line in lines if line]
+    if not heights:
+        return []
+    return [(x, fmean(y[x] for y in heights)) for x in heights[0] if all(x in y for y in heights)]
+
+
 def add_seeds(
-    figure: go.Figure,
-    swatch: Swatch,
-    lines: Sequence[Points],
-    *,
-    unit: str = "",
-    width: float = 2.4,
-    aligned: bool = True,
+    figure: go.Figure, swatch: Swatch, lines: Sequence[Points], *, unit: str = "", width: float = 2.4
 ) -> Points:
-    """Draw a contestant's line of each seed thinly and their mean strongly; returns the mean."""
-    mean = mean_line(lines, aligned=aligned)
+    """Draw a variant's line of each seed thinly and their mean strongly; returns the mean."""
+    mean = mean_line(lines)
     if len(lines) > 1:
         # One trace for all seeds: the gaps keep them apart.
         joined: list[tuple[float | None, float | None]] = []
@@ -152,6 +122,21 @@ def add_line(
     )
 
 
+def rows_axis(figure: go.Figure, names: Sequence[str], at: Sequence[float] | None = None) -> None:
+    """Name the rows of a plot of bars or marks, the first at the top."""
+    at = list(range(len(names))) if at is None else at
+    figure.update_yaxes(
+        tickvals=at, ticktext=list(names), range=[max(at) + 0.6, min(at) - 0.6], showgrid=False
+    )
+
+
+def half_interval(values: Sequence[float | None], colour: str = INK) -> dict[str, Any] | None:
+    """Whiskers of half a 95 % interval along x; None where no seed is repeated."""
+    if not any(values):
+        return None
+    return {"type": "data", "array": list(values), "color": colour, "width": 3, "thickness": 1.4}
+
+
 def epoch_axis(figure: go.Figure, most: int) -> None:
     """Label the x axis as epochs, with a tick for each while they are few."""
     figure.update_xaxes(title="epoch")
@@ -177,6 +162,11 @@ def plain(label: str) -> str:
     return escape(label, quote=False)
 
 
+def broken(label: str, width: int) -> str:
+    """A label for an axis, in two lines at most."""
+    return "<br>".join(map(plain, wrap(label, width, max_lines=2, placeholder="…")))
+
+
 def short(name: str, most: int = 18) -> str:
-    """A layer's name for an axis: of a long one the end, which tells layers apart."""
+    """A layer's name for an axis: of a long one the end, which distinguishes layers."""
     return plain(name if len(name) <= most else "…" + name[1 - most :])

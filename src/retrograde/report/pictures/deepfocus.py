@@ -1,14 +1,13 @@
 """DeepFocus' pictures: how much of each block's backward work was skipped, done coarsely or done in full."""
 
-from collections.abc import Sequence
+from statistics import fmean
 
 import plotly.graph_objects as go
 
-from retrograde.report.groups import Contestant
-from retrograde.report.pictures.chart import Chart, Swatch, chart, epoch_axis, plain, rounded, short
-from retrograde.report.records import Epoch, mapping, number
-from retrograde.report.runs import Run
-from retrograde.report.spread import mean
+from retrograde.lab.record import Epoch, RunRecord, mapping, number
+from retrograde.report.comparison import Variant
+from retrograde.report.pictures.chart import Chart, chart, epoch_axis, plain, rounded, rows_axis, short
+from retrograde.report.table import Swatch
 
 TIERS = (
     ("full", "full", "#2f6690"),
@@ -18,32 +17,26 @@ TIERS = (
 _SKIP = "224,145,63"
 
 
-def deepfocus(contestant: Contestant) -> list[Chart | None]:
+def deepfocus(variant: Variant) -> list[Chart | None]:
     """The mix of the tiers over epochs, mean over blocks, and the skipped share of every block."""
-    return [_mix(contestant), _skipped(contestant)]
+    return [_mix(variant), _skipped(variant)]
 
 
-def _mix(contestant: Contestant) -> Chart | None:
-    epochs = _epochs(contestant)
-    shares = {
-        tier: [
-            mean(
-                _share(epoch, block, tier)
-                for run in contestant.runs
-                for epoch in run.epochs
-                if epoch.epoch == at
-                for block in epoch.mapping("blocks")
-            )
-            for at in epochs
-        ]
-        for tier, _, _ in TIERS
-    }
+def _mix(variant: Variant) -> Chart | None:
+    epochs = _epochs(variant)
+    shares: dict[str, list[float]] = {tier: [] for tier, _, _ in TIERS}
+    for at in epochs:
+        for tier, of_tier in shares.items():
+            known = [
+                found for block in _blocks(variant) if (found := _share(variant, at, block, tier)) is not None
+            ]
+            of_tier.append(fmean(known) if known else 0.0)
     drawn = [(tier, name, colour) for tier, name, colour in TIERS if any(shares[tier])]
     if not drawn:
         return None
     figure, ends = go.Figure(), list[str]()
     for tier, name, colour in drawn:
-        y = [rounded((share or 0.0) * 100) for share in shares[tier]]
+        y = [rounded(share * 100) for share in shares[tier]]
         # An area needs a width, so that of a single epoch is drawn around it.
         wide = len(epochs) == 1
         figure.add_scatter(
@@ -69,23 +62,12 @@ def _mix(contestant: Contestant) -> Chart | None:
     )
 
 
-def _skipped(contestant: Contestant) -> Chart | None:
-    epochs = _epochs(contestant)
-    kinds: dict[str, object] = {}
-    for run in contestant.runs:
-        for epoch in run.epochs:
-            for name, block in epoch.mapping("blocks").items():
-                kinds[name] = mapping(block).get("kind")
-    z = [
-        [
-            mean(_share(epoch, name, "skip") for run in contestant.runs for epoch in _at(run, at))
-            for at in epochs
-        ]
-        for name in kinds
-    ]
+def _skipped(variant: Variant) -> Chart | None:
+    epochs = _epochs(variant)
+    names = _blocks(variant)
+    z = [[_share(variant, at, name, "skip") for at in epochs] for name in names]
     if not any(value is not None for row in z for value in row):
         return None
-    names = [f"{name} (chain)" if kind == "chain" else name for name, kind in kinds.items()]
     figure = go.Figure()
     figure.add_heatmap(
         x=epochs,
@@ -103,12 +85,7 @@ def _skipped(contestant: Contestant) -> Chart | None:
         hovertemplate="%{customdata}, epoch %{x}: %{z:.1f} % skipped<extra></extra>",
     )
     figure.update_xaxes(title="epoch", tickvals=epochs[:: -(-len(epochs) // 7)], tickangle=0, showgrid=False)
-    figure.update_yaxes(
-        tickvals=list(range(len(names))),
-        ticktext=[short(name, 26) for name in names],
-        range=[len(names) - 0.5, -0.5],
-        showgrid=False,
-    )
+    rows_axis(figure, [short(name, 26) for name in names])
     ends = [f"{name} {row[-1]:.0%}" for name, row in zip(names, z, strict=True) if row[-1] is not None]
     return chart(
         figure,
@@ -121,13 +98,24 @@ def _skipped(contestant: Contestant) -> Chart | None:
     )
 
 
-def _epochs(contestant: Contestant) -> list[int]:
-    return sorted({epoch.epoch for run in contestant.runs for epoch in run.epochs if epoch.mapping("blocks")})
+def _blocks(variant: Variant) -> list[str]:
+    """All blocks, in the network's order."""
+    return list(
+        dict.fromkeys(n for run in variant.records for epoch in run.epochs for n in epoch.mapping("blocks"))
+    )
 
 
-def _at(run: Run, at: int) -> Sequence[Epoch]:
-    return [epoch for epoch in run.epochs if epoch.epoch == at]
+def _epochs(variant: Variant) -> list[int]:
+    return sorted({epoch.epoch for run in variant.records for epoch in run.epochs if epoch.mapping("blocks")})
 
 
-def _share(epoch: Epoch, block: str, tier: str) -> float | None:
-    return number(mapping(epoch.mapping("blocks").get(block)).get(tier))
+def _share(variant: Variant, at: int, block: str, tier: str) -> float | None:
+    """A tier's share of a block's calls in epoch `at`, mean over seeds."""
+
+    def of(epoch: Epoch) -> float | None:
+        return number(mapping(epoch.mapping("blocks").get(block)).get(tier))
+
+    def of_run(run: RunRecord) -> float | None:
+        return next((of(epoch) for epoch in run.epochs if epoch.epoch == at), None)
+
+    return variant.mean(of_run)

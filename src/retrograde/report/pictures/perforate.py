@@ -6,12 +6,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from retrograde.report.groups import Contestant
-from retrograde.report.pictures.chart import INK, Chart, Swatch, add_line, chart, rounded, short
-from retrograde.report.pictures.learning import score_of
-from retrograde.report.records import Epoch, mapping, number
-from retrograde.report.runs import Run
-from retrograde.report.spread import Points
+from retrograde.lab.record import Epoch, RunRecord, mapping, number
+from retrograde.report.comparison import INK, Variant
+from retrograde.report.pictures.chart import Chart, add_line, chart, half_interval, rounded, rows_axis, short
+from retrograde.report.pictures.learning import accuracy
+from retrograde.report.table import Swatch
 
 _GROWN = "#009E73"
 _SHADE = "rgba(0,158,115,0.13)"
@@ -26,12 +25,12 @@ class Mark:
     dendrites: float | None
 
 
-def perforate(contestant: Contestant, swatch: Swatch) -> list[Chart | None]:
+def perforate(variant: Variant) -> list[Chart | None]:
     """The phases of the first seed, and the dendrites of every layer."""
-    return [_phases(contestant, swatch), _dendrites(contestant)]
+    return [_phases(variant), _dendrites(variant)]
 
 
-def marks(run: Run) -> list[Mark]:
+def marks(run: RunRecord) -> list[Mark]:
     """The run's phase changes in order; an epoch may repeat those of the epochs before it."""
     found: dict[tuple[float, str], Mark] = {}
     for epoch in run.epochs:
@@ -43,35 +42,29 @@ def marks(run: Run) -> list[Mark]:
 
 
 def _entries(epoch: Epoch) -> list[Any] | None:
-    """The ``marks`` of whichever method records phases of the whole model; None where no method does."""
-    found = (epoch.mapping(name).get("marks") for name in epoch.model_extra or {})
-    return next((entries for entries in found if isinstance(entries, list)), None)
+    """The phase changes so far; None where the method is another one."""
+    found = epoch.mapping("perforate").get("marks")
+    return found if isinstance(found, list) else None
 
 
-def _phases(contestant: Contestant, swatch: Swatch) -> Chart | None:
-    run = next((run for run in contestant.runs if any(_entries(e) is not None for e in run.epochs)), None)
+def _phases(variant: Variant) -> Chart | None:
+    run = next((run for run in variant.records if any(_entries(e) is not None for e in run.epochs)), None)
     if run is None:
         return None
-    metric = run.description.metric
-    score, unit = score_of(metric)
-    line: Points = []
-    for epoch in run.epochs:
-        y = score(epoch)
-        if epoch.step is not None and y is not None:
-            line.append((epoch.step, y))
+    line = [(float(epoch.step), y) for epoch in run.epochs if (y := accuracy(epoch)) is not None]
     if not line:
         return None
     figure, found = go.Figure(), marks(run)
-    add_line(figure, swatch, line, unit=unit)
+    add_line(figure, variant.swatch, line, unit=" %")
     _draw(figure, found, line[-1][0])
     figure.update_xaxes(title="step", range=[0, line[-1][0] * 1.03])
-    figure.update_yaxes(ticksuffix=unit)
-    which = f" Drawn for one seed, {run.seed}." if len(contestant.runs) > 1 else ""
+    figure.update_yaxes(ticksuffix=" %")
+    which = f" Drawn for one seed, {run.seed}." if len(variant.records) > 1 else ""
     changes = "; ".join(f"{mark.phase} phase from step {mark.step:g}" for mark in found)
     return chart(
         figure,
-        f"Perforate: phases over validation {metric}",
-        f"Line chart, validation {metric} over steps with the phases. {changes}.",
+        "Perforate: phases over validation accuracy",
+        f"Line chart, validation accuracy over steps with the phases. {changes}.",
         [Swatch("dendrites learn", _SHADE.replace("0.13", "0.4"), mark="box")],
         note="A vertical line is a change of phase and the number above it the dendrites so far: a gain shows as "
         "a rise after a shaded stretch." + which,
@@ -104,15 +97,15 @@ def _draw(figure: go.Figure, found: Sequence[Mark], end: float) -> None:
             )
 
 
-def _dendrites(contestant: Contestant) -> Chart | None:
-    def count(run: Run, name: str) -> float | None:
+def _dendrites(variant: Variant) -> Chart | None:
+    def count(run: RunRecord, name: str) -> float | None:
         layer = run.layers.get(name)
         return layer.number("dendrites") if layer else None
 
     counts = [
         (name, value)
-        for name in contestant.layers()
-        if (value := contestant.spread(lambda run, name=name: count(run, name)))
+        for name in variant.layers()
+        if (value := variant.estimate(lambda run, name=name: count(run, name)))
     ]
     if not counts:
         return None
@@ -123,26 +116,13 @@ def _dendrites(contestant: Contestant) -> Chart | None:
         orientation="h",
         width=0.6,
         marker={"color": _GROWN},
-        error_x={
-            "type": "data",
-            "array": [value.deviation for _, value in counts],
-            "color": INK,
-            "width": 3,
-            "thickness": 1.4,
-        }
-        if any(value.deviation for _, value in counts)
-        else None,
+        error_x=half_interval([value.half for _, value in counts]),
         hovertemplate="%{x:.3~g} dendrites<extra></extra>",
     )
     figure.update_xaxes(title="dendrites", rangemode="tozero")
     if max(value.mean for _, value in counts) <= 10:
         figure.update_xaxes(dtick=1)
-    figure.update_yaxes(
-        tickvals=list(range(len(counts))),
-        ticktext=[short(name) for name, _ in counts],
-        range=[len(counts) - 0.4, -0.6],
-        showgrid=False,
-    )
+    rows_axis(figure, [short(name) for name, _ in counts])
     ends = "; ".join(f"{name} {value.mean:g}" for name, value in counts)
     return chart(
         figure,

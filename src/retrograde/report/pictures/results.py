@@ -1,26 +1,17 @@
-"""The plots of a claim's result: accuracy against time, against what it costs, and seed by seed."""
+"""The plots of a result: accuracy against time, against what it costs, and seed by seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from textwrap import wrap
 
 import numpy as np
 import plotly.graph_objects as go
 
 from retrograde.lab.claims import metrics, wording
 from retrograde.lab.claims.result import Result
-from retrograde.report.pictures.chart import (
-    COLOURS,
-    DASHES,
-    INK,
-    Chart,
-    Swatch,
-    chart,
-    plain,
-    rounded,
-)
-from retrograde.report.spread import Points, mean
+from retrograde.report.comparison import INK, Comparison, Variant
+from retrograde.report.pictures.chart import Chart, Points, broken, chart, plain, rounded
+from retrograde.report.table import Swatch
 
 MOST_READINGS = 200
 _DIFFERENT = 1.05
@@ -30,7 +21,7 @@ _LOGARITHMIC = 20.0
 
 @dataclass(frozen=True)
 class Course:
-    """A contestant's validation accuracy after so many seconds.
+    """A variant's validation accuracy after so many seconds.
 
     Attributes:
         seconds: in order; the last are those of the shortest run.
@@ -45,19 +36,9 @@ class Course:
     high: list[float]
 
 
-def swatches(result: Result) -> dict[str, Swatch]:
-    """Each contestant's colour and dash, the same in all plots of a result; the baseline is ink."""
-    first, *others = result.contestants
-    found = {first: Swatch(result.contestants[first].label, INK, run=first, ink=True)}
-    for at, name in enumerate(others):
-        colour, dash = COLOURS[at % len(COLOURS)], DASHES[at // len(COLOURS) % len(DASHES)]
-        found[name] = Swatch(result.contestants[name].label, colour, dash=dash, run=name)
-    return found
-
-
-def claim_charts(result: Result) -> list[Chart]:
+def result_charts(comparison: Comparison) -> list[Chart]:
     """All plots of a result; a plot without data is left out."""
-    found = [one for one in (_time(result), _cost(result), _paired(result)) if one]
+    found = [one for one in (_time(comparison), _cost(comparison), _paired(comparison)) if one]
     # An odd one out takes a whole line.
     return [replace(found[0], wide=True), *found[1:]] if len(found) % 2 else found
 
@@ -90,7 +71,7 @@ def course(lines: Sequence[Points]) -> Course | None:
 
 
 def courses(result: Result) -> dict[str, Course]:
-    """The course of each contestant that has readings."""
+    """The course of each variant that has readings."""
     found = {
         name: course(
             [
@@ -104,21 +85,19 @@ def courses(result: Result) -> dict[str, Course]:
     return {name: one for name, one in found.items() if one}
 
 
-def goal(result: Result) -> float | None:
-    """The target in per cent: the best validation accuracy of its contestant, mean over seeds."""
-    found = mean(result.figures(result.target, "best_validation")) if result.target else None
-    return None if found is None else 100 * found
+def goal(result: Result) -> tuple[float, str] | None:
+    """The target in per cent, the best validation accuracy of its variant as a mean over seeds; and its legend."""
+    best = result.summaries.get(result.target or "", {}).get("best_validation")
+    if best is None or result.target is None:
+        return None
+    target = 100 * best.mean
+    return target, f"target, the best of {result.contestants[result.target].label}: {target:.2f} %"
 
 
-def goal_label(result: Result, target: float) -> str:
-    """The target in a legend."""
-    assert result.target is not None
-    return f"target, the best of {result.contestants[result.target].label}: {target:.2f} %"
-
-
-def time_figure(result: Result) -> go.Figure | None:
+def time_figure(comparison: Comparison) -> go.Figure | None:
     """Validation accuracy over seconds of training, with a band from the worst to the best seed."""
-    found, look = courses(result), swatches(result)
+    found = courses(comparison.result)
+    look = {variant.name: variant.swatch for variant in comparison.variants}
     if not found:
         return None
     figure = go.Figure()
@@ -137,18 +116,18 @@ def time_figure(result: Result) -> go.Figure | None:
             meta=swatch.meta,
             hovertemplate="%{y:.2f} % after %{x:.4~g} s",
         )
-    target = goal(result)
+    target = goal(comparison.result)
     if target is not None:
         figure.add_scatter(
             x=[0, max(one.seconds[-1] for one in found.values())],
-            y=[rounded(target)] * 2,
-            name=plain(goal_label(result, target)),
+            y=[rounded(target[0])] * 2,
+            name=plain(target[1]),
             mode="lines",
             line={"color": INK, "dash": "dash", "width": 1.4},
             hoverinfo="skip",
         )
     later = [y for one in found.values() for y in one.low[len(one.low) // 2 :]]
-    highest = max([y for one in found.values() for y in one.high] + ([] if target is None else [target]))
+    highest = max([y for one in found.values() for y in one.high] + ([] if target is None else [target[0]]))
     lowest = min(later)
     room = max((highest - lowest) * 0.08, 0.05)
     figure.update_xaxes(title="seconds of training", rangemode="tozero")
@@ -171,36 +150,29 @@ def _band(figure: go.Figure, one: Course, swatch: Swatch) -> None:
     )
 
 
-def _time(result: Result) -> Chart | None:
-    figure, found = time_figure(result), courses(result)
+def _time(comparison: Comparison) -> Chart | None:
+    figure, found = time_figure(comparison), courses(comparison.result)
     if figure is None:
         return None
-    look, target = swatches(result), goal(result)
-    legend = [look[name] for name in found]
-    if target is not None:
-        legend.append(Swatch(goal_label(result, target), INK, dash="dash"))
-    several = len(result.seeds) > 1
-    note = (
-        "Mean over seeds, with a band from the worst to the best; a line ends with its shortest run. "
-        if several
-        else ""
-    )
+    shown = [variant for variant in comparison.variants if variant.name in found]
+    target = goal(comparison.result)
+    several = "Mean over seeds, with a band from the worst to the best; a line ends with its shortest run. "
     ends = "; ".join(
-        f"{look[name].label} ends at {one.mean[-1]:.2f} % after {one.seconds[-1]:.4g} s"
-        for name, one in found.items()
+        f"{one.label} ends at {found[one.name].mean[-1]:.2f} % after {found[one.name].seconds[-1]:.4g} s"
+        for one in shown
     )
     return chart(
         figure,
         "Validation accuracy over time",
         f"Line chart, validation accuracy over seconds of training. {ends}.",
-        legend,
+        [*(one.swatch for one in shown), *([Swatch(target[1], INK, dash="dash")] if target else [])],
         height=340,
-        note=f"{note}Seconds of training, all overhead included.",
+        note=f"{several if comparison.seeded else ''}Seconds of training, all overhead included.",
     )
 
 
 def main_metric(result: Result) -> str | None:
-    """The first metric of the table that any contestant has a figure of."""
+    """The first metric of the table that any variant has a figure of."""
     for metric in result.table:
         if any(value is not None for name in result.contestants for value in result.figures(name, metric)):
             return metric
@@ -221,49 +193,33 @@ def scale(metric: str) -> tuple[float, str]:
 
 
 def cost_metric(result: Result) -> str:
-    """The cost that tells the contestants apart: executed FLOPs, else parameters, else seconds."""
+    """The cost that distinguishes the variants: executed FLOPs, else parameters, else seconds."""
     for metric in ("executed", "parameters"):
-        found = [mean(result.figures(name, metric)) for name in result.contestants]
-        known = [value for value in found if value]
-        if len(known) == len(found) and max(known) > _DIFFERENT * min(known):
+        known = [found.mean for one in result.summaries.values() if (found := one.get(metric)) and found.mean]
+        if len(known) == len(result.contestants) and max(known) > _DIFFERENT * min(known):
             return metric
     return "seconds"
 
 
-def _cost(result: Result) -> Chart | None:
+def _cost(comparison: Comparison) -> Chart | None:
+    result = comparison.result
     metric, cost = main_metric(result), cost_metric(result)
     if metric is None or metric == cost:
         return None
     (up, unit), (across, cost_unit) = scale(metric), scale(cost)
     figure, legend, said = go.Figure(), list[Swatch](), list[str]()
     costs: list[float] = []
-    for name, swatch in swatches(result).items():
-        pairs = [
-            (across * x, up * y)
-            for x, y in zip(result.figures(name, cost), result.figures(name, metric), strict=True)
-            if x is not None and y is not None
-        ]
+    for variant in comparison.variants:
+        both = zip(result.figures(variant.name, cost), result.figures(variant.name, metric), strict=True)
+        pairs = [(across * x, up * y) for x, y in both if x is not None and y is not None]
         if not pairs:
             continue
         middle = fmean(x for x, _ in pairs), fmean(y for _, y in pairs)
         costs.append(middle[0])
-        for points, size, opacity in ((pairs, 6, 0.6), ([middle], 13, 1.0)):
-            if size < 10 and len(pairs) == 1:
-                continue
-            figure.add_scatter(
-                x=[rounded(x) for x, _ in points],
-                y=[rounded(y) for _, y in points],
-                name=plain(swatch.label),
-                mode="markers",
-                opacity=opacity,
-                marker={"color": swatch.colour, "size": size},
-                meta=swatch.meta,
-                hovertemplate=f"%{{y:.4~g}}{unit} at %{{x:.4~g}}{cost_unit}",
-            )
-        legend.append(replace(swatch, mark="box"))
-        said.append(
-            f"{swatch.label} {wording.figure(metric, middle[1] / up)} at {wording.figure(cost, middle[0] / across)}"
-        )
+        _dots(figure, variant, pairs, middle, f"%{{y:.4~g}}{unit} at %{{x:.4~g}}{cost_unit}")
+        legend.append(replace(variant.swatch, mark="box"))
+        written = wording.figure(metric, middle[1] / up), wording.figure(cost, middle[0] / across)
+        said.append(f"{variant.label} {' at '.join(written)}")
     if len(legend) < 2:
         return None
     label, against = metrics.ALL[metric].label, metrics.ALL[cost].label
@@ -276,52 +232,46 @@ def _cost(result: Result) -> Chart | None:
         f"Scatter chart. {'; '.join(said)}.",
         legend,
         height=320,
-        note="Small dots are single seeds, large ones their mean." if len(result.seeds) > 1 else "",
+        note="Small dots are single seeds, large ones their mean." if comparison.seeded else "",
     )
 
 
-def _paired(result: Result) -> Chart | None:
-    """What each contestant has over the baseline, seed by seed."""
-    metric, (baseline, *others) = main_metric(result), result.contestants
-    if metric is None or len(result.seeds) < 2:
+def _paired(comparison: Comparison) -> Chart | None:
+    """What each variant has over the baseline, seed by seed."""
+    result, (baseline, *others) = comparison.result, comparison.variants
+    metric = main_metric(result)
+    if metric is None or not comparison.seeded:
         return None
     factor, unit = scale(metric)
     unit = " points" if unit == " %" else unit
-    figure, look, rows, dots, said = go.Figure(), swatches(result), list[str](), [0.0], list[str]()
-    for name in reversed(others):
-        both = zip(result.figures(name, metric), result.figures(baseline, metric), strict=True)
+    figure, rows, dots, said = go.Figure(), list[str](), [0.0], list[str]()
+    for variant in reversed(others):
+        both = zip(*(result.figures(one.name, metric) for one in (variant, baseline)), strict=True)
         seeds = [factor * (x - y) for x, y in both if x is not None and y is not None]
         if not seeds:
             continue
-        swatch, place = look[name], len(rows)
-        rows.append("<br>".join(map(plain, wrap(swatch.label, 28)[:2])))
+        place = len(rows)
+        rows.append(broken(variant.label, 18))
         dots += seeds
-        found = result.against_baseline.get(name, {}).get(metric)
+        found = result.against_baseline.get(variant.name, {}).get(metric)
         if found is not None and found.minus.low is not None and found.minus.high is not None:
             figure.add_scatter(
                 x=[rounded(factor * found.minus.low), rounded(factor * found.minus.high)],
                 y=[place, place],
                 mode="lines",
-                line={"color": swatch.colour, "width": 3},
+                line={"color": variant.swatch.colour, "width": 3},
                 opacity=0.55,
                 hoverinfo="skip",
             )
-        for values, size, opacity in ((seeds, 7, 0.65), ([fmean(seeds)], 13, 1.0)):
-            figure.add_scatter(
-                x=[rounded(value) for value in values],
-                y=[place] * len(values),
-                name=plain(swatch.label),
-                mode="markers",
-                opacity=opacity,
-                marker={"color": swatch.colour, "size": size, "symbol": "circle" if size < 10 else "diamond"},
-                hovertemplate=f"%{{x:+.4~g}}{unit}",
-            )
-        said.append(f"{swatch.label} {fmean(seeds):+.4g}{unit}")
+        mean = fmean(seeds)
+        points = [(value, float(place)) for value in seeds]
+        _dots(figure, variant, points, (mean, place), f"%{{x:+.4~g}}{unit}", symbol="diamond")
+        said.append(f"{variant.label} {mean:+.4g}{unit}")
     if not rows:
         return None
     room = 0.4 * ((max(dots) - min(dots)) or 1.0)
     figure.update_xaxes(
-        title=f"difference from {plain(look[baseline].label)}{',' if unit else ''}{unit}",
+        title=f"difference{',' if unit else ''}{unit}",
         range=[min(dots) - room, max(dots) + room],
     )
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, range=[-0.6, len(rows) - 0.4])
@@ -333,3 +283,27 @@ def _paired(result: Result) -> Chart | None:
         height=max(260, 130 + 44 * len(rows)),
         note="Dots: seeds, each less the baseline with the same seed. Diamonds: their mean; bars: its 95 % interval.",
     )
+
+
+def _dots(
+    figure: go.Figure,
+    variant: Variant,
+    seeds: Sequence[tuple[float, float]],
+    middle: tuple[float, float],
+    hover: str,
+    *,
+    symbol: str = "circle",
+) -> None:
+    """Small dots of the seeds, where there are several, and a large one of their mean."""
+    small = (seeds, 6, 0.6, "circle")
+    for points, size, opacity, mark in (*([small] if len(seeds) > 1 else []), ([middle], 13, 1.0, symbol)):
+        figure.add_scatter(
+            x=[rounded(x) for x, _ in points],
+            y=[rounded(y) for _, y in points],
+            name=plain(variant.label),
+            mode="markers",
+            opacity=opacity,
+            marker={"color": variant.swatch.colour, "size": size, "symbol": mark},
+            meta=variant.swatch.meta,
+            hovertemplate=hover,
+        )

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from retrograde.report.groups import Contestant
-from retrograde.report.pictures.chart import Chart, Swatch, add_line, chart, epoch_axis, thinned
-from retrograde.report.spread import Points, mean_line
+from retrograde.report.comparison import Variant
+from retrograde.report.pictures.chart import Chart, Points, add_line, chart, epoch_axis, mean_line, thinned
+from retrograde.report.table import Swatch
 
 # From the first layer to the last; every colour is clear on white and on black.
 _RAMP = ((63, 111, 181), (47, 154, 160), (90, 166, 84), (201, 154, 46), (207, 95, 58), (168, 67, 127))
@@ -14,8 +14,49 @@ _MOST_NAMED = 8
 _MOST_POINTS = 3000
 
 
+def decorrelate(variant: Variant) -> list[Chart | None]:
+    """Correlation after the transformation, against that of the layer's input, on a logarithmic axis."""
+    return [
+        layer_lines(
+            variant,
+            "correlation",
+            "Decorrelate: correlation left in each layer’s input",
+            "Solid: after the transformation. Dotted: the input itself. The further a solid line lies below its "
+            "dotted one, the more correlation was removed.",
+            lesser="correlation_input",
+            log=True,
+        )
+    ]
+
+
+def spectral(variant: Variant) -> list[Chart | None]:
+    """How well each layer's small basis holds its gradient, and how it moves."""
+    return [
+        layer_lines(
+            variant,
+            "captured_energy",
+            "Spectral: gradient energy inside the basis",
+            "Share of the gradient’s energy inside the small basis: at 100 % nothing is lost by learning within it.",
+            factor=100.0,
+            unit=" %",
+        ),
+        layer_lines(
+            variant,
+            "effective_rank",
+            "Spectral: effective rank of each layer’s input",
+            "The number of directions the input really uses: a basis of fewer directions leaves some out.",
+        ),
+        layer_lines(
+            variant,
+            "drift",
+            "Spectral: drift of the basis",
+            "How far the basis turned at its refresh: near zero it has settled and could be refreshed less often.",
+        ),
+    ]
+
+
 def layer_lines(
-    contestant: Contestant,
+    variant: Variant,
     key: str,
     title: str,
     note: str,
@@ -31,10 +72,10 @@ def layer_lines(
     """
 
     def line(name: str, of: str) -> Points:
-        points = _mean_line(contestant, name, of)
+        points = _mean_line(variant, name, of)
         return [(x, y * factor) for x, y in points if y > 0 or not log]
 
-    names = [name for name in contestant.layers() if not lesser or line(name, lesser)]
+    names = [name for name in variant.layers() if not lesser or line(name, lesser)]
     lines = {name: points for name in names if (points := line(name, key))}
     if not lines:
         return None
@@ -56,9 +97,9 @@ def layer_lines(
     )
 
 
-def _mean_line(contestant: Contestant, name: str, key: str) -> Points:
+def _mean_line(variant: Variant, name: str, key: str) -> Points:
     lines: list[Points] = []
-    for run in contestant.runs:
+    for run in variant.records:
         points = (
             (epoch.epoch, epoch.layers[name].number(key)) for epoch in run.epochs if name in epoch.layers
         )
