@@ -52,8 +52,8 @@ def test_parameters_are_shown_where_a_method_may_add_some(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("methods", "seeds", "trials", "says"),
     [
-        ([], 1, 0, "nobody to compare with"),
-        ([{"dither": {}}, {"dither": {"scale": 1.0}}], 1, 0, "contends twice"),
+        ([], 1, 0, "nothing to compare"),
+        ([{"dither": {}}, {"dither": {"scale": 1.0}}], 1, 0, "is named twice"),
         ([{"dither": {}}], 0, 0, "seeds=0"),
         ([{"dither": {}}], 1, -1, "trials=-1"),
     ],

@@ -1,7 +1,5 @@
 """How figures are written, in a terminal, in documents and in reports alike: a mean ± half of its 95 % interval."""
 
-from collections.abc import Sequence
-
 from retrograde.lab.claims import metrics
 from retrograde.lab.claims.result import Finding, Result
 from retrograde.lab.claims.statistics import Estimate
@@ -123,9 +121,3 @@ def _as_found(finding: Finding, value: Estimate) -> str:
             return difference(finding.metric, value)
         case "figure":
             return spread(finding.metric, value)
-
-
-def listed(words: Sequence[object]) -> str:
-    """Words in one line: ``0, 1 and 2``."""
-    *first, last = map(str, words)
-    return f"{', '.join(first)} and {last}" if first else last
