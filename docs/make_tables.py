@@ -106,8 +106,9 @@ def when() -> str:
     head = ("you have", "take", "what it gave here", "what beats it")
     rows = [[cell.format_map(figures) for cell in row] for row in WHEN]
     machine, seeds = measured("bench-steps")["machine"], len(claim("decorrelate/cifar10-mlp").seeds)
+    made = make_table(head, rows, texts=4).markdown(literal=False)
     return (
-        f"{make_table(head, rows, texts=4).markdown(literal=False)}\n\n*{machine['cores']} cores ({machine['cpu']}), torch "
+        f"{made}\n\n*{machine['cores']} cores ({machine['cpu']}), torch "
         f"{machine['torch']}. Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with the same "
         "number of trials.*"
     )
