@@ -1,6 +1,7 @@
 """``methods``, ``plan``, ``report``, ``doctor`` and ``demo``: results on stdout, the rest on stderr, exit codes."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_misspelt_card_names_the_nearest(run: Run) -> None:
 
 
 # Usage.
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["train", "--epochs", "3", "--version"], ["-V", "plan"]]
+)
+def test_version_anywhere(run: Run, arguments: list[str]) -> None:
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (0, f"retrograde {version('retrograde')}\n")
+
+
+def test_the_output_of_train_is_no_page(run: Run) -> None:
+    """`-o` is the file that a command writes; a run folder has a flag of its own."""
+    assert run("train", *QUICK, "-o", "a").code == 2
+    assert run("train", *QUICK, "--run-folder", "a").code == 0
+    assert Path("a/result.json").exists()
 
 
 def test_no_command_shows_help(run: Run) -> None:

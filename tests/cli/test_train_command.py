@@ -42,7 +42,7 @@ def test_train_leaves_a_whole_run_folder(run: Run) -> None:
     assert outcome.json == {**result, "folder": "a"}
     assert (result["status"], result["epochs"], result["steps"]) == ("finished", 1, 4)
     described = strict_json(folder / "run.json")
-    assert described["recipe"]["methods"] == {"dither": {"scale": "1"}}
+    assert described["recipe"]["methods"] == {"dither": {"scale": 1.0}}
     assert {"cpu", "torch", "device"} <= described["machine"].keys()
     assert "run folder: a" in outcome.err
 
@@ -179,7 +179,7 @@ def test_resume_takes_the_runs_own_recipe(run: Run, monkeypatch: pytest.MonkeyPa
 def test_resume_with_another_recipe_is_refused(run: Run, change: list[str], field: str) -> None:
     run("train", *QUICK, *DITHER, "--out", "a")
     before = contents(Path("a"))
-    outcome = run("train", "--resume", "-o", "a", *change)
+    outcome = run("train", "--resume", "--run-folder", "a", *change)
     assert outcome.code == 3
     assert "CheckpointError" in outcome.err
     assert field in outcome.err

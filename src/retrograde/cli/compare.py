@@ -1,8 +1,9 @@
 """``retrograde compare`` and ``retrograde advise``: methods and peers on a user's own model and data."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,19 @@ import tyro
 from rich.markup import escape
 
 from retrograde.cli import output
-from retrograde.cli.flags import TaskFlags
-from retrograde.cli.options import ALL_METHODS, Given
+from retrograde.cli.flags import (
+    DataFolder,
+    DataSet,
+    Methods,
+    Model,
+    Names,
+    RecipeFile,
+    Switch,
+    TaskFlags,
+    folder_arg,
+    output_arg,
+)
+from retrograde.cli.options import ALL_METHODS, Given, split
 from retrograde.cli.repro import present, shown
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
@@ -25,8 +37,7 @@ from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.wording import points, times
 from retrograde.lab.files import writing
-from retrograde.lab.options import make
-from retrograde.lab.recipe import Recipe, make_recipe
+from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write_claims
 
@@ -36,51 +47,54 @@ _READINGS = 10
 _Task = Annotated[Any, tyro.conf.arg(name="")]
 
 
+_PEERS = ", ".join(sorted({entry.name for entry in entry_points(group=peers.GROUP)}))
+
+
 @dataclass(frozen=True)
 class Compare:
-    """Plain backpropagation, methods and peers on your own model and data: a table, and a page with curves.
+    """Compare methods and peers with plain backpropagation on your model and data: a table, and a page with curves.
 
-    Every contestant's learning rate is searched for with as many trials; then all train with the same seeds, in turns
-    of an epoch. The same command goes on where it was interrupted.
+    Every variant's learning rate is searched for with as many trials; then all variants train with the same seeds,
+    taking turns after each epoch. Re-running the same command resumes it.
 
     Attributes:
-        model: a model's name, or any importable module:callable.
-        data: digits, a folder of images or Parquet files, or a hub id.
-        methods: methods to compare; A+B attaches both. all: every method by itself, with the options that each names
-            for a short run. Their options are flags: --dither.scale 2.
-        peers: rivals: adalora, asam, constant-dither, foof, galore, int8, lora, meprop, muon, psgd, sam, schedule-free,
-            selective-backprop, shampoo, soap, vcas. Their options are flags too: --sam.rho 0.1.
-        seeds: paired seeds.
-        trials: of the search for each contestant's learning rate; 0: all run at the one given.
-        jobs: seeds at once; times are honest with 1 alone.
-        recipe: TOML recipe; flags given beside it win.
-        output: the page to write.
-        runs: folder for the runs; default: runs/compare/….
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        json: print the whole result as JSON.
+        model: A model's name, or any importable module:callable.
+        data: Digits, a folder of images or of Parquet files, a data set in the data folder, or a hub id.
+        method: Methods to compare; A+B attaches both, and all stands for every method by itself, with the options that
+            it suggests for a short run. Their options are flags, which --help lists beside them.
+        seeds: Number of paired seeds.
+        trials: Trials of the search for each variant's learning rate. With 0 all run at the learning rate given.
+        jobs: Seeds trained at once. Times can be trusted with 1 only.
+        recipe: TOML recipe. Command-line flags override it.
+        output: Page to write.
+        runs: Folder for the runs.
+        data_dir: Folder that holds data sets.
+        json: Print the whole result as JSON.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
-    data: Annotated[str, tyro.conf.Positional]
+    model: Model
+    data: DataSet
     fields: _Task = field(default_factory=TaskFlags)
-    methods: tuple[str, ...] = ()
-    peers: tuple[str, ...] = ()
+    method: Methods = ()
+    peers: Annotated[
+        Names, tyro.conf.arg(metavar="NAME ...", help=f"Published rivals to compare with: {_PEERS}.")
+    ] = ()
     seeds: int = 3
     trials: int = 4
     jobs: int = 1
-    recipe: Path | None = None
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("compare.html")
-    runs: Path | None = None
-    data_dir: Path | None = None
-    json: bool = False
+    recipe: RecipeFile = None
+    output: Annotated[Path, output_arg("compare.html")] = Path("compare.html")
+    runs: Annotated[Path | None, folder_arg("runs/compare/…, by what is compared")] = None
+    data_dir: DataFolder = None
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Train, write the page, print the table."""
-        recipe = _recipe(given, self.fields, self.model, self.data)
+        recipe = _recipe(given, self.fields, self.model, self.data, self.data_dir)
         claim = comparison(
             recipe,
-            _methods(given, self.methods),
-            _peers(given, self.peers),
+            _methods(given, self.method),
+            [{name: given.with_options(name, given.recipe.peers)} for name in self.peers],
             seeds=self.seeds,
             trials=self.trials,
         )
@@ -95,37 +109,39 @@ class Compare:
 
 @dataclass(frozen=True)
 class Advise:
-    """A few hundred steps of each method on your model, data and machine; recommends a recipe, and says why.
+    """Train a few hundred steps by each method on your model, data and machine; recommend a recipe, and say why.
 
-    All runs are whole trainings of that many steps by the recipe's own schedule, in turns, at the recipe's learning
-    rate: `compare` searches for each one's own.
+    Every run is a whole training of that many steps with the recipe's own schedule and learning rate; `compare`
+    searches for each variant's learning rate. Re-running the same command resumes it.
 
     Attributes:
-        model: a model's name, or any importable module:callable.
-        data: digits, a folder of images or Parquet files, or a hub id.
-        methods: methods to try; default: all that short runs can judge.
-        length: steps of each run.
-        seeds: paired seeds.
-        recipe: TOML recipe of the training that is planned; flags given beside it win.
-        write: write the recommended recipe there, for `retrograde train --recipe`.
-        output: the page to write.
-        runs: folder for the runs; default: runs/advise/….
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        json: print JSON.
+        model: A model's name, or any importable module:callable.
+        data: Digits, a folder of images or of Parquet files, a data set in the data folder, or a hub id.
+        method: Methods to try; A+B attaches both. Their options are flags, which --help lists beside them.
+        length: Steps of each run.
+        seeds: Number of paired seeds.
+        recipe: TOML recipe of the training that is planned. Command-line flags override it.
+        write: Where to write the recommended recipe, for `retrograde train --recipe`.
+        output: Page to write.
+        runs: Folder for the runs.
+        data_dir: Folder that holds data sets.
+        json: Print JSON.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
-    data: Annotated[str, tyro.conf.Positional]
+    model: Model
+    data: DataSet
     fields: _Task = field(default_factory=TaskFlags)
-    methods: tuple[str, ...] = ()
+    method: Annotated[
+        Methods, tyro.conf.arg(help_behavior_hint="(default: all that short runs can judge)")
+    ] = ()
     length: int = 300
     seeds: int = 3
-    recipe: Path | None = None
-    write: Path | None = None
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("advise.html")
-    runs: Path | None = None
-    data_dir: Path | None = None
-    json: bool = False
+    recipe: RecipeFile = None
+    write: Annotated[Path | None, folder_arg("none: nothing is written")] = None
+    output: Annotated[Path, output_arg("advise.html")] = Path("advise.html")
+    runs: Annotated[Path | None, folder_arg("runs/advise/…, by what is tried")] = None
+    data_dir: DataFolder = None
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Train a little, recommend."""
@@ -133,9 +149,9 @@ class Advise:
             raise OptionError(
                 f"advise: length={self.length} is too short to judge by. Give 20 steps or more."
             )
-        recipe = _recipe(given, self.fields, self.model, self.data)
+        recipe = _recipe(given, self.fields, self.model, self.data, self.data_dir)
         late = {name: method.whole_run for name, method in available().items() if method.whole_run}
-        names = self.methods or [name for name in available() if name not in late]
+        names = self.method or [name for name in available() if name not in late]
         chosen = _methods(given, names)
         short = [_short(one, self.length) for one in chosen]
         probe = recipe.model_copy(update={"evaluations": self._readings(recipe)})
@@ -152,7 +168,7 @@ class Advise:
         if self.write is not None:
             with writing(self.write, UnicodeEncodeError):
                 self.write.write_text(to_toml(fields), encoding="utf-8")
-        left_out = {} if self.methods else late
+        left_out = {} if self.method else late
         if self.json:
             output.print_json(
                 {
@@ -180,38 +196,22 @@ Compare.__annotations__["fields"] = Annotated[TaskFlags, tyro.conf.arg(name="")]
 Advise.__annotations__["fields"] = Annotated[TaskFlags, tyro.conf.arg(name="")]
 
 
-def _recipe(given: Given, flags: Any, model: str, data: str) -> Recipe:
-    base = given.recipe.model_dump(include={"peers", "model_options"})
-    return make_recipe({**base, **asdict(flags), "model": model, "data": data}, "flags")
+def _recipe(given: Given, flags: Any, model: str, data: str, data_dir: Path | None) -> Recipe:
+    return given.over_recipe({**asdict(flags), "model": model, "data": data}, data_dir)
 
 
 def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
     found: list[dict[str, dict[str, Any]]] = []
     for entry in names:
         if entry == ALL_METHODS:
-            known = available()
             short = {
                 name: {**method.short_run, **given.recipe.methods.get(name, {})}
-                for name, method in known.items()
+                for name, method in available().items()
             }
-            found += [{name: _options(given, name, short, make)} for name in known]
+            found += [{name: given.with_options(name, short)} for name in short]
         else:
-            options = given.recipe.methods
-            found.append({name: _options(given, name, options, make) for name in entry.split("+")})
+            found.append({name: given.with_options(name, given.recipe.methods) for name in split([entry])})
     return found
-
-
-def _peers(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
-    return [{name: _options(given, name, given.recipe.peers, peers.make)} for name in names]
-
-
-def _options(
-    given: Given, name: str, recipe: dict[str, dict[str, Any]], make: Callable[[str, dict[str, Any]], object]
-) -> dict[str, Any]:
-    """What was asked for, in the types of its fields: flags are strings, and a recipe is written of them."""
-    options = {**recipe.get(name, {}), **given.options.get(name, {})}
-    made = make(name, options)
-    return {option: getattr(made, option) for option in options}
 
 
 def _run(claim: Claim, given: Given, folder: Path, data_dir: Path | None, jobs: int) -> Result:

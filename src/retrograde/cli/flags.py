@@ -1,23 +1,63 @@
-"""The fields of a recipe as flags, whose defaults come from a recipe file or from a run that is resumed."""
+"""Flags that several commands share, with the words that `--help` has for them, and a recipe's fields as flags."""
 
 import dataclasses
 import inspect
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, arg
 
 from retrograde.lab.recipe import Recipe
 
 NOT_FLAGS = {"methods", "peers", "model_options"}
 """Fields with options of their own: a recipe file gives them; methods come by --method and their own flags."""
 
+_METAVARS = {
+    "data": "NAME|PATH",
+    "model": "NAME|module:callable",
+    "only": "PATTERN ...",
+    "skip": "PATTERN ...",
+}
+
+Switch = FlagCreatePairsOff[bool]
+"""Off unless it is given: there is no `--no-…`."""
+
+Names = Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: none)")]
+Methods = Annotated[
+    tuple[str, ...],
+    arg(metavar="NAME[+NAME] ...", aliases=("--methods",), help_behavior_hint="(default: none)"),
+]
+"""`--methods` is the spelling of earlier versions."""
+
+RecipeFile = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: none)")]
+DataFolder = Annotated[
+    Path | None, arg(metavar="PATH", help_behavior_hint="(default: the environment variable RETROGRADE_DATA)")
+]
+Model = Annotated[str, tyro.conf.Positional, arg(metavar=_METAVARS["model"])]
+DataSet = Annotated[str, tyro.conf.Positional, arg(metavar=_METAVARS["data"])]
+
+
+def output_arg(default: str = "none: nothing is written") -> Any:
+    """The one meaning of `-o`: the file that a command writes."""
+    return arg(metavar="PATH", aliases=("-o",), help_behavior_hint=f"(default: {default})")
+
+
+def folder_arg(default: str, *aliases: str) -> Any:
+    """A folder whose default is said in words."""
+    return arg(metavar="PATH", aliases=aliases, help_behavior_hint=f"(default: {default})")
+
 
 def _make(name: str, without: set[str]) -> type[Any]:
-    fields = [
-        (field, info.annotation, dataclasses.field(default=info.default))
-        for field, info in Recipe.model_fields.items()
-        if field not in without
-    ]
+    fields: list[tuple[str, Any, Any]] = []
+    for field, info in Recipe.model_fields.items():
+        if field not in without:
+            kind: Any = info.annotation
+            if field in _METAVARS:
+                kind = Annotated[kind, arg(metavar=_METAVARS[field])]
+            fields.append((field, kind, dataclasses.field(default=info.default)))
     made = dataclasses.make_dataclass(name, fields, frozen=True)
-    made.__doc__ = inspect.cleandoc(Recipe.__doc__ or "").replace("``", "")
+    made.__doc__ = inspect.cleandoc(Recipe.__doc__ or "").replace("`", "")
     return made
 
 

@@ -1,10 +1,13 @@
 """Entry point: finds the command, runs it, and turns errors into messages and exit codes."""
 
+import dataclasses
+import itertools
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import torch
 import tyro
@@ -16,7 +19,7 @@ from retrograde.cli.demo import Demo
 from retrograde.cli.doctor import Doctor
 from retrograde.cli.flags import TaskFlags, from_recipe
 from retrograde.cli.methods import Methods
-from retrograde.cli.options import Given, read_given
+from retrograde.cli.options import Given, option_flags, read_chosen, registry
 from retrograde.cli.plan import PlanCommand
 from retrograde.cli.report import Report
 from retrograde.cli.repro import Repro
@@ -29,7 +32,8 @@ EXIT_INTERRUPTED = 130
 
 _DESCRIPTION = """Better backward passes for PyTorch: what they do to your model, and what they save.
 
-Exit codes: 0 done, 1 a check failed (doctor), 2 wrong usage, 3 bad input, 130 interrupted. --version: the version."""
+Exit codes: 0: done; 1: a check of `doctor` failed, or `repro verify` does not agree; 2: wrong usage; 3: bad input;
+130: interrupted. `--version` prints the version."""
 
 
 @output.escapes()
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in argv
-    if argv in (["--version"], ["-V"]):
+    if {"--version", "-V"} & set(argv):
         output.print_line(f"retrograde {version('retrograde')}")
         return 0
     # Sparse gradients let Adam's moments decay to denormal numbers, which slow every product with them threefold.
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _Warnings()
-            return _run(read_given(argv))
+            return _run(argv)
     except (RetrogradeError, OSError) as error:  # a file or folder that the command was given
         if as_json:
             output.print_json({"error": {"type": type(error).__name__, "message": str(error)}})
@@ -83,32 +87,54 @@ class _Warnings:
             output.log.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
 
-def _run(given: Given) -> int:
-    flags, tasks = from_recipe(given.recipe), from_recipe(given.recipe, TaskFlags)
-    try:
-        command: Any = tyro.cli(
-            Annotated[
-                Advise, tyro.conf.subcommand("advise", default=Advise(tyro.MISSING, tyro.MISSING, tasks))
-            ]
-            | Annotated[Bench, tyro.conf.subcommand("bench")]
-            | Annotated[
-                Compare, tyro.conf.subcommand("compare", default=Compare(tyro.MISSING, tyro.MISSING, tasks))
-            ]
-            | Annotated[Demo, tyro.conf.subcommand("demo")]
-            | Annotated[Methods, tyro.conf.subcommand("methods")]
-            | Annotated[PlanCommand, tyro.conf.subcommand("plan", default=PlanCommand(flags))]
-            | Annotated[Train, tyro.conf.subcommand("train", default=Train(flags))]
-            | Annotated[Repro, tyro.conf.subcommand("repro")]
-            | Annotated[Report, tyro.conf.subcommand("report")]
-            | Annotated[Doctor, tyro.conf.subcommand("doctor")],
-            prog="retrograde",
-            description=_DESCRIPTION,
-            args=given.rest or ["--help"],
-            config=(tyro.conf.OmitArgPrefixes,),
+def _run(arguments: list[str]) -> int:
+    recipe, classes = read_chosen(arguments)
+    flags, tasks = from_recipe(recipe), from_recipe(recipe, TaskFlags)
+    commands: dict[str, Any] = {
+        "methods": Methods,
+        "plan": PlanCommand(flags),
+        "train": Train(flags),
+        "advise": Advise(tyro.MISSING, tyro.MISSING, tasks),
+        "compare": Compare(tyro.MISSING, tyro.MISSING, tasks),
+        "report": Report,
+        "demo": Demo,
+        "repro": Repro,
+        "bench": Bench,
+        "doctor": Doctor,
+    }
+    line: list[tuple[str, Any]] = [("command", Annotated[_union(commands), tyro.conf.arg(name="")])]
+    if classes and (options := option_flags(classes, type(commands[arguments[0]]))):
+        line.append(("options", Annotated[tyro.conf.CascadeSubcommandArgs[options], tyro.conf.arg(name="")]))
+    parsed: Any = tyro.cli(
+        dataclasses.make_dataclass("Line", line),
+        prog="retrograde",
+        description=_DESCRIPTION,
+        args=_help_first(arguments),
+        registry=registry(),
+    )
+    options = {
+        # As a recipe file has them: sequences are lists.
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        for name, given in getattr(parsed, "options", {}).items()
+    }
+    return parsed.command.run(Given(recipe, options, shlex.join(["retrograde", *arguments])))
+
+
+def _help_first(arguments: list[str]) -> list[str]:
+    """A line that asks for help, without what help does not depend on: the parser would leave out what it has read."""
+    if arguments and not {"--help", "-h"} & set(arguments):
+        return arguments
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    return [*words[: 2 if words[:1] == ["repro"] else 1], "--help"]
+
+
+def _union(commands: dict[str, Any]) -> Any:
+    """Of the commands, which are classes, or their defaults where a recipe gives some."""
+    return Union[  # noqa: UP007  (of as many as there are)
+        tuple(
+            Annotated[made, tyro.conf.subcommand(name)]
+            if isinstance(made, type)
+            else Annotated[type(made), tyro.conf.subcommand(name, default=made)]
+            for name, made in commands.items()
         )
-    except SystemExit as error:
-        if error.code and given.flags:
-            # The parser knows nothing of these: they were taken out of the command line before it saw it.
-            output.log.print(f"Options of those that were chosen: {', '.join(given.flags)}")
-        raise
-    return command.run(given)
+    ]

@@ -9,6 +9,7 @@ import tyro
 from rich.table import Table
 
 from retrograde.cli import output
+from retrograde.cli.flags import Switch
 from retrograde.cli.options import Given
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
@@ -20,12 +21,14 @@ class Methods:
     """List the methods with their options, or print one method's card.
 
     Attributes:
-        name: print this method's card: what it does, equations, cost, source.
-        json: print JSON.
+        name: Print the card of this method: what it does, its equations, cost and source.
+        json: Print JSON.
     """
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
-    json: bool = False
+    name: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help_behavior_hint="(default: all)")
+    ] = None
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print to stdout."""

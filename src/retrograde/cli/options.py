@@ -1,160 +1,240 @@
-"""What is read from a command line before its flags: the recipe that gives their defaults, and the options of
-methods and peers.
+"""The flags that only a command line itself decides: options of the methods and peers that it names, and the recipe
+that gives the other flags their defaults.
 
-They are flags only once the method or peer is chosen, so they cannot be declared beforehand.
+A first, partial reading by the same parser finds the names; from them come the types of the second one.
 """
 
 import dataclasses
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from retrograde.cli.flags import NOT_FLAGS
+import docstring_parser
+import tyro
+from typing_extensions import TypedDict
+from tyro.conf import arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
 from retrograde.errors import OptionError
-from retrograde.lab import peers
+from retrograde.lab import data as lab_data
+from retrograde.lab import models, peers
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.lab.record import read_description
 from retrograde.methods.registry import available, suggest
 
 ALL_METHODS = "all"
-"""In ``compare --methods`` every installed method."""
+"""For ``compare``: every installed method."""
 
-_SEVERAL = (["compare"], ["advise"])
-"""Commands that try methods beside each other; the others attach what they are given."""
+SEVERAL = ("compare", "advise")
+"""Commands that train methods beside each other and whose arguments name the model; the others attach what is given."""
 
-_OWN_FIELDS = frozenset(Recipe.model_fields) - NOT_FLAGS
+WITH_RECIPE = ("plan", "train", *SEVERAL)
+
+_LEAVES = (int, float, str, bool, NoneType)
 
 
 @dataclass(frozen=True)
 class Given:
-    """A command line, read as far as its recipe and methods.
+    """What a command is given beside its own flags.
 
     Attributes:
-        rest: the command line without the options of methods and peers.
-        recipe: the recipe of ``--recipe``, or of the run that ``--resume`` goes on with, or the default one.
-        options: options of the chosen methods and peers, by name.
-        flags: all flags that they have.
+        recipe: the recipe of `--recipe`, or of the run that `--resume` continues, or the default one.
+        options: options of the chosen methods and peers that stand on the command line, by name.
         line: the whole command line.
     """
 
-    rest: list[str]
     recipe: Recipe
     options: dict[str, dict[str, Any]]
-    flags: list[str]
     line: str
 
-    def build(self, flags: Any, names: Sequence[str]) -> Recipe:
+    def build(self, flags: Any, names: Sequence[str], data_dir: Path | None) -> Recipe:
         """The command's recipe: flags and method options laid over `recipe`.
 
         Args:
             flags: a `RecipeFlags`.
-            names: methods of ``--method``, which replace the recipe's.
+            names: methods of `--method`, which replace the recipe's.
+            data_dir: folder that holds data sets.
         """
-        methods = self.recipe.methods
-        if names:
-            methods = {name: methods.get(name, {}) for name in names}
-        merged = {name: {**given, **self.options.get(name, {})} for name, given in methods.items()}
-        kept = {"peers": self.recipe.peers, "model_options": self.recipe.model_options}
-        return make_recipe({**dataclasses.asdict(flags), **kept, "methods": merged}, "flags")
+        given = split(names) or list(self.recipe.methods)
+        methods = {name: self.with_options(name, self.recipe.methods) for name in given}
+        return self.over_recipe({**dataclasses.asdict(flags), "methods": methods}, data_dir)
+
+    def over_recipe(self, fields: dict[str, Any], data_dir: Path | None) -> Recipe:
+        """`fields`, and of the recipe what no flag gives.
+
+        Raises:
+            OptionError: a value is refused, or `data` is a model's name.
+        """
+        recipe = make_recipe(
+            {**self.recipe.model_dump(include={"peers", "model_options"}), **fields}, "flags"
+        )
+        name = recipe.data
+        a_model = (name in models.names() or ":" in name) and not Path(name).exists()
+        if a_model and name not in (source.name for source in lab_data.available(data_dir)):
+            raise OptionError(
+                f"{name!r} names a model, and stands where a data set should. Give the model first and the data set "
+                "second, or name them with --model and --data where the command has these flags."
+            )
+        return recipe
+
+    def with_options(self, name: str, recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Options of a method or peer: the command line's over the recipe's."""
+        return {**recipe.get(name, {}), **self.options.get(name, {})}
 
 
-def read_given(arguments: Sequence[str]) -> Given:
-    """Find the recipe, and take ``--scale 1`` or ``--dither.scale 1`` out of the command line.
+def split(names: Iterable[str]) -> list[str]:
+    """Single methods: those that are attached together are written with a plus between them."""
+    return [name for entry in names for name in entry.split("+")]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The flags that decide about others, as the commands have them."""
+
+    method: Annotated[tuple[str, ...], arg(aliases=("--methods",))] = ()
+    peers: tuple[str, ...] = ()
+    model: str | None = None
+    recipe: Path | None = None
+    run_folder: Annotated[Path | None, arg(aliases=("--out",))] = None
+    resume: bool = False
+
+
+def read_chosen(arguments: Sequence[str]) -> tuple[Recipe, dict[str, type[Any]]]:
+    """The recipe that gives flags their defaults, and the classes of the chosen methods and peers by name.
 
     Raises:
-        OptionError: an unreadable recipe, an unknown method or peer, an option of two of them without its prefix, or
-            an option without a value.
+        OptionError: an unreadable recipe, or an unknown method or peer.
     """
-    recipe = _recipe(arguments)
-    given = _values(arguments, "--methods" if arguments[:1] in _SEVERAL else "--method")
-    # Methods that are attached together are written with a plus between them.
-    if arguments[:1] == ["compare"] and ALL_METHODS in given:
-        given = [*available(), *(entry for entry in given if entry != ALL_METHODS)]
-    chosen = [name for entry in given for name in entry.split("+")] or list(recipe.methods)
-    # Only when a method is named: `doctor` must run where one is broken.
-    methods = available() if chosen else {}
-    for name in chosen:
-        if name not in methods:
-            raise OptionError(
-                f"there is no method {name!r}.{suggest(name, methods)} See `retrograde methods`."
-            )
-    rivals = _values(arguments, "--peers") if arguments[:1] == ["compare"] else []
-    classes = {name: methods[name] for name in chosen} | {name: peers.find(name) for name in rivals}
-    fields = {name: {f.name for f in dataclasses.fields(cls)} for name, cls in classes.items()}  # pyright: ignore[reportArgumentType]
-    rest: list[str] = []
-    options: dict[str, dict[str, Any]] = {name: {} for name in fields}
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        flag, equals, value = argument.partition("=")
-        target = _target(flag, fields)
-        if target is None:
-            rest.append(argument)
-            continue
-        if not equals:
-            if not waiting or _is_flag(waiting[0]):
-                raise OptionError(f"option {argument} of {target[0]!r} has no value. Write {argument} VALUE.")
-            value = waiting.pop(0)
-        options[target[0]][target[1]] = None if value.lower() == "none" else value
-    flags = [f"--{name}.{option}" for name, known in fields.items() for option in sorted(known)]
-    return Given(rest, recipe, options, flags, shlex.join(["retrograde", *arguments]))
+    # Other commands must run where a method or peer cannot be loaded.
+    if not arguments or arguments[0] not in WITH_RECIPE:
+        return Recipe(), {}
+    try:
+        chosen, _ = tyro.cli(
+            _Chosen, args=arguments[1:], return_unknown_args=True, add_help=False, console_outputs=False
+        )
+    except SystemExit:
+        # The whole parser refuses it too, and with its own usage.
+        return Recipe(), {}
+    recipe = _recipe(chosen, named=arguments[0] in SEVERAL or chosen.model is not None)
+    given = chosen.method
+    if arguments[0] == "compare" and ALL_METHODS in given:
+        given = (*available(), *(entry for entry in given if entry != ALL_METHODS))
+    names = split(given) or list(recipe.methods)
+    methods = available() if names else {}
+    rivals = chosen.peers if arguments[0] == "compare" else ()
+    return recipe, {name: _method(name, methods) for name in names} | {n: _peer(n) for n in rivals}
 
 
-def _recipe(arguments: Sequence[str]) -> Recipe:
-    # Whose model the command line names, a file may say what it likes of it.
-    named = arguments[:1] in _SEVERAL or bool(_values(arguments, "--model"))
-    if file := _values(arguments, "--recipe"):
-        return make_recipe(read_recipe(Path(file[0]), code=named), file[0])
-    folder = _values(arguments, "--out") or _values(arguments, "-o")
-    if "--resume" in arguments and folder:
-        fields = read_description(Path(folder[0])).recipe
+def _recipe(chosen: _Chosen, *, named: bool) -> Recipe:
+    """`named`: the command line names the model, whose code is trusted then, whatever a file says of it."""
+    if chosen.recipe:
+        return make_recipe(read_recipe(chosen.recipe, code=named), str(chosen.recipe))
+    if chosen.resume and chosen.run_folder:
+        fields = read_description(chosen.run_folder).recipe
         if not named:
-            refuse_code(fields, f"the run in {folder[0]}")
-        return make_recipe(fields, folder[0])
+            refuse_code(fields, f"the run in {chosen.run_folder}")
+        return make_recipe(fields, str(chosen.run_folder))
     return Recipe()
 
 
-def _values(arguments: Sequence[str], flag: str) -> list[str]:
-    """What follows `flag`, up to the next flag; empty when it is not there."""
-    for position, argument in enumerate(arguments):
-        if argument.startswith(flag + "="):
-            return [argument.partition("=")[2]]
-        if argument == flag:
-            values: list[str] = []
-            for value in arguments[position + 1 :]:
-                if _is_flag(value):
-                    break
-                values.append(value)
-            return values
-    return []
+def _method(name: str, known: dict[str, type[Any]]) -> type[Any]:
+    if name in known:
+        return known[name]
+    if name in peers.names():
+        raise OptionError(
+            f"{name!r} is a peer, not a method. Give it to `retrograde compare` with --peers {name}."
+        )
+    raise OptionError(f"there is no method {name!r}.{suggest(name, known)} See `retrograde methods`.")
 
 
-def _is_flag(argument: str) -> bool:
-    # A negative number is a value.
-    return argument.startswith("-") and not argument[1:2].isdigit()
+def _peer(name: str) -> type[Any]:
+    if name not in peers.names() and name in available():
+        raise OptionError(f"{name!r} is a method, not a peer. Give it with --method {name}.")
+    return peers.find(name)
 
 
-def _target(flag: str, fields: dict[str, set[str]]) -> tuple[str, str] | None:
-    """``(method or peer, option)`` that a flag names, or None when it is the command's own."""
-    if not flag.startswith("--"):
-        return None
-    name, dot, option = flag[2:].replace("-", "_").partition(".")
-    if dot:
-        owner = next((owner for owner in fields if owner.replace("-", "_") == name), None)
-        if owner is None:
+def option_flags(classes: dict[str, type[Any]], command: type[Any]) -> Any:
+    """A type whose fields are the flags of all options: `--dither.scale`, and `--scale` where that means one alone.
+
+    What is parsed from it holds only the options that were given.
+
+    Args:
+        classes: of the methods and peers, by name.
+        command: the command, whose own flags go before options of the same name.
+    """
+    own = {field.name for field in dataclasses.fields(command)} | {*Recipe.model_fields} | {"methods", "out"}
+    named = [field.name for cls in classes.values() for field in dataclasses.fields(cls)]
+    types: dict[str, Any] = {}
+    for name, cls in classes.items():
+        docs = docstring_parser.parse(cls.__doc__ or "")
+        says = {param.arg_name: param.description for param in docs.params}
+        hints = get_type_hints(cls)
+        flags = {
+            field.name: Annotated[
+                hints[field.name] if _parses(hints[field.name]) else str,
+                arg(
+                    help=_plain(says.get(field.name)),
+                    help_behavior_hint=_hint(field),
+                    aliases=_short(field.name)
+                    if named.count(field.name) == 1 and field.name not in own
+                    else (),
+                ),
+            ]
+            for field in dataclasses.fields(cls)
+        }
+        if flags:
+            what = (docs.short_description or name).partition(" (module docstring")[0].rstrip(".:")
+            types[name] = Annotated[TypedDict(name, flags, total=False), arg(name=name, help=f"{what}.")]
+    return TypedDict("Options", types) if types else None
+
+
+def _short(option: str) -> tuple[str, ...]:
+    return (f"--{option.replace('_', '-')}",)
+
+
+def _plain(text: str | None) -> str:
+    return " ".join((text or "").replace("`", "").split())
+
+
+def _hint(field: "dataclasses.Field[Any]") -> str:
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return (
+        "(no default)"
+        if default is dataclasses.MISSING
+        else f"(default: {'none' if default is None else default})"
+    )
+
+
+def _parses(kind: Any) -> bool:
+    """Whether the parser knows the type; a method of another package gets the text of what it does not."""
+    if get_origin(kind) in (Union, UnionType, tuple, list):
+        return all(part is ... or _parses(part) for part in get_args(kind))
+    return kind in _LEAVES or get_origin(kind) is Literal
+
+
+def registry() -> ConstructorRegistry:
+    """How values are read: none in small letters or large ones."""
+    made = ConstructorRegistry()
+
+    @made.primitive_rule
+    def none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None:
+        if info.type is not NoneType:
             return None
-        if option not in fields[owner]:
-            raise OptionError(
-                f"{owner!r} has no option {option!r}.{suggest(option, fields[owner])} "
-                f"Its options: {', '.join(sorted(fields[owner])) or 'none'}."
-            )
-        return owner, option
-    owners = [owner for owner, known in fields.items() if name in known]
-    if name in _OWN_FIELDS or not owners:
-        return None
-    if len(owners) > 1:
-        forms = " or ".join(f"--{owner}.{name}" for owner in owners)
-        raise OptionError(f"option --{name} belongs to several of those that were chosen. Write {forms}.")
-    return owners[0], name
+
+        def read(words: list[str]) -> None:
+            if words[0].lower() != "none":
+                raise ValueError(f"{words[0]!r} is not none")
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="none",
+            instance_from_str=read,
+            is_instance=lambda value: value is None,
+            str_from_instance=lambda value: ["none"],
+        )
+
+    return made

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from retrograde.cli import output
-from retrograde.cli.flags import RecipeFlags
+from retrograde.cli.flags import DataFolder, Methods, RecipeFile, RecipeFlags, Switch
 from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
@@ -18,26 +17,26 @@ from retrograde.planning import make_plan
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """Show what attaching methods would do to each layer of a model, and why.
+    """Show what attaching methods would do to each layer of a model, and why, without training it.
 
-    Options of the chosen methods are flags too: --scale 2, or --dither.scale 2.
+    Options of the chosen methods are flags: `retrograde plan --method dither --help` lists them.
 
     Attributes:
-        recipe: TOML recipe; flags given beside it win.
-        method: methods to attach.
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        json: print JSON.
+        recipe: TOML recipe. Command-line flags override it.
+        method: Methods to attach, all of them together.
+        data_dir: Folder that holds data sets.
+        json: Print JSON.
     """
 
     fields: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RecipeFlags)
-    recipe: Path | None = None
-    method: tuple[str, ...] = ()
-    data_dir: Path | None = None
-    json: bool = False
+    recipe: RecipeFile = None
+    method: Methods = ()
+    data_dir: DataFolder = None
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print to stdout."""
-        recipe = given.build(self.fields, self.method)
+        recipe = given.build(self.fields, self.method, self.data_dir)
         if not recipe.methods:
             raise OptionError("plan needs at least one method. Add --method NAME; see `retrograde methods`.")
         data = recipe.load_data(self.data_dir)

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from retrograde.cli import output
+from retrograde.cli.flags import Switch, output_arg
 from retrograde.cli.options import Given
 from retrograde.report import read_claims, write, write_claims
 
@@ -16,16 +17,18 @@ class Report:
     """Turn run folders, or results of claims, into one self-contained HTML page.
 
     Attributes:
-        runs: run folders, or folders of run folders; or JSON files with results of claims.
-        output: the page to write.
-        title: its headline.
-        json: print JSON.
+        runs: Run folders or folders of run folders, or else JSON files with results of claims.
+        output: Page to write.
+        title: Headline of the page.
+        json: Print JSON.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    title: str | None = None
-    json: bool = False
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")]
+    output: Annotated[Path, output_arg("report.html")] = Path("report.html")
+    title: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: by what is reported)")
+    ] = None
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Write the page and print where it is."""

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.markup import escape
 
 from retrograde.cli import output
+from retrograde.cli.flags import DataFolder, Switch, folder_arg
 from retrograde.cli.options import Given
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError, RunError
@@ -26,18 +27,24 @@ from retrograde.report.prose import caption
 from retrograde.report.table import NONE, make_table
 from retrograde.report.tables import checks_table, figures_table
 
+_ClaimName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="METHOD/NAME")]
+
+
+def _as_defined(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: as the definition says)")
+
 
 @dataclass(frozen=True)
 class List:
-    """Name every claim: what its source says, whether it has been run, and the verdict; and every other experiment.
+    """List the claims: what each source says, whether it has been run, and the verdict; and every other experiment.
 
     Attributes:
-        folder: definitions; results lie beside it.
-        json: print JSON.
+        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
+        json: Print JSON.
     """
 
     folder: Path = Path("repro")
-    json: bool = False
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print to stdout."""
@@ -55,7 +62,7 @@ class List:
             ("claim", "the source says", "status", "verdict"),
             ((e.claim.id, e.claim.claim, e.status, e.verdict or NONE) for e in entries),
             texts=4,
-            caption="repro run CLAIM runs one; repro show CLAIM tells what came out",
+            caption="`retrograde repro run CLAIM` runs a claim, `retrograde repro show CLAIM` prints its result",
         )
         output.print_table(claims.terminal())
         if scripts:
@@ -76,32 +83,31 @@ class List:
 
 @dataclass(frozen=True)
 class Run:
-    """Run a claim: search every contestant's settings, train all seeds in turns, judge, write results/CLAIM.json.
+    """Run a claim: search every variant's settings, train all seeds in turns, judge, write results/CLAIM.json.
 
-    Interrupted or killed, the same command goes on. What is finished is not run again; another definition is another
-    run.
+    Re-running the same command resumes it: finished runs are kept. A changed definition starts new runs.
 
     Attributes:
-        claim: METHOD/NAME, as `repro list` has it.
-        quick: a short form within two minutes, which decides nothing and is written into its run folder.
-        device: auto, cpu or cuda; default: as the definition says.
-        seeds: paired seeds; default: the definition's. Fewer of them than it wants publish nothing.
-        jobs: seeds at once, each on its share of the cores. Times are honest with 1 alone.
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        runs: folder for the runs; default: runs/repro/CLAIM.
-        folder: definitions; results lie beside it.
-        json: print JSON.
+        claim: Name of the claim, as `retrograde repro list` prints it.
+        quick: Run a short form within two minutes. It decides nothing and is written into its run folder.
+        device: Device to train on.
+        seeds: Number of paired seeds. Fewer than the definition asks for publish nothing.
+        jobs: Seeds trained at once, each on its share of the cores. Times can be trusted with 1 only.
+        data_dir: Folder that holds data sets.
+        runs: Folder for the runs.
+        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
+        json: Print JSON.
     """
 
-    claim: Annotated[str, tyro.conf.Positional]
-    quick: bool = False
-    device: str | None = None
-    seeds: int | None = None
+    claim: _ClaimName
+    quick: Switch = False
+    device: Annotated[str | None, _as_defined("{auto,cpu,cuda}")] = None
+    seeds: Annotated[int | None, _as_defined("INT")] = None
     jobs: int = 1
-    data_dir: Path | None = None
-    runs: Path | None = None
+    data_dir: DataFolder = None
+    runs: Annotated[Path | None, folder_arg("runs/repro/METHOD/NAME")] = None
     folder: Path = Path("repro")
-    json: bool = False
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Run, publish, print."""
@@ -140,17 +146,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Show:
-    """Print what came out of a claim.
+    """Print the result of a claim.
 
     Attributes:
-        claim: METHOD/NAME.
-        folder: definitions; results lie beside it.
-        json: print the whole result as JSON.
+        claim: Name of the claim.
+        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
+        json: Print the whole result as JSON.
     """
 
-    claim: Annotated[str, tyro.conf.Positional]
+    claim: _ClaimName
     folder: Path = Path("repro")
-    json: bool = False
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print to stdout."""
@@ -170,18 +176,24 @@ class Verify:
     """Run a random cell of a published result again, and compare.
 
     Attributes:
-        claim: METHOD/NAME; default: any that has a result.
-        seed: of the choice; default: another one each time.
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        folder: definitions; results lie beside it.
-        json: print JSON.
+        claim: Name of the claim.
+        seed: Seed of the random choice.
+        data_dir: Folder that holds data sets.
+        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
+        json: Print JSON.
     """
 
-    claim: Annotated[str | None, tyro.conf.Positional] = None
-    seed: int | None = None
-    data_dir: Path | None = None
+    claim: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="[METHOD/NAME]", help_behavior_hint="(default: any that has a result)"),
+    ] = None
+    seed: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: another one each time)")
+    ] = None
+    data_dir: DataFolder = None
     folder: Path = Path("repro")
-    json: bool = False
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Train one cell; exit code 1 where it does not agree."""
@@ -257,13 +269,9 @@ Command = (
 
 @dataclass(frozen=True)
 class Repro:
-    """The claims of the sources: list them, run them, show what came out, verify a random cell.
+    """The claims of the methods' sources: list them, run them, show the results, verify a random cell."""
 
-    Attributes:
-        command: what to do.
-    """
-
-    command: Command
+    command: Annotated[Command, tyro.conf.arg(name="")]
 
     def run(self, given: Given) -> int:
         """Hand over."""

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from retrograde.cli import output
-from retrograde.cli.flags import RecipeFlags
+from retrograde.cli.flags import DataFolder, Methods, RecipeFile, RecipeFlags, Switch, folder_arg
 from retrograde.cli.options import Given
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
@@ -22,39 +22,39 @@ from retrograde.lab.trainer import CHECKPOINT_SECONDS, Progress, train
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model; leaves metrics.jsonl, a checkpoint, TensorBoard logs and the folded model in a run folder.
+    """Train a model; leave metrics.jsonl, a checkpoint, TensorBoard logs and the folded model in a run folder.
 
-    Options of the chosen methods are flags too: --scale 2, or --dither.scale 2. Interrupted or killed, the run goes on
-    with --resume.
+    Options of the chosen methods are flags: `retrograde train --method dither --help` lists them. A run that was
+    interrupted or killed continues with --resume and the name of its folder.
 
     Attributes:
-        recipe: TOML recipe; flags given beside it win.
-        method: methods to attach; none is plain backpropagation.
-        out: run folder; default: a new one under runs/.
-        resume: go on from the checkpoint in the run folder.
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        checkpoint_seconds: time between checkpoints; one is written after each epoch too.
-        json: print the result as JSON.
+        recipe: TOML recipe. Command-line flags override it.
+        method: Methods to attach, all of them together. Without any this is plain backpropagation.
+        run_folder: Folder of the run.
+        resume: Continue from the checkpoint in the run folder.
+        data_dir: Folder that holds data sets.
+        checkpoint_seconds: Time between checkpoints. One is written after each epoch as well.
+        json: Print the result as JSON.
     """
 
     fields: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RecipeFlags)
-    recipe: Path | None = None
-    method: tuple[str, ...] = ()
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    resume: bool = False
-    data_dir: Path | None = None
-    checkpoint_seconds: float = CHECKPOINT_SECONDS
-    json: bool = False
+    recipe: RecipeFile = None
+    method: Methods = ()
+    run_folder: Annotated[Path | None, folder_arg("a new one below runs/", "--out")] = None
+    resume: Switch = False
+    data_dir: DataFolder = None
+    checkpoint_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = CHECKPOINT_SECONDS
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Train, then print the result."""
-        if self.resume and self.out is None:
-            raise OptionError("--resume goes on with a run: name its folder with --out.")
-        recipe = given.build(self.fields, self.method)
-        folder = self.out or _new_folder(recipe)
+        if self.resume and self.run_folder is None:
+            raise OptionError("--resume continues a run, and none is named. Add --run-folder PATH.")
+        recipe = given.build(self.fields, self.method, self.data_dir)
+        run_folder = self.run_folder or _new_folder(recipe)
         if not tensorboard.is_available():
             output.log.print("no TensorBoard logs: install retrograde[tensorboard] to have them", style="dim")
-        output.log.print(f"run folder: {folder}", style="dim", highlight=False, markup=False)
+        output.log.print(f"run folder: {run_folder}", style="dim", highlight=False, markup=False)
         with output.progress_bar() as bar:
             task = bar.add_task(escape(recipe.label), total=None, note="loading data")
 
@@ -67,14 +67,14 @@ class Train:
             with stop_request() as stop:
                 result = train(
                     recipe,
-                    folder,
+                    run_folder,
                     data_dir=self.data_dir,
                     resume=self.resume,
                     progress=show,
                     stop=stop,
                     checkpoint_seconds=self.checkpoint_seconds,
                 )
-        result["folder"] = str(folder)
+        result["folder"] = str(run_folder)
         if self.json:
             output.print_json(result)
         else:

@@ -20,32 +20,32 @@ class Recipe(BaseModel):
     """What to train, on what, and how. The same recipe on the same machine gives the same run, bit for bit.
 
     Attributes:
-        data: data set: ``digits``, a folder in the data directory, a path, or a hub id.
-        model: model name, or any importable ``module:callable``; a file cannot name the latter, the command line can.
-        model_options: keyword arguments of the model.
-        methods: methods by name, each with its options; empty is plain backpropagation.
-        peers: rivals of the methods by name, each with its options (see `retrograde.lab.peers`).
-        only: layer patterns to attach to; None means all.
-        skip: layer patterns to leave alone.
-        epochs: passes over the training data.
-        steps: end after so many steps instead, the schedule fitted to them; None: `epochs` decides.
-        evaluations: readings of the validation split in each epoch, the last one at its end.
-        keep: which weights are tested and saved: the ``last``, or those with the ``best`` validation accuracy.
-        batch_size: examples in a step.
-        optimizer: ``sgd`` has momentum 0.9.
-        learning_rate: its peak, where the schedule has one.
-        weight_decay: of the optimizer (decoupled for ``adamw``).
-        schedule: of the learning rate over the run.
-        label_smoothing: of the cross-entropy.
-        augment: shifts and mirror images, for image data.
-        validation: share of the training rows taken for validation where the data set has no such split.
-        limit: use this many training rows only.
-        standardise: images by the means and deviations of the training rows; false leaves pixels between 0 and 1.
-        seed: of the initial weights, the order of the data, and the methods' random numbers.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
-        precision: ``bfloat16`` trains under autocast.
-        compile: run the model through ``torch.compile``.
-        decline: leave plain the layers that methods would make slower, where they are there to make them faster.
+        data: Data set: `digits`, a folder in the data folder, a path, or a hub id.
+        model: Name of a model, or any importable `module:callable`, which the command line may name and a file may not.
+        model_options: Keyword arguments of the model.
+        methods: Methods by name, each with its options. Without any this is plain backpropagation.
+        peers: Rivals of the methods by name, each with its options (see `retrograde.lab.peers`).
+        only: Glob patterns of the layers to attach to. With none, methods attach to all layers.
+        skip: Glob patterns of the layers to leave alone.
+        epochs: Passes over the training data.
+        steps: Number of steps to train for in place of `epochs`. The schedule is fitted to it.
+        evaluations: Evaluations on the validation split in each epoch. The last one comes at its end.
+        keep: Weights that are tested and saved: the `last`, or those with the `best` validation accuracy.
+        batch_size: Examples in a batch.
+        optimizer: Optimizer. `sgd` has momentum 0.9.
+        learning_rate: Learning rate, which is the peak where the schedule has one.
+        weight_decay: Weight decay of the optimizer, decoupled for `adamw`.
+        schedule: Learning-rate schedule.
+        label_smoothing: Label smoothing of the cross-entropy loss.
+        augment: Augment image data by shifts and mirror images.
+        validation: Share of the training rows to hold out for validation if the data set has no such split.
+        limit: Number of training rows to use, of all that there are.
+        standardise: Standardise images by mean and deviation of the training rows. Otherwise pixels are 0 to 1.
+        seed: Seed of the initial weights, the order of the data, and the methods' random numbers.
+        device: Device: `cpu`, `cuda`, or `auto`, which takes a GPU if there is one.
+        precision: Precision of training. `bfloat16` means autocast.
+        compile: Run the model through `torch.compile`.
+        decline: Leave plain the layers that are forecast slower with methods that are there to save time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -140,14 +140,14 @@ def read_recipe(path: Path, *, code: bool = False) -> dict[str, Any]:
         code: the model may be any ``module:callable``, because the file is trusted or its model not used.
 
     Raises:
-        OptionError: the file is missing, is no TOML, or names code.
+        OptionError: the file is missing, is not TOML, or names code.
     """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"recipe {path} cannot be read: {error}. Give the path of a TOML file.") from error
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"recipe {path} is no valid TOML: {error}. Correct that line.") from error
+        raise OptionError(f"recipe {path} is not valid TOML: {error}. Fix that line.") from error
     if not code:
         refuse_code(fields, f"recipe {path}")
     return fields
