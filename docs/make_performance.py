@@ -96,8 +96,11 @@ def zeros(share: float | None) -> str:
     return "–" if share is None else f"{round(100 * share, 1):g} %"
 
 
-def times(ratio: float, spread: Sequence[float] | None = None) -> str:
-    return f"×{ratio:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
+def times(ratio: float | None, spread: Sequence[float] | None = None) -> str:
+    """Nothing where the baseline was dropped."""
+    return (
+        "–" if ratio is None else f"×{ratio:.2f}" + (f" ({spread[0]:.2f}–{spread[1]:.2f})" if spread else "")
+    )
 
 
 def mebibytes(count: float) -> str:
@@ -554,7 +557,7 @@ def bench_kernels(result: Result) -> list[str]:
 
 def bench_steps(result: Result) -> list[str]:
     rows = result["rows"]
-    ahead = {key: sum(row[f"spread_{key}"][0] > 1 for row in rows) for key in BASELINES}
+    ahead = {key: sum((row[f"spread_{key}"] or (0,))[0] > 1 for row in rows) for key in BASELINES}
     columns: Columns = {
         "model": at("model"),
         "method": at("method"),

@@ -35,8 +35,9 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from retrograde.kernels import choose, linear
-from retrograde.lab import bench, contestants, files, machine
+from retrograde.lab import contestants, files, machine
 from retrograde.lab.contestants import Convolution, Linear, Shape
+from retrograde.lab.timing import interleave
 
 RESULT = Path(__file__).parent.parent / "results" / "kernel-growth.json"
 ROUNDS, QUICK_ROUNDS = 25, 2
@@ -90,7 +91,7 @@ def measure(sweep: str, point: Point, rounds: int) -> list[dict[str, Any]]:
     layer, x, like = contestants.operands(shape)
     weight, delta = layer.get_parameter("weight").detach(), gradient(like)
     scale = contestants.scale_for(delta, point.sparsity)
-    times = bench.interleave(contestants.products(shape, weight, x, delta, scale), rounds)
+    times = interleave(contestants.products(shape, weight, x, delta, scale), rounds)
     levels = contestants.dithered(delta, scale)
     everything = delta.numel() * weight[0].numel()
     needed = (delta.numel() - levels.zeros) * weight[0].numel()

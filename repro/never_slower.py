@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from retrograde import attach, make_plan
 from retrograde.kernels import choose, cpu, linear
 from retrograde.lab import contestants, machine
-from retrograde.lab.bench import interleave
 from retrograde.lab.contestants import Convolution, Linear, Shape
 from retrograde.lab.files import write_json
+from retrograde.lab.timing import interleave
 from retrograde.methods.dither import Dither
 
 SPARSITIES = (0.30, 0.60, 0.92, 0.99)

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from outcome import Outcome, strict_json
 from torch import nn
 
-from retrograde.lab import bench, overhead
+from retrograde.kernels import choose
+from retrograde.lab import bench, overhead, precisions, timing
 from retrograde.lab.bench import Row
 from retrograde.lab.contestants import Convolution, Linear, Workload
+from retrograde.lab.precisions import Precision
 
 Run = Callable[..., Outcome]
 
@@ -31,6 +34,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "QUICK_SHAPES", (Linear(48, 32, 24),))
     monkeypatch.setattr(bench, "workloads", workloads)
     monkeypatch.setattr(overhead, "_CALLS", {32: 2, 512: 1})
+    # Whatever the machine is good at, and without a calibration, which the small products do not need.
+    monkeypatch.setattr(
+        choose, "model", lambda note=None: SimpleNamespace(best=lambda problem, allowed: "dense")
+    )
+    monkeypatch.setattr(precisions, "measure", lambda: [])
+    monkeypatch.setattr(timing, "DROPPED_AT", float("inf"))
     return parts
 
 
@@ -41,10 +50,10 @@ def test_json_and_file_hold_rows_machine_and_commit(run: Run, what: str) -> None
     assert outcome.code == 0, outcome.err
     found = outcome.json
     assert found == strict_json(Path("found.json"))
-    assert {"machine", "commit", "rows"} <= found.keys()
+    assert {"machine", "commit", "rows", "dropped"} <= found.keys()
     assert {"torch", "threads", "cpu"} <= found["machine"].keys()
-    assert (found["what"], found["rounds"]) == (what, 2)
-    assert found["command"] == f"retrograde bench {what} --rounds 2"
+    assert (found["what"], found["rounds"], found["most_rounds"]) == (what, 2, 2)
+    assert found["command"] == f"retrograde bench {what} --rounds 2 --json -o found.json"
     assert found["rows"]
     for row in found["rows"]:
         assert list(row) == [field.name for field in fields(Row)]
@@ -77,7 +86,7 @@ def test_other_tables_name_what_was_timed(run: Run, what: str, words: str) -> No
 
 
 def test_steps_take_the_chosen_models_and_methods(run: Run, tiny: list[int]) -> None:
-    flags = ("--models", "gpt", "--methods", "dither", "decorrelate", "--rounds", "1", "--json")
+    flags = ("--model", "gpt", "--method", "dither", "decorrelate", "--rounds", "1", "--json")
     rows = run("bench", "steps", *flags).json["rows"]
     assert [(row["model"], row["method"]) for row in rows] == [
         ("gpt", "dither(scale=2.0)"),
@@ -94,7 +103,6 @@ def test_quick_takes_fewer_shapes_and_smaller_batches(run: Run, tiny: list[int])
     assert [row["op"] for row in rows] == ["linear"]
     found = run("bench", "steps", "--quick", "--models", "mlp", "--methods", "dither", "--json").json
     assert (tiny, found["rounds"]) == ([8], 3)
-    assert found["command"] == "retrograde bench steps --models mlp --methods dither --quick"
 
 
 @pytest.mark.parametrize(
@@ -103,8 +111,9 @@ def test_quick_takes_fewer_shapes_and_smaller_batches(run: Run, tiny: list[int])
         (["steps", "--models", "mpl"], ["'mpl'", "Did you mean 'mlp'?", "vgg-small"]),
         (["steps", "--methods", "diter"], ["'diter'", "Did you mean 'dither'?", "spectral"]),
         (["kernels", "--rounds", "0"], ["rounds=0", "1 or more"]),
-        (["kernels", "--models", "mlp"], ["bench kernels", "--models", "bench steps"]),
-        (["layers", "--methods", "dither"], ["bench layers", "--methods"]),
+        (["kernels", "--seconds", "0"], ["seconds=0", "above 0"]),
+        (["kernels", "--model", "mlp"], ["bench kernels", "--model", "bench steps"]),
+        (["layers", "--method", "dither"], ["bench layers", "--method"]),
         (["layers", "-o", "nowhere/found.json"], ["nowhere/found.json", "--output"]),
     ],
 )
@@ -131,7 +140,9 @@ def test_wrong_usage_is_2(run: Run, arguments: list[str]) -> None:
 def test_help_lists_the_flags(run: Run) -> None:
     outcome = run("bench", "--help")
     assert outcome.code == 0
-    assert all(flag in outcome.out for flag in ("--json", "--quick", "--rounds", "--models", "--methods"))
+    assert all(
+        flag in outcome.out for flag in ("--json", "--quick", "--rounds", "--seconds", "--model", "--method")
+    )
 
 
 @pytest.mark.usefixtures("tiny")
@@ -140,7 +151,30 @@ def test_steps_name_the_methods_that_have_not_begun(run: Run) -> None:
     late = "not begun so early in a run"
 
     def told(method: str) -> str:
-        return " ".join(run("bench", "steps", "--rounds", "1", "--methods", method).out.split())
+        return " ".join(run("bench", "steps", "--rounds", "1", "--method", method).out.split())
 
     assert f"{late}: perforate" in told("perforate")
     assert late not in told("dither")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_this_machine_has_no_unit_for_is_listed_as_dropped(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "DROPPED_AT", 1e9)
+    slow = [Precision("linear", "256x512x512", "bfloat16", 1.0, 1e-10)]
+    monkeypatch.setattr(precisions, "measure", lambda: slow)
+    shown = " ".join(run("bench", "kernels", "--rounds", "1").out.split())
+    assert "not run, or not run again" in shown
+    assert "in 3 cells torch in bfloat16 ×10000000000 in a product of 256x512x512" in shown
+    found = run("bench", "kernels", "--quick", "--rounds", "1", "--json").json
+    assert {one["variant"] for one in found["dropped"]} == {"torch in bfloat16", "bfloat16"}
+    assert all(row["speedup_bf16"] is None for row in found["rows"])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_budget_makes_fewer_rounds_and_the_table_says_how_many(run: Run) -> None:
+    outcome = run("bench", "layers", "--rounds", "50", "--seconds", "1e-9")
+    assert "1 interleaved rounds" in " ".join(outcome.out.split())
+    found = run("bench", "layers", "--seconds", "1e-9", "--json").json
+    assert (found["rounds"], found["most_rounds"]) == (1, 1)

@@ -1,16 +1,17 @@
-"""Benchmarks: turns, ratios, and contestants that compute what they claim. No time is asserted."""
+"""Benchmarks: turns, ratios, budgets, and variants that compute what they claim. No time is asserted."""
 
 import itertools
-from statistics import median
 
 import pytest
 import torch
 from torch import nn
 
 from retrograde.errors import OptionError
-from retrograde.lab import bench, contestants
-from retrograde.lab.bench import Row, Times, interleave
+from retrograde.lab import bench, contestants, timing
+from retrograde.lab.bench import Limits, Row
 from retrograde.lab.contestants import AFTER_INT8, Contestant, Convolution, Linear, Shape, Workload
+from retrograde.lab.precisions import Precision
+from retrograde.lab.timing import Times
 from retrograde.methods.dither import Dither
 
 SHAPES: tuple[Shape, ...] = (
@@ -28,51 +29,7 @@ WORKLOADS = {
 }
 
 
-# Timing.
-
-
-def test_contestants_take_turns_and_every_other_round_is_in_reverse() -> None:
-    order: list[str] = []
-    ticks: list[str] = []
-    interleave(
-        {name: lambda name=name: order.append(name) for name in "abc"},
-        3,
-        warmups=1,
-        tick=lambda: ticks.append(order[-1]),
-    )
-    assert "".join(order) == "cba" + "abc" + "cba" + "abc"
-    assert ticks == order
-
-
-def test_seconds_are_the_clocks_and_warming_up_does_not_count() -> None:
-    now = 0.0
-    lasting = iter([50.0, 50.0, 1.0, 2.0, 4.0, 3.0])
-
-    def work() -> None:
-        nonlocal now
-        now += next(lasting)
-
-    times = interleave({"a": work, "b": work}, 2, warmups=1, clock=lambda: now)
-    assert times.seconds == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
-    assert times.median("b") == 3.0
-
-
-def test_ratios_are_taken_within_rounds() -> None:
-    """The machine is ten times slower in two of five rounds: the ratios do not see it."""
-    theirs, mine = [4.0, 40.0, 6.0, 60.0, 8.0], [2.0, 20.0, 2.0, 15.0, 2.0]
-    found = Times({"mine": mine, "fp32": theirs}).speedup("mine", "fp32")
-    # 2, 2, 3, 4, 4
-    assert found.ratio == 3.0
-    assert found.quartiles == (2.0, 4.0)
-    assert found.of_medians == median(theirs) / median(mine) == 4.0
-
-
-def test_one_round_has_no_spread() -> None:
-    found = Times({"mine": [2.0], "fp32": [3.0]}).speedup("mine", "fp32")
-    assert (found.ratio, found.quartiles) == (1.5, (1.5, 1.5))
-
-
-# Contestants.
+# Variants.
 
 
 @pytest.mark.parametrize("sparsity", [0.8, 0.92, 0.98])
@@ -168,12 +125,19 @@ def test_the_workloads_take_their_batches() -> None:
             assert workload.build()(x).shape == (*y.shape, workload.classes)
 
 
+@pytest.fixture(autouse=True)
+def nothing_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine is good at; tests of dropping say who loses."""
+    monkeypatch.setattr(timing, "DROPPED_AT", float("inf"))
+
+
 # Rows.
 
 
 def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
-    seen: list[tuple[int, int]] = []
-    rows = bench.kernels(SHAPES[:2], (0.8, 0.9), 2, lambda what, done, total: seen.append((done, total)))
+    seen: list[tuple[float, float]] = []
+    limits, note = Limits(2), lambda what, done, total: seen.append((done, total))
+    rows = bench.kernels(SHAPES[:2], (0.8, 0.9), limits, note).rows
     wanted = [
         (shape.op, str(shape), sparsity, kernel)
         for shape in SHAPES[:2]
@@ -188,43 +152,110 @@ def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
     # Too small for a choice to matter.
     names = {("auto", "reference"), (AFTER_INT8, "reference")}
     assert {(row.kernel, row.chosen) for row in rows if row.chosen} == names
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
-    assert {total for _, total in seen} == {len(seen)}
+    done = [done for done, _ in seen]
+    assert done == sorted(done)
+    assert (seen[-1], {total for _, total in seen}) == ((4, 4), {4})
+    assert {row.rounds for row in rows} == {2}
 
 
 def test_layers_have_a_row_for_each_shape() -> None:
-    rows = bench.layers(SHAPES[:2], 2)
+    rows = bench.layers(SHAPES[:2], Limits(2)).rows
     assert [(row.op, row.shape, row.kernel) for row in rows] == [(s.op, str(s), "auto") for s in SHAPES[:2]]
     assert all(row.sparsity is not None and 0.5 < row.sparsity < 1 for row in rows)
     assert {(row.chosen, row.method) for row in rows} == {("reference", "dither(scale=2.0)")}
 
 
 def test_steps_have_a_row_for_each_model_and_method() -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, float]] = []
     methods = ["dither", "deepfocus"]
-    rows = bench.steps(WORKLOADS, methods, 2, lambda what, done, total: seen.append((done, total)))
+    rows = bench.steps(
+        WORKLOADS, methods, Limits(2), lambda what, done, total: seen.append((what, done))
+    ).rows
     labels = list(bench.settings(methods, 1))
     assert [(row.model, row.method) for row in rows] == list(itertools.product(WORKLOADS, labels))
     assert [row.shape for row in rows[:: len(labels)]] == ["8x20", "4x6"]
-    runs = 2 * (len(labels) + 2) * 3
-    assert (len(seen), seen[-1]) == (runs, (runs, runs))
+    assert list(dict.fromkeys(what for what, _ in seen)) == list(WORKLOADS)
+    assert seen[-1] == ("tokens", 2)
 
 
 def test_rows_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = [1.0, 4.0, 3.0]
     times = Times({"fp32": [2.0, 4.0, 12.0], "bf16": [1.0, 1.0, 3.0], "auto": mine, "dither": mine})
-    monkeypatch.setattr(bench, "interleave", lambda runs, rounds, tick: times)
+    monkeypatch.setattr(bench, "interleave", lambda runs, rounds, **more: times)
     monkeypatch.setattr(Dither, "benchmarks", {})
-    (layer,) = bench.layers(SHAPES[:1], 3)
+    (layer,) = bench.layers(SHAPES[:1], Limits(3)).rows
     # Ratios to fp32: 2, 1, 4; to bf16: 1, 0.25, 1.
     assert (layer.seconds, layer.seconds_fp32, layer.seconds_bf16) == (3.0, 4.0, 1.0)
     assert (layer.speedup_fp32, layer.spread_fp32) == (2.0, (1.5, 3.0))
     assert (layer.speedup_bf16, layer.spread_bf16) == (1.0, (0.625, 1.0))
-    (step,) = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], 3)
+    (step,) = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Limits(3)).rows
     assert (step.speedup_fp32, step.spread_fp32) == (4 / 3, (1.5, 3.0)), "of a step: ratio of medians"
 
 
 def test_rows_are_plain_values() -> None:
-    (row,) = bench.layers(SHAPES[:1], 1)
+    (row,) = bench.layers(SHAPES[:1], Limits(1)).rows
     assert isinstance(row, Row)
-    assert all(isinstance(v, str | float | tuple | None) for v in vars(row).values())
+    assert all(isinstance(v, str | float | int | tuple | None) for v in vars(row).values())
+
+
+# What is dropped.
+
+
+def _slow(op: str, name: str, times_as_long: float) -> Precision:
+    return Precision(op, "256x512x512", name, 1.0, 1 / times_as_long)
+
+
+def test_a_precision_that_loses_in_a_small_product_is_not_run() -> None:
+    slow = [_slow("linear", "bfloat16", 40), _slow("linear", "int8", 30), _slow("conv", "bfloat16", 6)]
+    found = bench.kernels(SHAPES[:2], (0.8,), Limits(1), slow=slow)
+    assert {row.kernel for row in found.rows if row.op == "linear"} == {
+        *("dense", "skip", "skip-bfloat16", "auto", AFTER_INT8)
+    }
+    assert {row.kernel for row in found.rows if row.op == "conv"} == {
+        *contestants.kernels_for(SHAPES[1]),
+        "auto",
+    }
+    assert all((row.speedup_bf16 is None) == (row.op == "linear") for row in found.rows)
+    assert [(one.variant, one.ratio) for one in found.dropped] == [
+        ("torch in bfloat16", 40),
+        ("bfloat16", 40),
+        ("int8", 30),
+    ]
+    assert {one.seen for one in found.dropped} == {"in a product of 256x512x512"}
+
+
+def test_steps_in_a_precision_that_loses_are_not_run() -> None:
+    slow = [_slow("linear", "bfloat16", 40), _slow("linear", "int8", 30)]
+    found = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Limits(1), slow=slow)
+    assert [row.method for row in found.rows] == ["dither(scale=2.0)", "dither(scale=4.0)"]
+    assert [one.variant for one in found.dropped] == [
+        "torch in bfloat16",
+        "dither(scale=2.0, forward=int8)",
+        "dither(scale=4.0) under bfloat16",
+    ]
+
+
+def test_what_loses_in_the_first_round_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = Times({"fp32": [1.0, 1.0], "bf16": [20.0], "auto": [2.0, 2.0]}, {"bf16": 20.0})
+    monkeypatch.setattr(bench, "interleave", lambda runs, rounds, **more: times)
+    found = bench.layers(SHAPES[:1], Limits(2))
+    (row,) = found.rows
+    assert (row.speedup_fp32, row.speedup_bf16, row.spread_bf16, row.seconds_bf16) == (0.5, None, None, None)
+    assert row.rounds == 2
+    (dropped,) = found.dropped
+    assert (dropped.variant, dropped.ratio, dropped.seen) == ("torch in bfloat16", 20.0, "in the first round")
+
+
+def test_cells_share_the_seconds_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, shares = 0.0, list[float]()
+
+    def lasting(runs: object, rounds: int, *, seconds: float, **more: object) -> Times:
+        nonlocal now
+        now += 70.0
+        shares.append(seconds)
+        return Times({"fp32": [1.0], "bf16": [1.0], "auto": [1.0]})
+
+    monkeypatch.setattr(bench, "interleave", lasting)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    bench.layers([SHAPES[0]] * 3, Limits(5, 120.0))
+    assert shares == [40.0, 25.0, 0.0], "a budget that is spent leaves one round"

@@ -3,20 +3,21 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median, quantiles
+from dataclasses import dataclass, field
 from typing import Any
 
-from retrograde.lab import contestants
+from retrograde.lab import contestants, timing
 from retrograde.lab.contestants import Contestant, Convolution, Linear, Shape, Work, Workload
 from retrograde.lab.models import GPT, MLP, VGG
 from retrograde.lab.options import make
+from retrograde.lab.precisions import Precision
 from retrograde.lab.recipe import Recipe
+from retrograde.lab.timing import WARMUPS, Times, interleave
 from retrograde.methods.dither import Dither
 from retrograde.session import Session
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what, runs done, runs in all)."""
+Progress = Callable[[str, float, float], None]
+"""Called with (what, cells done, cells in all); a cell is what takes its turns together."""
 
 SHAPES: tuple[Shape, ...] = (
     Linear(512, 1024, 1024),
@@ -31,13 +32,50 @@ QUICK_SHAPES = (SHAPES[0], SHAPES[2])
 SPARSITIES = (0.8, 0.92, 0.98)
 SCALE = 2.0
 """Of dithering in `layers`."""
-WARMUPS = 1
-"""Rounds that do not count."""
+BASELINES = {"fp32": "torch in float32", "bf16": "torch in bfloat16"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a benchmark may take.
+
+    Attributes:
+        rounds: that count, in each cell.
+        seconds: shared out among the cells; where they are spent there are fewer rounds, at least one; None: no limit.
+    """
+
+    rounds: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A variant that was not run, or not run again, because it loses by `DROPPED_AT` times or more.
+
+    Attributes:
+        what: the shape or model.
+        variant: its name.
+        ratio: its time over float32's.
+        seen: where: in the first round, or in a small product of the same precision, before it was run at all.
+    """
+
+    what: str
+    variant: str
+    ratio: float
+    seen: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rows, and what has none."""
+
+    rows: list["Row"] = field(default_factory=list["Row"])
+    dropped: list[Dropped] = field(default_factory=list[Dropped])
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant against both baselines, which ran in the same rounds.
+    """One variant against both baselines, which ran in the same rounds.
 
     Attributes:
         op: ``"linear"``, ``"conv"`` or ``"step"``.
@@ -47,11 +85,12 @@ class Row:
         seconds: median over the rounds.
         speedup_fp32: how many times as fast as float32: for kernels and layers the median of the rounds' ratios, for
             steps the ratio of the medians.
-        speedup_bf16: the same against bfloat16 autocast.
+        speedup_bf16: the same against bfloat16 autocast; None where that was dropped.
         spread_fp32: first and third quartile of the rounds' ratios.
         spread_bf16: the same against bfloat16 autocast.
         seconds_fp32: median of the baseline.
         seconds_bf16: median of the baseline.
+        rounds: that were made.
         chosen: kernels that ran under ``"auto"``, the most frequent first.
         model: of a step.
         method: of a layer or step.
@@ -63,11 +102,12 @@ class Row:
     kernel: str
     seconds: float
     speedup_fp32: float
-    speedup_bf16: float
+    speedup_bf16: float | None
     spread_fp32: tuple[float, float]
-    spread_bf16: tuple[float, float]
+    spread_bf16: tuple[float, float] | None
     seconds_fp32: float
-    seconds_bf16: float
+    seconds_bf16: float | None
+    rounds: int
     chosen: str | None = None
     model: str | None = None
     method: str | None = None
@@ -84,7 +124,7 @@ def workloads(part: int = 1) -> dict[str, Workload]:
 
 
 def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
-    """Contestants by label: at `Method.benchmarks` in float32, at their defaults, and under autocast, each once.
+    """Variants by label: at `Method.benchmarks` in float32, at their defaults, and under autocast, each once.
 
     Args:
         names: of methods.
@@ -108,84 +148,80 @@ def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
     return found
 
 
-# Timing.
+class _Course:
+    """The cells of a benchmark one after the other: what each may take, and what is not run in it."""
+
+    def __init__(self, cells: int, limits: Limits, slow: Sequence[Precision], progress: Progress) -> None:
+        self._cells, self._limits, self._slow, self._progress = cells, limits, slow, progress
+        self._cell, self._begun = 0, time.perf_counter()
+        self.found = Measured()
+
+    def time(self, what: str, op: str, runs: Mapping[str, Work]) -> Times:
+        """All variants of a cell that are worth it."""
+        slow = {name: one for name in runs if (one := self._too_slow(name, op))}
+        running = {name: run for name, run in runs.items() if name not in slow}
+        done, total = 0, len(running) * (self._limits.rounds + WARMUPS)
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            self._progress(what, self._cell + done / total, self._cells)
+
+        times = interleave(running, self._limits.rounds, against="fp32", seconds=self._share(), tick=tick)
+        self._cell += 1
+        self._progress(what, self._cell, self._cells)
+        for name, one in slow.items():
+            seen = f"in a product of {one.shape}"
+            self.found.dropped.append(Dropped(what, BASELINES.get(name, name), 1 / one.ratio, seen))
+        for name, ratio in times.dropped.items():
+            self.found.dropped.append(Dropped(what, BASELINES.get(name, name), ratio, "in the first round"))
+        return times
+
+    def add(self, times: Times, name: str, facts: dict[str, Any], *, of_medians: bool = False) -> None:
+        """A variant's row, unless it was dropped."""
+        if name not in times.seconds or name in times.dropped:
+            return
+        single = times.speedup(name, "fp32")
+        with_half = "bf16" in times.seconds and "bf16" not in times.dropped
+        half = times.speedup(name, "bf16") if with_half else None
+        self.found.rows.append(
+            Row(
+                seconds=times.median(name),
+                speedup_fp32=single.of_medians if of_medians else single.ratio,
+                speedup_bf16=(half.of_medians if of_medians else half.ratio) if half else None,
+                spread_fp32=single.quartiles,
+                spread_bf16=half.quartiles if half else None,
+                seconds_fp32=times.median("fp32"),
+                seconds_bf16=times.median("bf16") if half else None,
+                rounds=times.rounds,
+                **facts,
+            )
+        )
+
+    def _share(self) -> float | None:
+        """Of the seconds that are left, this cell's."""
+        if self._limits.seconds is None:
+            return None
+        left = self._limits.seconds - (time.perf_counter() - self._begun)
+        return max(0.0, left / (self._cells - self._cell))
+
+    def _too_slow(self, name: str, op: str) -> Precision | None:
+        """What was measured of the precision that a variant multiplies in, where that loses by far."""
+        found = (
+            one for one in self._slow if one.name == _precision(name) and 1 / one.ratio >= timing.DROPPED_AT
+        )
+        # torch multiplies integers in linear layers alone.
+        return next((one for one in found if one.op == op or one.name == "int8"), None)
 
 
-@dataclass(frozen=True)
-class Speedup:
-    """How many times as fast as a baseline.
-
-    Attributes:
-        ratio: median over rounds of the baseline's seconds divided by the contestant's.
-        quartiles: first and third, of these ratios.
-        of_medians: the baseline's median seconds divided by the contestant's.
-    """
-
-    ratio: float
-    quartiles: tuple[float, float]
-    of_medians: float
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of each contestant, round by round."""
-
-    seconds: dict[str, list[float]]
-
-    def median(self, name: str) -> float:
-        """Of a contestant."""
-        return median(self.seconds[name])
-
-    def speedup(self, name: str, baseline: str) -> Speedup:
-        """Of a contestant against another that ran in the same rounds."""
-        pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)
-        ratios = [theirs / mine for theirs, mine in pairs]
-        low, middle, high = quantiles(ratios if len(ratios) > 1 else ratios * 2, method="inclusive")
-        return Speedup(middle, (low, high), self.median(baseline) / self.median(name))
-
-
-def interleave(
-    runs: Mapping[str, Work],
-    rounds: int,
-    *,
-    warmups: int = WARMUPS,
-    clock: Callable[[], float] = time.perf_counter,
-    tick: Callable[[], None] = lambda: None,
-) -> Times:
-    """Time every contestant once in each round: whatever the machine does meanwhile, it does to all of them.
-
-    Every other round is run in reverse, which cancels a steady drift and changes who finds whose data in the caches.
-
-    Args:
-        runs: contestants by name.
-        rounds: that count, 1 or more.
-        warmups: rounds before those.
-        clock: seconds.
-        tick: called after every run.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(-warmups, rounds):
-        order = list(runs.items())
-        for name, run in reversed(order) if number % 2 else order:
-            start = clock()
-            run()
-            took = clock() - start
-            if number >= 0:
-                seconds[name].append(took)
-            tick()
-    return Times(seconds)
-
-
-class _Counter:
-    """Runs of all contestants together."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        self.what = ""
-
-    def tick(self) -> None:
-        self._done += 1
-        self._progress(self.what, self._done, self._total)
+def _precision(name: str) -> str | None:
+    """The one that a variant multiplies in throughout, where it is not float32 and nothing chooses it."""
+    if name == "bf16":
+        return "bfloat16"
+    for precision in ("bfloat16", "int8"):
+        if name == precision or f"under {precision}" in name or f"forward={precision}" in name:
+            return precision
+    return None
 
 
 # The three benchmarks.
@@ -194,91 +230,78 @@ class _Counter:
 def kernels(
     shapes: Sequence[Shape],
     sparsities: Sequence[float],
-    rounds: int,
+    limits: Limits,
     progress: Progress = lambda what, done, total: None,
-) -> list[Row]:
-    """Both backward products of a layer from δ on: every fixed kernel, and what is chosen."""
-    each = sum(len(_contending(shape)) + 2 for shape in shapes) * len(sparsities)
-    counter = _Counter(progress, each * (rounds + WARMUPS))
-    rows: list[Row] = []
+    slow: Sequence[Precision] = (),
+) -> Measured:
+    """Both backward products of a layer from δ on: every fixed kernel, and what is chosen.
+
+    Args:
+        shapes: of the layers.
+        sparsities: shares of zeros in δ̃.
+        limits: rounds and time.
+        progress: told of it.
+        slow: what `precisions.measure` found: variants whose precision loses by far there are not run.
+    """
+    course = _Course(len(shapes) * len(sparsities), limits, slow, progress)
     for shape in shapes:
         layer, x, delta = contestants.operands(shape)
         weight = layer.get_parameter("weight").detach()
         for sparsity in sparsities:
-            counter.what = f"{shape.op} {shape} at {sparsity:.0%}"
             scale = contestants.scale_for(delta, sparsity)
             runs = contestants.products(shape, weight, x, delta, scale)
-            times = interleave(runs, rounds, tick=counter.tick)
+            times = course.time(f"{shape.op} {shape} at {sparsity:.0%}", shape.op, runs)
             chosen = {
                 name: _names(Counter(work.kernel for work in run()))
                 for name, run in contestants.chosen(shape, weight, x, delta, scale).items()
             }
-            for name in _contending(shape):
+            for name in list(runs)[len(BASELINES) :]:
                 facts = {"op": shape.op, "shape": str(shape), "sparsity": sparsity}
-                rows.append(_row(times, name, facts, kernel=name, chosen=chosen.get(name)))
-    return rows
-
-
-def _contending(shape: Shape) -> tuple[str, ...]:
-    """Names of all but the baselines."""
-    after = (contestants.AFTER_INT8,) if isinstance(shape, Linear) else ()
-    return (*contestants.kernels_for(shape), "auto", *after)
+                course.add(times, name, {**facts, "kernel": name, "chosen": chosen.get(name)})
+    return course.found
 
 
 def layers(
-    shapes: Sequence[Shape], rounds: int, progress: Progress = lambda what, done, total: None
-) -> list[Row]:
-    """Forward and backward pass of a dithered layer."""
-    counter = _Counter(progress, 3 * len(shapes) * (rounds + WARMUPS))
+    shapes: Sequence[Shape],
+    limits: Limits,
+    progress: Progress = lambda what, done, total: None,
+    slow: Sequence[Precision] = (),
+) -> Measured:
+    """Forward and backward pass of a dithered layer; arguments as of `kernels`."""
+    course = _Course(len(shapes), limits, slow, progress)
     method = Dither(scale=SCALE)
     label = Recipe(methods={"dither": {"scale": SCALE}}).label
-    rows: list[Row] = []
     for shape in shapes:
-        counter.what = f"{shape.op} {shape}"
         runs, session = contestants.passes(shape, method)
-        times = interleave(runs, rounds, tick=counter.tick)
+        times = course.time(f"{shape.op} {shape}", shape.op, runs)
         facts = {"op": shape.op, "shape": str(shape), "kernel": "auto", "method": label}
-        rows.append(_row(times, "auto", facts, **_seen(session)))
-    return rows
+        course.add(times, "auto", {**facts, **_seen(session)})
+    return course.found
 
 
 def steps(
     workloads: Mapping[str, Workload],
     methods: Sequence[str],
-    rounds: int,
+    limits: Limits,
     progress: Progress = lambda what, done, total: None,
-) -> list[Row]:
+    slow: Sequence[Precision] = (),
+) -> Measured:
     """Whole training steps with Adam, by every method at its defaults and at `Method.benchmarks`.
 
-    Methods that warm up do so in the round that does not count.
+    Methods that warm up do so in the round that does not count. Arguments as of `kernels`.
     """
     chosen = settings(methods, WARMUPS)
-    counter = _Counter(progress, len(workloads) * (len(chosen) + 2) * (rounds + WARMUPS))
-    rows: list[Row] = []
+    course = _Course(len(workloads), limits, slow, progress)
     for name, workload in workloads.items():
-        counter.what = name
         runs, sessions = contestants.steps(workload, chosen)
-        times = interleave(runs, rounds, tick=counter.tick)
+        # Of a network for images convolutions take most of the time.
+        times = course.time(name, "conv" if len(workload.input_shape) == 4 else "linear", runs)
         shape = "x".join(map(str, workload.input_shape))
         for label, session in sessions.items():
-            facts = {"op": "step", "shape": shape, "kernel": "auto", "model": name, "method": label}
-            rows.append(_row(times, label, facts, of_medians=True, **_seen(session)))
-    return rows
-
-
-def _row(times: Times, name: str, facts: dict[str, Any], *, of_medians: bool = False, **more: Any) -> Row:
-    single, half = times.speedup(name, "fp32"), times.speedup(name, "bf16")
-    return Row(
-        seconds=times.median(name),
-        speedup_fp32=single.of_medians if of_medians else single.ratio,
-        speedup_bf16=half.of_medians if of_medians else half.ratio,
-        spread_fp32=single.quartiles,
-        spread_bf16=half.quartiles,
-        seconds_fp32=times.median("fp32"),
-        seconds_bf16=times.median("bf16"),
-        **facts,
-        **more,
-    )
+            if label in times.seconds:
+                facts = {"op": "step", "shape": shape, "kernel": "auto", "model": name, "method": label}
+                course.add(times, label, {**facts, **_seen(session)}, of_medians=True)
+    return course.found
 
 
 def _seen(session: Session) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Who contends in a benchmark: products of one layer by every kernel, single layers, whole training steps.
+"""The variants of a benchmark: products of one layer by every kernel, single layers, whole training steps.
 
-Every contestant is a function without arguments. Ours do all that happens from δ on: statistics, random numbers,
+Each is a function without arguments. Ours do all that happens from δ on: statistics, random numbers,
 indexing, packing, quantising.
 """
 
@@ -20,10 +20,9 @@ from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised, quantise_columns
 from retrograde.lab.measure import autocast, loss_of
+from retrograde.lab.timing import Work
 from retrograde.maths import dither
 from retrograde.session import Session, attach
-
-Work = Callable[[], object]
 
 _CPU = torch.device("cpu")
 _BITS = 8
@@ -299,7 +298,7 @@ class Contestant:
 
 
 def steps(workload: Workload, methods: dict[str, Contestant]) -> tuple[dict[str, Work], dict[str, Session]]:
-    """Training steps with Adam from the same weights: both baselines, and each contestant with its session."""
+    """Training steps with Adam from the same weights: both baselines, and each variant with its session."""
     x, y = workload.batch()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.slots import Method, Rule, Site
 from retrograde.errors import RetrogradeWarning
-from retrograde.lab.bench import interleave
+from retrograde.lab.timing import interleave
 from retrograde.methods.dither import Dither
 from retrograde.session import attach
 
@@ -35,6 +35,7 @@ class Overhead:
         microseconds: median of a forward and backward pass.
         ratio: to the plain layer, median over the rounds.
         spread: first and third quartile of the rounds' ratios.
+        rounds: that were made.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class Overhead:
     microseconds: float
     ratio: float
     spread: tuple[float, float]
+    rounds: int
 
 
 class _Nothing(Method):
@@ -71,17 +73,22 @@ class _BareLinear(nn.Linear):
         return _Bare.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
 
-def overhead(rounds: int, threads: tuple[int, ...] = (1, 2), *, compiled: bool = False) -> list[Overhead]:
-    """Every layer at every number of threads, runs taking turns."""
+def overhead(
+    rounds: int, threads: tuple[int, ...] = (1, 2), *, compiled: bool = False, seconds: float | None = None
+) -> list[Overhead]:
+    """Every layer at every number of threads, runs taking turns; `seconds` for all of it, None: no limit."""
     found: list[Overhead] = []
+    share = None if seconds is None else seconds / len(LAYERS) / len(threads)
     for rows, width in LAYERS:
         for count in threads:
             with _threads(count):
-                found += _compare(rows, width, count, rounds, compiled)
+                found += _compare(rows, width, count, rounds, compiled, share)
     return found
 
 
-def _compare(rows: int, width: int, threads: int, rounds: int, compiled: bool) -> list[Overhead]:
+def _compare(
+    rows: int, width: int, threads: int, rounds: int, compiled: bool, seconds: float | None
+) -> list[Overhead]:
     calls = _CALLS[width]
     torch.manual_seed(0)
     layer, x = nn.Linear(width, width), torch.randn(rows, width, requires_grad=True)
@@ -109,7 +116,8 @@ def _compare(rows: int, width: int, threads: int, rounds: int, compiled: bool) -
     with warnings.catch_warnings():
         # So many passes without a step are meant here.
         warnings.simplefilter("ignore", RetrogradeWarning)
-        times = interleave({name: run(model) for name, model in models.items()}, rounds, warmups=3)
+        runs = {name: run(model) for name, model in models.items()}
+        times = interleave(runs, rounds, warmups=3, seconds=seconds)
     where = f"Linear({width}, {width}), {rows} rows"
     rated = {name: times.speedup("plain", name) for name in models}
     return [
@@ -121,6 +129,7 @@ def _compare(rows: int, width: int, threads: int, rounds: int, compiled: bool) -
             times.median(name) / calls * 1e6,
             rated[name].ratio,
             rated[name].quartiles,
+            times.rounds,
         )
         for name in models
     ]
