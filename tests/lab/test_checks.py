@@ -1,5 +1,6 @@
 """``run_checks`` finds what is broken and goes on."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import pytest
 
 from retrograde.engine.maps.base import Gradients
 from retrograde.engine.maps.linear import LinearMap
-from retrograde.lab import checks, tensorboard
+from retrograde.kernels import choose
+from retrograde.kernels.choose import CostModel
+from retrograde.lab import checks, precisions, tensorboard
 from retrograde.lab.checks import Check, run_checks
+from retrograde.lab.precisions import Precision
 
 
 def find(found: list[Check], name: str) -> Check:
@@ -19,12 +23,13 @@ def find(found: list[Check], name: str) -> Check:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_compile", lambda: ("ok", "not run"))
+    monkeypatch.setattr(checks, "_precisions", lambda: ("ok", "not run"))
 
 
 def test_this_machine_is_fit() -> None:
     found = run_checks()
     assert [check.name for check in found] == [
-        *("machine", "versions", "methods", "gradients", "compile", "kernels"),
+        *("machine", "versions", "methods", "gradients", "precisions", "compile", "kernels"),
         *("accelerator", "data sets", "TensorBoard"),
     ]
     assert not [check for check in found if check.status == "failed"]
@@ -42,9 +47,52 @@ def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(checks, name, broken)
     found = run_checks()
-    assert len(found) == 9
+    assert len(found) == 10
     (failed,) = [check for check in found if check.status == "failed"]
     assert failed.detail == "RuntimeError: broken"
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_check_is_told_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(choose, "_models", {})
+    monkeypatch.setattr(choose, "_stored", lambda path: None)
+
+    def calibrated(path: Path, note: Callable[[str], None]) -> CostModel:
+        note("linear layers, shape 1 of 9")
+        return CostModel({name: [1.0] * size for name, size in choose._fits().items()})
+
+    monkeypatch.setattr(choose, "_calibrated", calibrated)
+    found = run_checks(
+        None,
+        lambda name: told.append(f"begin {name}"),
+        told.append,
+        lambda check: told.append(f"end {check.name}"),
+    )
+    assert told[:2] == ["begin machine", "end machine"]
+    start = told.index("begin kernels")
+    assert told[start : start + 3] == ["begin kernels", "linear layers, shape 1 of 9", "end kernels"]
+    assert all(check.seconds >= 0 for check in found)
+
+
+def test_the_fastest_precision_is_named_and_emulation_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(half: float) -> list[Precision]:
+        return [
+            Precision(op, "8x8x8", name, 0.002 / ratio, ratio)
+            for op in ("linear", "conv")
+            for name, ratio in (("float32", 1.0), ("bfloat16", half))
+        ]
+
+    monkeypatch.setattr(precisions, "measure", lambda: measured(0.02))
+    status, detail = checks._precisions()
+    assert status == "note"
+    assert "linear layer 8x8x8, fastest in float32: float32 2 ms (×1), bfloat16 100 ms (×0.02)" in detail
+    assert "50.0 times (linear) and 50.0 times (conv): train in float32, without autocast" in detail
+    monkeypatch.setattr(precisions, "measure", lambda: measured(5.0))
+    status, detail = checks._precisions()
+    assert status == "ok"
+    assert "convolution 8x8x8, fastest in bfloat16" in detail
+    assert "emulated" not in detail
 
 
 @pytest.mark.usefixtures("quick")

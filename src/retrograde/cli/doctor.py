@@ -1,34 +1,51 @@
-"""``retrograde doctor``: is this machine fit, and what is missing?"""
+"""`retrograde doctor`: is this machine fit, and what is missing?"""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
 from retrograde.cli import output
+from retrograde.cli.flags import DataFolder, Switch
 from retrograde.cli.options import Given
-from retrograde.lab.checks import run_checks
+from retrograde.lab.checks import Check, run_checks
 
 _STYLES = {"ok": "green", "note": "yellow", "failed": "bold red"}
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check the machine: versions, gradients against autograd, compilation, data sets.
+    """Check the machine: versions, gradients against autograd, the fastest precision, compilation, data sets.
+
+    The first run compiles the kernels and measures which of them are fastest, which takes minutes on a slow machine
+    and then no training run has to do. Each step is told on stderr, with its seconds.
 
     Attributes:
-        data_dir: folder that holds data sets; default: the environment variable RETROGRADE_DATA.
-        json: print JSON.
+        data_dir: Folder that holds data sets.
+        json: Print JSON.
     """
 
-    data_dir: Path | None = None
-    json: bool = False
+    data_dir: DataFolder = None
+    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print the findings; 1 when a check failed."""
-        with output.log.status("checking"):
-            checks = run_checks(self.data_dir)
+        with output.log.status("starting") as status:
+            current = ""
+
+            def begin(name: str) -> None:
+                nonlocal current
+                current = name
+                status.update(name)
+
+            def note(what: str) -> None:
+                status.update(f"{current}: {what}")
+                output.log.print(f"{current}: {what}", style="dim", highlight=False)
+
+            def end(check: Check) -> None:
+                output.log.print(f"{check.name}: {check.seconds:.1f} s", style="dim", highlight=False)
+
+            checks = run_checks(self.data_dir, begin, note, end)
         if self.json:
             output.print_json({"checks": [asdict(check) for check in checks]})
         else:

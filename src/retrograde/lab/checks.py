@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from retrograde.errors import DataError, RetrogradeError
 from retrograde.kernels import compiled
 from retrograde.lab import data as lab_data
-from retrograde.lab import machine, tensorboard
+from retrograde.lab import machine, precisions, tensorboard
 from retrograde.methods.dither import Dither
 from retrograde.methods.registry import available
 from retrograde.session import attach
@@ -27,31 +28,54 @@ class Check:
         name: what was looked at.
         status: ``ok``, ``note`` (works, with less) or ``failed``.
         detail: what was found, and what to do.
+        seconds: that it took.
     """
 
     name: str
     status: str
     detail: str
+    seconds: float
 
 
-def run_checks(data_dir: Path | None = None) -> list[Check]:
-    """All checks, in order; none raises."""
+Note = Callable[[str], None]
+"""Told what a check does now."""
+
+
+def run_checks(
+    data_dir: Path | None = None,
+    begin: Note = lambda name: None,
+    note: Note = lambda what: None,
+    end: Callable[[Check], None] = lambda check: None,
+) -> list[Check]:
+    """All checks, in order; none raises.
+
+    Args:
+        data_dir: folder that holds data sets.
+        begin: told the name of each check before it runs.
+        note: told what a long one is doing.
+        end: told each answer.
+    """
     found: list[Check] = []
     for name, check in (
         ("machine", _machine),
         ("versions", _versions),
         ("methods", _methods),
         ("gradients", _gradients),
+        ("precisions", _precisions),
         ("compile", _compile),
-        ("kernels", _kernels),
+        ("kernels", lambda: _kernels(note)),
         ("accelerator", _accelerator),
         ("data sets", lambda: _data(data_dir)),
         ("TensorBoard", _tensorboard),
     ):
+        begin(name)
+        start = time.perf_counter()
         try:
-            found.append(Check(name, *check()))
+            status, detail = check()
         except Exception as error:  # a doctor reports whatever is broken and goes on
-            found.append(Check(name, "failed", f"{type(error).__name__}: {error}"))
+            status, detail = "failed", f"{type(error).__name__}: {error}"
+        found.append(Check(name, status, detail, time.perf_counter() - start))
+        end(found[-1])
     return found
 
 
@@ -91,6 +115,24 @@ def _gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def _precisions() -> tuple[str, str]:
+    """A small table of what torch's own products take, and a warning where autocast would only cost time."""
+    measured = precisions.measure()
+    found: list[str] = []
+    for op, layer in (("linear", "linear layer"), ("conv", "convolution")):
+        rows = [one for one in measured if one.op == op]
+        each = ", ".join(f"{one.name} {one.seconds * 1e3:.3g} ms (×{one.ratio:.2g})" for one in rows)
+        found.append(f"{layer} {rows[0].shape}, fastest in {precisions.fastest(measured, op).name}: {each}")
+    slower = [one for one in measured if one.name == "bfloat16" and one.ratio < 1]
+    if not slower:
+        return "ok", "\n".join(found)
+    by = " and ".join(f"{1 / one.ratio:.1f} times ({one.op})" for one in slower)
+    found.append(
+        f"bfloat16 is emulated here and takes longer than float32, {by}: train in float32, without autocast."
+    )
+    return "note", "\n".join(found)
+
+
 def _compile() -> tuple[str, str]:
     model = nn.Linear(4, 4)
     attach(model, Dither(scale=1.0), seed=0)
@@ -105,17 +147,16 @@ def _compile() -> tuple[str, str]:
     return "ok", "torch.compile(fullgraph=True) trains an attached layer"
 
 
-def _kernels() -> tuple[str, str]:
+def _kernels(note: Note) -> tuple[str, str]:
     """Compile and calibrate them, so that no training run has to."""
     if not compiled.usable():
         return "note", "torch's own alone: numba cannot be imported. Install it: pip install numba"
     from retrograde.kernels import choose, linear  # a compiler comes with them: not for every command's start
 
-    start = time.perf_counter()
     model = choose.model()
     for family in choose.FAMILIES:
+        note(f"measuring {family}")
         model.complete(family)
-    seconds = time.perf_counter() - start
     size = 512
     found = [f"linear layer, {size} rows, {size}→{size}, fastest at"]
     for zeros in (0.5, 0.9, 0.98):
@@ -124,7 +165,7 @@ def _kernels() -> tuple[str, str]:
         kernel = model.best(problem, linear.KERNELS)
         gain = model.seconds("dense", problem) / model.seconds(kernel, problem)
         found.append(f"{zeros:.0%} zeros: {kernel} (×{gain:.1f} against dense),")
-    return "ok", f"ready in {seconds:.1f} s; {' '.join(found).rstrip(',')}"
+    return "ok", " ".join(found).rstrip(",")
 
 
 def _accelerator() -> tuple[str, str]:
