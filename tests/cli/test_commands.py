@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from outcome import QUICK, Outcome
 
+from retrograde.cli import plan as plan_command
+from retrograde.forecast import LayerForecast
 from retrograde.lab import checks
+from retrograde.plan import Plan, PlanRow
 
 Run = Callable[..., Outcome]
 
@@ -163,6 +166,21 @@ def test_plan_is_readable_without_a_terminal(run: Run) -> None:
     assert max(map(len, outcome.out.splitlines())) <= 120
 
 
+def test_plan_names_the_layers_that_are_forecast_slower(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(name: str, attached: float) -> PlanRow:
+        forecast = LayerForecast(0.002, attached, 0.001, 0.9, {"dense": 1.0})
+        return PlanRow(name, "Linear", "8→8", 72, ("dither",), "auto", "attached", "", forecast)
+
+    rows = row("body.1", 0.001), row("body.3", 0.003), row("head", 0.004)
+    monkeypatch.setattr(plan_command, "make_plan", lambda *arguments, **options: Plan(rows))
+    shown = run("plan", "--method", "dither").out
+    assert "2 layers are forecast slower attached than plain: body.3, head." in shown
+    assert "Add --decline to leave them plain, or name layers: --skip body.3 head" in shown
+    assert run("plan", "--method", "dither", "--json").json["slower"] == ["body.3", "head"]
+    monkeypatch.setattr(plan_command, "make_plan", lambda *arguments, **options: Plan(rows[:1]))
+    assert "slower" not in run("plan", "--method", "dither").out
+
+
 @pytest.mark.parametrize("flag", ["--only", "--skip"])
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_misspelt_pattern_is_refused(run: Run, command: str, flag: str) -> None:
@@ -214,6 +232,9 @@ def test_doctor_is_0_where_nothing_failed(run: Run) -> None:
     outcome = run("doctor")
     assert outcome.code == 0, outcome.out
     assert "gradients" in outcome.out
+    assert "fastest in" in outcome.out
+    for step in ("gradients: ", "precisions: ", "kernels: "):
+        assert step in outcome.err, "what takes long says where it is"
     assert "failed" not in outcome.out
 
 
@@ -226,6 +247,7 @@ def test_doctor_is_1_where_a_check_failed(run: Run, monkeypatch: pytest.MonkeyPa
     outcome = run("doctor", "--json")
     assert outcome.code == 1
     (check,) = [c for c in outcome.json["checks"] if c["name"] == "gradients"]
+    assert check.pop("seconds") >= 0
     assert check == {
         "name": "gradients",
         "status": "failed",

@@ -1,5 +1,6 @@
 """``retrograde plan``: what would happen to each layer, and why, without training anything."""
 
+import shlex
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -50,11 +51,29 @@ class PlanCommand:
             example=partial(measure.batch_loss, model, x, y, recipe.precision, recipe.label_smoothing),
             decline=recipe.decline,
         )
+        slower = [
+            row.name
+            for row in plan.attached
+            if row.forecast is not None and row.forecast.attached > row.forecast.plain
+        ]
         if self.json:
-            output.print_json({"model": recipe.model, "methods": recipe.methods, **plan.to_dict()})
+            found = {"model": recipe.model, "methods": recipe.methods, "slower": slower}
+            output.print_json({**found, **plan.to_dict()})
         else:
             output.print_table(plan)
+            _warn_slower(slower)
         return 0
+
+
+def _warn_slower(names: list[str]) -> None:
+    """A layer that attaching makes slower is worth a sentence: the figures alone are easily read past."""
+    if names:
+        them = ("1 layer is", "it") if len(names) == 1 else (f"{len(names)} layers are", "them")
+        output.print_line(
+            f"\n{them[0]} forecast slower attached than plain: {', '.join(names)}.\n"
+            f"Add --decline to leave {them[1]} plain, or name layers: --skip {' '.join(map(shlex.quote, names[:3]))}"
+            f"{' …' if len(names) > 3 else ''}"
+        )
 
 
 # The flags' class is made from the recipe; a checker cannot follow that, tyro can.
