@@ -79,7 +79,7 @@ class Bench:
     def run(self, given: Given) -> int:
         """Time, then print."""
         self._check()
-        limits = self._limits()
+        limits, measure = self._limits(), self._choose()
         with output.progress_bar() as bar:
             task = bar.add_task(f"bench {self.what}", total=None, note="")
 
@@ -88,7 +88,7 @@ class Bench:
 
             choose.model(lambda what: show(f"compiling and calibrating the kernels, once for all: {what}"))
             show("measuring the precisions")
-            measured = self._choose()(limits, show, precisions.measure())
+            measured = measure(limits, show, precisions.measure())
             if self.what == "layers":
                 show("attaching small layers")
             extra = self._overhead(limits)
