@@ -86,7 +86,9 @@ class Bench:
             def show(what: str, done: float = 0, total: float | None = None) -> None:
                 bar.update(task, completed=done, total=total, note=what)
 
-            choose.model(lambda what: show(f"compiling and calibrating the kernels, once for all: {what}"))
+            for family in choose.FAMILIES:
+                show(f"compiling and calibrating the kernels, once for all: {family}")
+                choose.model().complete(family)
             show("measuring the precisions")
             measured = measure(limits, show, precisions.measure())
             if self.what == "layers":

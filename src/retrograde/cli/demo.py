@@ -20,7 +20,7 @@ from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.demo.run import Demonstration, Outcome
 from retrograde.lab.demo.scenarios import Scenario, scenarios
 from retrograde.lab.demo.verdict import advice, judge
-from retrograde.report.claims import write_claims
+from retrograde.report import write_claims
 
 RESULT = "result.json"
 

@@ -48,6 +48,7 @@ class PlanCommand:
             recipe.make_methods(),
             only=recipe.only,
             skip=recipe.skip,
+            steps=recipe.length(data),
             example=partial(measure.batch_loss, model, x, y, recipe.precision, recipe.label_smoothing),
             decline=recipe.decline,
         )

@@ -107,6 +107,10 @@ class Recipe(BaseModel):
         """What the loaded data depend on: recipes that agree in it share them."""
         return self.data, self.validation, self.seed, self.limit, self.standardise
 
+    def length(self, data: Data) -> int:
+        """Optimizer steps of the whole run on `data`."""
+        return self.steps or self.epochs * lab_data.steps_in_epoch(data.train, self.batch_size)
+
     def load_data(self, data_dir: Path | None = None) -> Data:
         """The recipe's data set.
 

@@ -174,14 +174,14 @@ class Trainer:
         with seeded(recipe.seed, cuda):
             for peer in self._peers:
                 self.model = peer.prepare(self.model)
+        self._steps_in_epoch = lab_data.steps_in_epoch(data.train, recipe.batch_size)
+        self.steps = recipe.length(data)
         self.session = self._attach(x, y, checkpoint)
         self._saved_bytes = measure.saved_activation_bytes(self.model, x, y)
         self._forward = torch.compile(self.model) if recipe.compile else self.model
         self.optimizer = make_optimizer(recipe, self.model, self._peers)
         self._selector = next((s for p in self._peers if (s := p.selector(recipe.seed)) is not None), None)
         self._second_pass = any(peer.second_pass for peer in self._peers)
-        self._steps_in_epoch = lab_data.steps_in_epoch(data.train, recipe.batch_size)
-        self.steps = recipe.steps or self._steps_in_epoch * recipe.epochs
         self._epochs = math.ceil(self.steps / self._steps_in_epoch)
         self._schedule = make_schedule(recipe, self.optimizer, self.steps)
         # Odd, because methods alternate between two or four kinds of steps.
@@ -433,7 +433,7 @@ class Trainer:
             return None
         if checkpoint is not None and recipe.decline:
             only = [escape(name) for name in dict((checkpoint.session or {}).get("layers") or {})]
-            return attach(self.model, methods, only=only, seed=recipe.seed)
+            return attach(self.model, methods, only=only, seed=recipe.seed, steps=self.steps)
         loss = partial(measure.batch_loss, self.model, x, y, recipe.precision, recipe.label_smoothing)
         return attach(
             self.model,
@@ -441,6 +441,7 @@ class Trainer:
             only=recipe.only,
             skip=recipe.skip,
             seed=recipe.seed,
+            steps=self.steps,
             example=loss if checkpoint is None else None,
             decline=recipe.decline,
         )

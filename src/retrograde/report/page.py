@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import jinja2
 import plotly.offline
@@ -190,7 +191,7 @@ def _render(comparisons: Sequence[Comparison], kicker: str, title: str, lead: st
         "allow_nan": False,
         "separators": (",", ":"),
     }
-    environment.globals.update(figure_parts=figure_parts, tone=_tone)
+    cast(Any, environment.globals).update(figure_parts=figure_parts, tone=_tone)
     return environment.get_template("page.html.jinja").render(
         kicker=kicker,
         title=title,

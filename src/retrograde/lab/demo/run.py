@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retrograde.lab import data as lab_data
-from retrograde.lab import files
 from retrograde.lab.claims.cells import Cell, train_together
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.jobs import State
 from retrograde.lab.claims.result import Result
 from retrograde.lab.demo.scenarios import Scenario
+from retrograde.lab.record import read_run
 
 _TRIED_STEPS = 5
 """Of each run beforehand: the first one compiles and calibrates kernels, the median tells how long a step takes."""
@@ -115,7 +115,7 @@ class Demonstration:
             trial=True,
         )
         steps = lab_data.steps_in_epoch(cells[0].recipe.load_data().train, cells[0].recipe.batch_size)
-        pace = sum(files.read_metrics(cell.folder)[-1]["step_seconds"] for cell in cells)
+        pace = sum(read_run(cell.folder).epochs[-1].step_seconds or 0.0 for cell in cells)
         shutil.rmtree(self._folder / "tried")
         return _OVERHEAD * pace * steps * claim.recipe["epochs"]
 
