@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "works-with.md"
 METHODS = ("dither", "decorrelate", "deepfocus", "perforate", "spectral")
 CONFORMANCE = "tests/conformance/test_conformance.py::test_conformance"
 CHECKS = "src/retrograde/testing/method.py"
-ADAPTERS = "tests/test_adapters.py::test_peft_model"
+ADAPTERS = "tests/test_low_rank_adapters.py::test_peft_model"
 
 
 @dataclass(frozen=True)

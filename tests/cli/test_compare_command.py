@@ -13,8 +13,9 @@ from PIL import Image
 import retrograde as rg
 from retrograde.cli import main
 from retrograde.lab import peers
+from retrograde.lab.options import make
 from retrograde.lab.recipe import make_recipe
-from retrograde.methods.registry import available, make
+from retrograde.methods.registry import available
 
 Run = Callable[..., Outcome]
 
