@@ -407,6 +407,7 @@ def test_whole_flops_are_those_of_plain_training(tmp_path: Path, model: str) -> 
     assert plain == {
         **dict.fromkeys(counts, counted),
         **{"overhead": 0.0, "forward": dict.fromkeys(counts, forward)},
+        **{"input_grad": None, "weight_grad": None},
     }
     attached = train(recipe, tmp_path / "attached")["flops"]
     assert attached["dense"] == counted

@@ -28,7 +28,7 @@ def test_the_terminal_takes_cells_literally_and_does_not_break_figures() -> None
     text = shown(TABLE, 60)
     assert "as [b]fast[/b] | _as_ it is" in text
     assert "The caption" in text
-    narrow = shown(TABLE, 44)
+    narrow = shown(TABLE, 52)
     assert "97.66\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.33\N{NO-BREAK SPACE}%" in narrow
 
 

@@ -229,7 +229,8 @@ class Verify:
                 for name, value in found.published.items()
             )
             title = f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}"
-            output.print_table(make_table(("metric", "published", "now"), rows, caption=title).terminal())
+            output.print_table(make_table(("metric", "published", "now"), rows).terminal())
+            output.print_line(title)
         return 0 if found.agrees else 1
 
 
@@ -250,7 +251,8 @@ def present(result: Result, path: Path | None, *, as_json: bool) -> None:
     if as_json:
         output.print_json(result.model_dump(mode="json"))
         return
-    output.print_table(figures_table(Comparison(result, {})).terminal(f"{result.title}. {caption(result)}"))
+    figures = figures_table(Comparison(result, {}), source=False)
+    output.print_table(figures.terminal(f"{result.title}. {caption(result)}"))
     if result.findings:
         verdict = "quick, which decides nothing: " if result.quick else "verdict: "
         output.print_line("")

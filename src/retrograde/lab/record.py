@@ -78,12 +78,12 @@ class Product(Part):
 
 
 class Flops(Product):
-    """FLOPs of all three products together, and of each."""
+    """FLOPs of all three products together, and of each; those of a plain model's backward pass are not split."""
 
     overhead: float | None = None
     forward: Product = Product()
-    input_grad: Product = Product()
-    weight_grad: Product = Product()
+    input_grad: Product | None = None
+    weight_grad: Product | None = None
 
     def of_dense(self, count: str) -> float | None:
         """One of the counts as a share of the dense-equivalent."""

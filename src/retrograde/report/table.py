@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 NONE = "–"
+_NAME_WIDTH = 24
+"""Columns that a terminal gives the names of the rows at the least, where they are as long."""
+
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 Kind = Literal["text", "number", "badge"]
@@ -86,9 +89,13 @@ class Table:
             caption=self.caption if caption is None else caption,
             show_header=self.headed,
         )
-        for column in self.columns:
+        for at, column in enumerate(self.columns):
             right = column.kind == "number"
-            table.add_column(column.name, justify="right" if right else "left", overflow="fold")
+            # The names of the rows are broken last: the heads of figures have spaces to break at.
+            least = None if at else min(_NAME_WIDTH, max((len(row.cells[0]) for row in self.rows), default=0))
+            table.add_column(
+                column.name, justify="right" if right else "left", overflow="fold", min_width=least
+            )
         for row in self.rows:
             table.add_row(
                 *(

@@ -13,10 +13,15 @@ TIME_RATIO = "time over the baseline’s"
 SOURCE = "the source’s figures"
 
 
-def figures_table(comparison: Comparison) -> Table:
-    """A row for each variant: the metrics of the result's table, and what they are over the baseline's."""
+def figures_table(comparison: Comparison, *, source: bool = True) -> Table:
+    """A row for each variant: the metrics of the result's table, and what they are over the baseline's.
+
+    Args:
+        comparison: what is compared.
+        source: with a column of the source's figures, where it gives any; a terminal has no room for it.
+    """
     result = comparison.result
-    sourced = any(entry.source for entry in result.contestants.values())
+    sourced = source and any(entry.source for entry in result.contestants.values())
     columns = [metrics.ALL[metric].label for metric in result.table]
     if comparison.recorded:
         columns.insert(1, "difference")

@@ -169,7 +169,7 @@ def _ends(figure: go.Figure, bars: Sequence[tuple[float, Estimate, str]], factor
 
 def _split(variant: Variant, count: str, total: float) -> dict[str, float]:
     def part(run: RunRecord, name: str) -> float | None:
-        return number(getattr(getattr(run.outcome.flops, name), count))
+        return number(getattr(getattr(run.outcome.flops, name), count, None))
 
     parts = {
         name: value
