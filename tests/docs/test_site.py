@@ -108,7 +108,9 @@ class Spoken:
 
 
 @pytest.mark.parametrize(
-    ("value", "parts"), [(Silent, [".say", ".word"]), (Spoken, [".second"]), (lambda: None, [""])], ids=str
+    ("value", "parts"),
+    [(Silent, [".say", ".word"]), (Spoken, [".second"]), (lambda: None, [""])],
+    ids=("silent", "spoken", "function"),
 )
 def test_parts_without_a_docstring_are_found(hook: ModuleType, value: Any, parts: list[str]) -> None:
     assert list(hook.silent(value)) == parts
