@@ -35,9 +35,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "workloads", workloads)
     monkeypatch.setattr(overhead, "_CALLS", {32: 2, 512: 1})
     # Whatever the machine is good at, and without a calibration, which the small products do not need.
-    monkeypatch.setattr(
-        choose, "model", lambda note=None: SimpleNamespace(best=lambda problem, allowed: "dense")
-    )
+    uncalibrated = SimpleNamespace(best=lambda problem, allowed: "dense", complete=lambda family: None)
+    monkeypatch.setattr(choose, "model", lambda: uncalibrated)
     monkeypatch.setattr(precisions, "measure", lambda: [])
     monkeypatch.setattr(timing, "DROPPED_AT", float("inf"))
     return parts
@@ -92,6 +91,7 @@ def test_steps_take_the_chosen_models_and_methods(run: Run, tiny: list[int]) -> 
         ("gpt", "dither(scale=2.0)"),
         ("gpt", "dither(scale=4.0)"),
         ("gpt", "dither(scale=2.0, forward=int8)"),
+        ("gpt", "dither"),
         ("gpt", "dither(scale=4.0) under bfloat16"),
         ("gpt", "decorrelate"),
     ]

@@ -335,7 +335,10 @@ def _compare(case: Program, run: Run, plain: Run) -> None:
     if surplus := run.warned - plain.warned:
         raise AssertionError(f"Attached training warns of more: {surplus}")
     for name in [name for name in plain.ends if name.startswith("random")]:
-        if not torch.equal(run.ends.pop(name), plain.ends.pop(name)):
+        found, expected = run.ends.pop(name), plain.ends.pop(name)
+        # L-BFGS evaluates as often as its losses make it, and dropout draws each time.
+        counted = case.neutral or case.optimizer != "lbfgs" or name != "random state"
+        if counted and not torch.equal(found, expected):
             raise AssertionError(f"The {name} is another.")
     for name, value in run.ends.items():
         # In float16 the backward pass of torch's orthogonal matrices is 0/0 for some gradients and 0 for others.
