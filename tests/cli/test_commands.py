@@ -30,7 +30,7 @@ def test_methods_lists_each_method_with_its_options(run: Run) -> None:
 def test_methods_json_names_type_and_default_of_each_option(run: Run) -> None:
     (dither,) = [m for m in run("methods", "--json").json["methods"] if m["name"] == "dither"]
     assert {o["name"]: o["default"] for o in dither["options"]} == {
-        "scale": 2.0,
+        "scale": 1.0,
         "target_sparsity": None,
         "bits": 8,
         "products": "auto",
