@@ -249,6 +249,31 @@ def test_skipped_branch(runner: Callable[[nn.Module], Any]) -> None:
     assert (figures["skip"], figures["full"], figures["calls"]) == (0.5, 0.5, 2)
 
 
+def test_a_hook_of_a_skipped_parameter_gets_zeros() -> None:
+    """Hooks that scale or clip are called with a tensor; the parameter rests all the same."""
+    net, plain = seeded(model), reference([1])
+    seen: list[Tensor] = []
+
+    def clip(gradient: Tensor) -> Tensor:
+        seen.append(gradient)
+        return gradient.clamp(-1, 1) * 0.5
+
+    for name in ("1.branch.1.weight", "1.branch.3.bias"):
+        net.get_parameter(name).register_hook(clip)
+    _session = rg.attach(net, Script(**{"1__branch": SKIP}))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, weight_decay=0.1)
+    x = batch((5, 8))
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    found = gradients(net, x)
+    assert len(seen) == 2
+    assert not any(gradient.any() for gradient in seen)
+    optimizer.step()
+    expected = gradients(plain, x)
+    assert_same({n: g for n, g in found.items() if n in expected}, expected)
+    still = {name for name, p in net.named_parameters() if torch.equal(p, before[name])}
+    assert still == {name for name in before if name.startswith("1.")}
+
+
 def test_pruned_work_is_counted(runner: Callable[[nn.Module], Any]) -> None:
     """Half the calls skipped: the branch's dense work stays, its backward work halves, at any batch size."""
     net = seeded(model)

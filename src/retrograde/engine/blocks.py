@@ -7,6 +7,7 @@ work and asks the block's rule what that work is worth:
   that is given no gradient passes none on). Compiled code cannot return None by chance: there the boundary is an opaque
   op that returns zeros, and the attached layers of the block return zeros without multiplying; what lies between them
   (norms, activations, attention products) still runs, on zeros.
+  Eager code does the same where a parameter of the block has a hook: torch would call it with None.
 - SKIP in a chain: the layer's weight gradient is not computed. A chain is one attached layer and has no boundary but
   the layer's own.
 - LOW and FULL: the attached layers inside read the tier, each of the innermost block around it.
@@ -91,6 +92,10 @@ class BlockProgram:
     def pruned(self) -> bool:
         """Whether the current call has no backward pass at all."""
         return self.block.kind == "branch" and self.grant.tier is Tier.SKIP
+
+    def heard(self) -> bool:
+        """Whether somebody's hook waits for the gradient of a parameter inside (``register_hook``)."""
+        return any(p._backward_hooks for member in self.block.members for p in member.parameters())  # pyright: ignore[reportPrivateUsage]
 
     def gate(self, delta: Tensor) -> Grant:
         """What this call is worth. Everything inside reads `grant` afterwards."""
@@ -282,7 +287,7 @@ class _BlockBoundary(torch.autograd.Function):
             )
         grant: Grant = ctx.program.gate(delta)
         if grant.tier is Tier.SKIP:
-            return None, None
+            return torch.zeros_like(delta) if ctx.program.heard() else None, None
         return delta if grant.scale == 1 else delta * grant.scale, None
 
 
