@@ -227,7 +227,7 @@ def test_a_precision_that_loses_in_a_small_product_is_not_run() -> None:
 def test_steps_in_a_precision_that_loses_are_not_run() -> None:
     slow = [_slow("linear", "bfloat16", 40), _slow("linear", "int8", 30)]
     found = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Limits(1), slow=slow)
-    assert [row.method for row in found.rows] == ["dither(scale=2.0)", "dither(scale=4.0)"]
+    assert [row.method for row in found.rows] == ["dither(scale=2.0)", "dither(scale=4.0)", "dither"]
     assert [one.variant for one in found.dropped] == [
         "torch in bfloat16",
         "dither(scale=2.0, forward=int8)",

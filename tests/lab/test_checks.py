@@ -1,6 +1,5 @@
 """``run_checks`` finds what is broken and goes on."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from retrograde.engine.maps.base import Gradients
 from retrograde.engine.maps.linear import LinearMap
 from retrograde.kernels import choose
-from retrograde.kernels.choose import CostModel
 from retrograde.lab import checks, precisions, tensorboard
 from retrograde.lab.checks import Check, run_checks
 from retrograde.lab.precisions import Precision
@@ -42,7 +40,7 @@ def test_this_machine_is_fit() -> None:
     "name", ["_machine", "_versions", "_methods", "_gradients", "_kernels", "_accelerator"]
 )
 def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def broken() -> tuple[str, str]:
+    def broken(*told: object) -> tuple[str, str]:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(checks, name, broken)
@@ -56,11 +54,10 @@ def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPat
 def test_each_check_is_told_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(choose, "_models", {})
-    monkeypatch.setattr(choose, "_stored", lambda path: None)
+    monkeypatch.setattr(choose, "_stored", lambda path: {})
 
-    def calibrated(path: Path, note: Callable[[str], None]) -> CostModel:
-        note("linear layers, shape 1 of 9")
-        return CostModel({name: [1.0] * size for name, size in choose._fits().items()})
+    def calibrated(family: str) -> dict[str, list[float]]:
+        return {name: [1.0] * size for name, size in choose._fits(family).items()}
 
     monkeypatch.setattr(choose, "_calibrated", calibrated)
     found = run_checks(
@@ -71,7 +68,8 @@ def test_each_check_is_told_before_and_after(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert told[:2] == ["begin machine", "end machine"]
     start = told.index("begin kernels")
-    assert told[start : start + 3] == ["begin kernels", "linear layers, shape 1 of 9", "end kernels"]
+    measured = [f"measuring {family}" for family in choose.FAMILIES]
+    assert told[start : start + 2 + len(measured)] == ["begin kernels", *measured, "end kernels"]
     assert all(check.seconds >= 0 for check in found)
 
 

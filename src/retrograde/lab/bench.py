@@ -148,6 +148,10 @@ def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
     return found
 
 
+_LOSES_BY = timing.DROPPED_AT
+"""In a small product: a precision that takes so many times as long as float32 is not run."""
+
+
 class _Course:
     """The cells of a benchmark one after the other: what each may take, and what is not run in it."""
 
@@ -207,9 +211,7 @@ class _Course:
 
     def _too_slow(self, name: str, op: str) -> Precision | None:
         """What was measured of the precision that a variant multiplies in, where that loses by far."""
-        found = (
-            one for one in self._slow if one.name == _precision(name) and 1 / one.ratio >= timing.DROPPED_AT
-        )
+        found = (one for one in self._slow if one.name == _precision(name) and 1 / one.ratio >= _LOSES_BY)
         # torch multiplies integers in linear layers alone.
         return next((one for one in found if one.op == op or one.name == "int8"), None)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from retrograde.errors import OptionError
+from retrograde.errors import MissingPackageError, OptionError
 from retrograde.lab import peers
 
 RATE = 0.01
@@ -318,5 +318,5 @@ def test_schedule_free_follows_the_models_mode():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(OptionError, match=r"pytorch-optimizer.*retrograde\[peers\]"):
+    with pytest.raises(MissingPackageError, match=r"pytorch-optimizer.*retrograde\[peers\]"):
         make("soap", network())
