@@ -92,13 +92,13 @@ def test_methods_contend_once_at_each_setting_and_warm_up_briefly() -> None:
         "dither(scale=2.0)",
         "dither(scale=4.0)",
         "dither(scale=2.0, forward=int8)",
+        "dither",
         "dither(scale=4.0) under bfloat16",
         "spectral(warmup=2)",
     ]
     assert found["dither(scale=4.0)"] == Contestant(Dither(scale=4.0))
     assert found["dither(scale=4.0) under bfloat16"] == Contestant(Dither(scale=4.0), "bfloat16")
-    # The defaults would be a contestant of their own if they were none of these.
-    assert Contestant(Dither()) == found["dither(scale=2.0)"]
+    assert found["dither"] == Contestant(Dither()), "the defaults, which are none of the others"
 
 
 def test_a_step_trains_and_under_bfloat16_too() -> None:

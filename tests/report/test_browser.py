@@ -52,6 +52,7 @@ def load(browser: Any, report: Path, width: int, height: int, theme: str) -> tup
     page.on(
         "request", lambda request: trouble.append(request.url) if request.url.startswith("http") else None
     )
+    page.set_default_timeout(150_000)  # every plot is drawn before it is loaded: slow on a busy machine
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
     return page, trouble

@@ -323,6 +323,7 @@ def test_page_draws_and_fits(tmp_path: Path, width: int, theme: str) -> None:
         trouble: list[str] = []
         page.on("console", lambda message: trouble.append(message.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.set_default_timeout(150_000)
         page.goto(report.as_uri())
         page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
         assert not trouble
