@@ -42,7 +42,7 @@ def test_the_cache_folder_stands_in(tmp_path: Path) -> None:
 
 def test_without_any_place_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.UserProvidedCacheLocator, "ensure_cache_path", read_only)
-    with pytest.warns(RetrogradeWarning, match="compiled kernels cannot be kept.*RETROGRADE_CACHE"):
+    with pytest.warns(RetrogradeWarning, match="compiled kernels cannot be stored.*RETROGRADE_CACHE"):
         made = cpu_threads.jit(double)
     assert np.array_equal(made(np.ones(3)), np.full(3, 2.0))
     assert cpu_threads.serial(double)(2) == 4
