@@ -128,7 +128,10 @@ def test_set_changes_a_method_where_it_is() -> None:
     session = rg.attach(seeded(blocks), GIVEN)
     session.set("dither", scale=2.0)
     assert scales(session) == dict.fromkeys(("0.0", "1.0", "2.0", "3.0"), 2.0)
-    assert [str(method) for method in session.methods] == ["Dither()", "Decorrelate(rank=2, every=2)"]
+    assert [str(method) for method in session.methods] == [
+        "Dither(scale=2.0)",
+        "Decorrelate(rank=2, every=2)",
+    ]
 
 
 def test_set_follows_a_function_of_the_step() -> None:
@@ -273,7 +276,7 @@ def test_arguments_in_the_wrong_order_or_of_the_wrong_kind() -> None:
     _, session, _ = start(rg.Dither())
     with pytest.raises(OptionError, match="dither refuses"):
         session.set(scale="x")
-    assert set(scales(session).values()) == {2.0}
+    assert set(scales(session).values()) == {1.0}
 
 
 class Unlisted(rg.Dither):

@@ -121,9 +121,9 @@ def test_benchmarks_list_it() -> None:
 def test_refusals() -> None:
     linear.register_kernel("sparse", sparse)
     linear.register_kernel("sparse", sparse)  # the same again
-    with pytest.raises(OptionError, match="a kernel 'sparse' already"):
+    with pytest.raises(OptionError, match="a kernel named 'sparse' is registered already"):
         linear.register_kernel("sparse", rounded)
-    with pytest.raises(OptionError, match="a kernel 'skip' already"):
+    with pytest.raises(OptionError, match="a kernel named 'skip' is registered already"):
         linear.register_kernel("skip", sparse)
     with pytest.raises(OptionError, match="precision='int4' of 'other'"):
         linear.register_kernel("other", sparse, precision="int4")  # type: ignore[arg-type]
