@@ -11,6 +11,8 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
+from make_performance import is_stale
+
 from retrograde.lab.claims import wording
 from retrograde.lab.claims.result import Result, read_result
 
@@ -99,9 +101,7 @@ def text(
 def main() -> int:
     made = drawn(read_result(ROOT / "results" / f"{CLAIM}.json"))
     if "--check" in sys.argv:
-        stale = not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != made
-        print(f"{PICTURE.name} {'is to be drawn anew' if stale else 'is up to date'}")
-        return int(stale)
+        return int(is_stale(PICTURE, made))
     PICTURE.write_text(made, encoding="utf-8")
     return 0
 

@@ -830,6 +830,13 @@ def load(folder: Path) -> dict[str, Result]:
     }
 
 
+def is_stale(document: Path, made: str) -> bool:
+    """Whether a document is to be made anew, which is printed, too."""
+    stale = not document.is_file() or document.read_text(encoding="utf-8") != made
+    print(f"{document.name} {'is to be made anew' if stale else 'is up to date'}")
+    return stale
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -841,9 +848,7 @@ def main() -> int:
     results, document = load(options.results), options.out / PAGE
     text = page(results)
     if options.check:
-        stale = not document.is_file() or document.read_text(encoding="utf-8") != text
-        print(f"{PAGE} {'is to be made anew' if stale else 'is up to date'}")
-        return int(stale)
+        return int(is_stale(document, text))
     if made := figures(results):
         draw(made, options.out / "pictures")
     document.write_text(text, encoding="utf-8")

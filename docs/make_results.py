@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from make_performance import draw, frame, prose
+from make_performance import draw, frame, is_stale, prose
 
 from retrograde.lab.claims import metrics, wording
 from retrograde.lab.claims.definition import Claim
@@ -243,9 +243,7 @@ def main() -> int:
     entries, document = Library(options.repro).entries(), options.out / PAGE
     text = page(entries)
     if options.check:
-        stale = not document.is_file() or document.read_text(encoding="utf-8") != text
-        print(f"{PAGE} {'is to be made anew' if stale else 'is up to date'}")
-        return int(stale)
+        return int(is_stale(document, text))
     for old in (options.out / "pictures").glob("results-*.svg"):
         old.unlink()
     if made := pictures(entries):

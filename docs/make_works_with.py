@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from make_performance import is_stale
+
 from retrograde.report.table import make_table
 
 ROOT = Path(__file__).parent.parent
@@ -171,9 +173,7 @@ def main() -> int:
     files = sorted({way.test.partition("::")[0] for way in WAYS})
     made = page(collected(files))
     if "--check" in sys.argv:
-        stale = not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != made
-        print(f"{PAGE.name} {'is to be made anew' if stale else 'is up to date'}")
-        return int(stale)
+        return int(is_stale(PAGE, made))
     PAGE.write_text(made, encoding="utf-8")
     return 0
 

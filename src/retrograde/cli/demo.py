@@ -22,8 +22,6 @@ from retrograde.lab.demo.scenarios import Scenario, scenarios
 from retrograde.lab.demo.verdict import advice, judge
 from retrograde.report import write_claims
 
-RESULT = "result.json"
-
 _MARK = ".retrograde-demo"
 
 
@@ -32,7 +30,7 @@ class Demo:
     """Show each method on the kind of work that it is for, on the bundled digits, in about a minute and a half.
 
     Every scenario trains plain backpropagation and a method in turns, with paired seeds, and ends in a verdict made of
-    the measured figures. `retrograde compare MODEL DATA --methods all` is the table of all methods on one model.
+    the measured figures. `retrograde compare MODEL DATA --method all` is the table of all methods on one model.
 
     Attributes:
         output: The page to write.
@@ -62,7 +60,7 @@ class Demo:
         last = advice(outcome.shown)
         told = [_told(scenario, result) for scenario, result in outcome.shown]
         for (scenario, _), result in zip(outcome.shown, told, strict=True):
-            write_result(result, self.runs / scenario.name / RESULT)
+            write_result(result, self.runs / scenario.name / "result.json")
         lead = " ".join(part for part in (last, outcome.shortened) if part)
         page = write_claims(told, self.output, "What each method is for, on the digits", lead)
         if self.json:

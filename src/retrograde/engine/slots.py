@@ -428,7 +428,7 @@ class Method:
 
     short_run: ClassVar[Mapping[str, Any]] = {}
     """Options with which a run of a few hundred steps shows what the method does, where the defaults are for longer
-    ones: ``retrograde compare --methods all`` takes them."""
+    ones: ``retrograde compare --method all`` takes them."""
 
     whole_run: ClassVar[str] = ""
     """Why a few hundred steps cannot judge the method; empty where they can. ``retrograde advise`` then leaves it out
@@ -455,13 +455,16 @@ class Method:
         """
         found = {name: getattr(self, name) for name in self.shares}
         given = {name: value for name, value in found.items() if isinstance(value, float)}
-        for name, value in given.items() if steps is None else ():
+        if not given:
+            return self
+        if steps is None:
+            name, value = next(iter(given.items()))
             raise OptionError(
                 f"{type(self).__name__}: {name}={value} is a share of the run, whose length is not known. Pass "
                 "attach(…, steps=…), the run's optimizer steps, or give the option as a number of steps."
             )
-        counted = {name: max(1, round(value * (steps or 0))) for name, value in given.items()}
-        return dataclasses.replace(cast(Any, self), **counted) if counted else self
+        counted = {name: max(1, round(value * steps)) for name, value in given.items()}
+        return dataclasses.replace(cast(Any, self), **counted)
 
     def conductor(self, model: nn.Module, rules: Mapping[str, Rule]) -> "Conductor | None":
         """What decides for the whole model, if the method needs that.

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from retrograde.lab import data as lab_data
 from retrograde.lab import files
 from retrograde.lab.claims.jobs import Tell
 from retrograde.lab.data import Data
@@ -134,9 +133,7 @@ def pace(
         name: base * median(ours / theirs for ours, theirs in zip(mine, turns[first.name], strict=True))
         for name, mine in turns.items()
     }
-    train = _load(first.recipe, data_dir, sets).train
-    per_epoch = lab_data.steps_in_epoch(train, first.recipe.batch_size)
-    return found, first.recipe.steps or per_epoch * first.recipe.epochs
+    return found, first.recipe.length(_load(first.recipe, data_dir, sets))
 
 
 def _load(recipe: Recipe, data_dir: Path | None, sets: DataSets) -> Data:

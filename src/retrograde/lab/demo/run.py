@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from retrograde.lab import data as lab_data
 from retrograde.lab.claims.cells import Cell, train_together
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.jobs import State
@@ -114,10 +113,10 @@ class Demonstration:
             stop=self._stop,
             trial=True,
         )
-        steps = lab_data.steps_in_epoch(cells[0].recipe.load_data().train, cells[0].recipe.batch_size)
+        whole = claim.recipe_of(next(iter(claim.contestants)))
         pace = sum(read_run(cell.folder).epochs[-1].step_seconds or 0.0 for cell in cells)
         shutil.rmtree(self._folder / "tried")
-        return _OVERHEAD * pace * steps * claim.recipe["epochs"]
+        return _OVERHEAD * pace * whole.length(whole.load_data())
 
     def _round(self, scenarios: Sequence[Scenario], seed: int) -> list[Result] | None:
         """Every scenario with one more seed; None where the time ran out on the way, which the first seed ignores."""
