@@ -310,3 +310,29 @@ def test_few_zeros_are_not_skipped_whatever_was_measured() -> None:
     )
     assert model.best(problem, ("dense", "skip")) == "dense"
     assert model.best(choose.Problem(64, 32, 16, 1000, False, False), ("dense", "skip")) == "skip"
+
+
+@pytest.mark.parametrize("order", ["contiguous", "turned"])
+def test_convolutions_of_one_dimension_skip_zeros(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are convolutions over images of one row, whichever way they lie in memory."""
+    favour("skip", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 40, 24, generator=generator)
+    if order == "turned":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    weight = torch.randn(48, 20, 5, generator=generator)
+    geometry = Geometry((2,), (3,), (2,), False, (0,), 2)
+    z = torch.nn.functional.conv1d(x, weight, None, 2, 3, 2, 2)
+    delta = Delta(
+        torch.randn(z.shape, generator=generator) * (torch.rand(z.shape, generator=generator) > 0.9)
+    )
+    monkeypatch.setattr("retrograde.kernels.dispatch.SMALL", 0)
+    products = Products(delta)
+    of_weight = products.convolution_weight_grad(x, weight, geometry)
+    of_input = products.convolution_input_grad(weight, x.shape, geometry)
+    for work, expected in (
+        (of_weight, reference.convolution_weight_grad(delta, x, weight, geometry)),
+        (of_input, reference.convolution_input_grad(delta, weight, x.shape, geometry)),
+    ):
+        assert work.kernel == "skip"
+        torch.testing.assert_close(work.value, expected, rtol=1e-4, atol=1e-4)

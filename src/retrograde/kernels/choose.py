@@ -28,7 +28,7 @@ from retrograde import host
 from retrograde.errors import RetrogradeWarning
 from retrograde.kernels import convolution, cpu, linear
 
-_VERSION = 9
+_VERSION = 10
 """Raised with every change of a kernel or of a term, so that older fits are no longer found."""
 
 _LANES = 16

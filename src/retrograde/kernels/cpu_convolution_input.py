@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retrograde.kernels.cpu_convolution_lists import Sparse
 from retrograde.kernels.cpu_lanes import I32, LANES, address, intrinsic, load, splat, store, turn, vector
-from retrograde.kernels.cpu_memory import array, in_memory_order
+from retrograde.kernels.cpu_memory import array, in_memory_order, room
 from retrograde.kernels.cpu_rows import accumulate
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 from retrograde.kernels.geometry import Geometry
@@ -195,9 +195,8 @@ def convolution_input_grad(
     groups = geometry.groups
     vectors = -(-c // LANES)
     tiles = -(-vectors // _TILE)
-    packed = np.empty(
-        (groups, tiles, kh * kw * (outputs // groups), -(-vectors // tiles) * LANES), np.float32
-    )
+    shape = (groups, tiles, kh * kw * (outputs // groups), -(-vectors // tiles) * LANES)
+    packed = room("weight", shape, np.float32)
     _pack_weight(array(weight).reshape(outputs, c, kh * kw), packed)
     order = torch.channels_last if sparse.channels_last else torch.contiguous_format
     dx = torch.empty((n, c_in, h, w), memory_format=order)

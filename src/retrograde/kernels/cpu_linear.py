@@ -1,8 +1,8 @@
 """Products of a sparse matrix, given as index lists, and a dense one.
 
-A product reads one row of its dense operand for each non-zero. Eight vectors of sixteen numbers stay in registers
-while the non-zeros of a row pass by, so what bounds it is the cache that holds the operand: stored as bfloat16 it takes
-half the bytes, with sums in float32 all the same.
+A product reads one row of its dense operand for each non-zero. A tile of sums stays in registers while the non-zeros of
+a row pass by, so what bounds it is the cache that holds the operand: stored as bfloat16 it takes half the bytes, with
+sums in float32 all the same.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import prange, types
 from torch import Tensor
 
+from retrograde import host
 from retrograde.kernels.cpu_lanes import (
     F32,
     I32,
@@ -34,7 +35,9 @@ from retrograde.kernels.cpu_lists import Lists
 from retrograde.kernels.cpu_memory import array, room
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 
-_VECTORS = 8
+_VECTORS = 8 if "avx512f" in host.instructions() else 6
+"""Sums in registers, in vectors of sixteen: where a register holds eight numbers there are sixteen of them, which eight
+vectors would fill to the last, so that operands take a detour through memory."""
 TILE = LANES * _VECTORS
 """Columns of the dense operand that one pass over a row's non-zeros takes."""
 _ROWS = 32

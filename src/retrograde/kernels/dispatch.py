@@ -3,6 +3,7 @@
 The reference runs where nothing faster is known: on other devices, in other dtypes, for small products.
 """
 
+import copy
 import functools
 import importlib.util
 import math
@@ -61,6 +62,7 @@ class Products:
         self._lists: Lists | None = None
         self._compacted: Sparse | None = None
         self._input_grad: Work | None = None
+        self._planar: Products | None = None
 
     def linear_input_grad(self, weight: Tensor | Quantised, input_shape: Sequence[int]) -> Work:
         """`reference.linear_input_grad`."""
@@ -89,6 +91,11 @@ class Products:
 
     def convolution_input_grad(self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry) -> Work:
         """`reference.convolution_input_grad`."""
+        if self._is_line(geometry):
+            shape = (*input_shape[:2], 1, *input_shape[2:])
+            work = self._as_planes().convolution_input_grad(weight.unsqueeze(2), shape, geometry.planar)
+            work.value = work.value.squeeze(2)
+            return work
         if self._input_grad is not None:
             return self._input_grad
         kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry)
@@ -113,6 +120,12 @@ class Products:
             geometry: of the convolution.
             joint: x and the weight are the layer's own, so that one call may compute dx too.
         """
+        if self._is_line(geometry):
+            work = self._as_planes().convolution_weight_grad(
+                x.unsqueeze(2), weight.unsqueeze(2), geometry.planar, joint=joint
+            )
+            work.value = work.value.squeeze(2)
+            return work
         kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
         flops = convolution_flops(x.shape, weight.shape, self._delta.values.shape, geometry)
         # Where operands were rounded, the weight here is not the one that dx comes from.
@@ -128,6 +141,20 @@ class Products:
         sparse = self._sparse(kernel, geometry)
         found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, sparse)
         return self._work(found, kernel, convolution, flops, x.dtype)
+
+    def _is_line(self, geometry: Geometry) -> bool:
+        """Whether the convolution has one spatial dimension, which torch, too, takes for images of one row."""
+        return len(geometry.stride) == 1 and self._delta.values.dim() == 3
+
+    def _as_planes(self) -> "Products":
+        """Those of the same call over images of one row."""
+        if self._planar is None:
+            own = self._delta
+            delta = Delta(own.values.unsqueeze(2), own.step, own.counted, quantised=own.quantised)
+            delta.assumed = own.assumed
+            self._planar = copy.copy(self)
+            self._planar._delta = delta
+        return self._planar
 
     def _both(self, kernel: str | None, x: Tensor, weight: Tensor, geometry: Geometry, flops: float) -> Work:
         """dW, and dx kept for when it is asked for: one call of torch shares what it does to δ̃."""

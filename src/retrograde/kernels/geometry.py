@@ -38,3 +38,15 @@ class Geometry:
     ) -> "Geometry":
         """From the sequences that ops take."""
         return cls(tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups)
+
+    @property
+    def planar(self) -> "Geometry":
+        """Of the same convolution over images of one row; this one has one spatial dimension."""
+        return Geometry(
+            (1, *self.stride),
+            (0, *self.padding),
+            (1, *self.dilation),
+            self.transposed,
+            (0, *self.output_padding),
+            self.groups,
+        )
