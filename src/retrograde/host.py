@@ -32,8 +32,9 @@ def instructions() -> str:
 
 
 def settings() -> dict[str, str]:
-    """Environment variables that change how fast torch's own products are."""
-    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(("ONEDNN_", "DNNL_", "MKL_"))}
+    """Environment variables that change how fast products are: torch's own, and those that numba compiles."""
+    prefixes = ("ATEN_CPU_", "ONEDNN_", "DNNL_", "MKL_", "NUMBA_CPU_")
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, shared: bool = False) -> None:

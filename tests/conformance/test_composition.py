@@ -95,10 +95,10 @@ def steps(
     return loss
 
 
-class _Forced:
-    """A cost model that takes the last of the kernels that are allowed: never the dense one where there is another."""
+class _Forced(choose.Chooser):
+    """A chooser that takes the last of the kernels that are allowed: never the dense one where there is another."""
 
-    def best(self, problem: Any, allowed: tuple[str, ...]) -> str:
+    def best(self, problem: Any, allowed: tuple[str, ...], compute: Any) -> str:
         return allowed[-1]
 
 
@@ -108,7 +108,7 @@ def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "fast kernels":
         monkeypatch.setattr(dispatch, "SMALL", 0)
         monkeypatch.setattr(program, "SMALL", 0)
-        monkeypatch.setattr(choose, "model", _Forced)
+        monkeypatch.setattr(choose, "chooser", _Forced)
 
 
 def consistent(flops: Flops, executed_calls: bool) -> None:

@@ -401,21 +401,21 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
-class _Forced:
-    """A cost model that takes the last of the kernels that are allowed: never the dense one where there is another."""
+class _Forced(choose.Chooser):
+    """A chooser that takes the last of the kernels that are allowed: never the dense one where there is another."""
 
-    def best(self, problem: Any, allowed: tuple[str, ...]) -> str:
+    def best(self, problem: Any, allowed: tuple[str, ...], compute: Any) -> str:
         return allowed[-1]
 
 
 @contextlib.contextmanager
 def _kernels(fast: bool) -> Iterator[None]:
     """With `fast`, no product is small, and kernels that skip zeros or round operands compute it."""
-    kept = dispatch.SMALL, program.SMALL, choose.model
+    kept = dispatch.SMALL, program.SMALL, choose.chooser
     if fast:
         dispatch.SMALL = program.SMALL = 0
-        choose.model = _Forced
+        choose.chooser = _Forced
     try:
         yield
     finally:
-        dispatch.SMALL, program.SMALL, choose.model = kept
+        dispatch.SMALL, program.SMALL, choose.chooser = kept

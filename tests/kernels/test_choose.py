@@ -1,8 +1,10 @@
-"""The choice among kernels: fitted, kept, and taken where it may be."""
+"""The choice among kernels: measured, kept, and taken where it may be."""
 
 import json
+import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch import nn
 
 import retrograde as rg
 from retrograde.errors import RetrogradeWarning, StateError
-from retrograde.kernels import calibrate, choose, linear, reference
-from retrograde.kernels.choose import ConvolutionProblem, CostModel, Problem
+from retrograde.kernels import choose, linear, reference
+from retrograde.kernels.choose import Chooser, Problem
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import SMALL, Products
 from retrograde.kernels.geometry import Geometry
@@ -19,20 +21,20 @@ from retrograde.kernels.geometry import Geometry
 ROWS, OUT, IN = 256, 256, 256
 
 
-class Favours(CostModel):
-    """A machine on which one kernel takes no time."""
+class Favours:
+    """A machine on which one kernel is the fastest wherever it is allowed."""
 
     def __init__(self, kernel: str) -> None:
-        super().__init__({})
         self._kernel = kernel
 
-    def seconds(self, kernel: str, problem: Problem | ConvolutionProblem) -> float:
-        return float(kernel != self._kernel)
+    def best(self, problem: Problem, allowed: tuple[str, ...], compute: object = None) -> str:
+        return self._kernel if self._kernel in allowed else "dense"
 
 
 def favour(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Favours(kernel)
-    monkeypatch.setattr(choose, "model", lambda: model)
+    """On a machine that emulates no precision."""
+    monkeypatch.setattr(choose, "chooser", lambda: Favours(kernel))
+    monkeypatch.setattr(choose, "fast_precision", lambda name: True)
 
 
 def levels() -> Delta:
@@ -78,15 +80,18 @@ def test_convolutions_in_bfloat16(inner: str, first: str, monkeypatch: pytest.Mo
     """Levels are exact, the other operand is rounded; both products may come from one call, in any order."""
 
     class Picks:
-        def best(self, problem: ConvolutionProblem, allowed: tuple[str, ...]) -> str:
+        def best(self, problem: Problem, allowed: tuple[str, ...], compute: object) -> str:
             assert set(allowed) == {"dense", "skip", "bfloat16"}
-            return inner if problem.product == "input" else "bfloat16"
+            return inner if problem.product == "convolution/input" else "bfloat16"
 
-    monkeypatch.setattr(choose, "model", Picks)
+    monkeypatch.setattr(choose, "chooser", Picks)
+    monkeypatch.setattr(choose, "fast_precision", lambda name: True)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 32, 16, 16, generator=generator)
     weight = torch.randn(32, 32, 3, 3, generator=generator)
-    delta = Delta(torch.randint(-3, 4, (8, 32, 16, 16), generator=generator).to(torch.int8), 0.25)
+    levels = torch.randint(-3, 4, (8, 32, 16, 16), generator=generator)
+    levels *= torch.rand(levels.shape, generator=generator) > 0.6
+    delta = Delta(levels.to(torch.int8), 0.25)
     geometry = Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
     products = Products(delta, "int8")
     found = {}
@@ -122,17 +127,17 @@ def test_other_dtypes_take_the_reference(dtype: torch.dtype, monkeypatch: pytest
 
 
 def test_small_products_are_not_worth_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unwanted() -> CostModel:
-        raise AssertionError("calibrated for a product of a few microseconds")
+    def unwanted() -> Chooser:
+        raise AssertionError("tried for a product of a few microseconds")
 
-    monkeypatch.setattr(choose, "model", unwanted)
+    monkeypatch.setattr(choose, "chooser", unwanted)
     small = Delta(torch.ones(8, 8, dtype=torch.int8), 1.0)
     assert Products(small).linear_weight_grad(torch.randn(8, 8)).kernel == reference.NAME
     just_below = Delta(torch.ones(64, 8, dtype=torch.int8), 1.0)
     width = (SMALL - 1) // (64 * 8)
     assert Products(just_below).linear_weight_grad(torch.randn(64, width)).kernel == reference.NAME
-    with pytest.raises(AssertionError, match="calibrated"):
-        Products(just_below).linear_weight_grad(torch.randn(64, width + 1))
+    with pytest.raises(AssertionError, match="tried"):
+        Products(just_below, "int8").linear_weight_grad(torch.randn(64, width + 1))
 
 
 def test_executed_work_is_that_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,170 +151,159 @@ def test_executed_work_is_that_of_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
     assert figures["kernel_skip"] == 1.0
 
 
-EXACT = Problem(256, 256, 1024, 2000, levels=False, transposed=False)
-CONVOLUTION = ConvolutionProblem(
-    "input", 1 << 16, 1 << 16, (64, 64, 3, 3), 1, 1 << 12, levels=True, channels_last=False
-)
+class Machine:
+    """One on which every kernel takes a known time, and nothing else takes any."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+        self.seconds = seconds
+        self.runs: list[str] = []
+        self._now = 0.0
+        monkeypatch.setattr(choose, "time", SimpleNamespace(perf_counter=lambda: self._now))
+
+    def __call__(self, kernel: str) -> None:
+        self.runs.append(kernel)
+        self._now += self.seconds[kernel]
+
+    def met(self, chooser: Chooser, problem: Problem, *allowed: str) -> str:
+        """The kernel for a product; `runs` holds those that were tried for it."""
+        self.runs.clear()
+        return chooser.best(problem, allowed, self)
 
 
-def all_fits() -> dict[str, int]:
-    return {name: size for family in choose.FAMILIES for name, size in choose._fits(family).items()}
+def problem(nonzeros: float, kept: float = 1.0, size: int = 64) -> Problem:
+    return Problem("linear/input", "float32 float32", (size, size, size), nonzeros, kept)
+
+
+def test_the_fastest_has_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, chooser = Machine(monkeypatch, dense=0.02, skip=0.015), Chooser()
+    assert machine.met(chooser, problem(0.1), "dense", "skip") == "skip"
+    assert machine.runs == ["dense", "skip"] * 4
+    assert machine.met(chooser, problem(0.1), "dense", "skip") == "skip"
+    assert not machine.runs
+    assert machine.met(chooser, problem(0.1), "dense") == "dense"
+    assert not machine.runs
+    assert machine.met(chooser, problem(0.1, size=65), "dense", "skip") == "skip"
+    assert machine.runs
+
+
+def test_what_takes_long_is_tried_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, dense=0.1, skip=0.3)
+    assert machine.met(Chooser(), problem(0.1), "dense", "skip") == "dense"
+    assert machine.runs == ["dense", "skip", "dense", "skip", "dense"]
+
+
+def test_what_is_known_of_other_zeros_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense products do not depend on them; more non-zeros take no less time, nor half of them less than half."""
+    machine, chooser = Machine(monkeypatch, dense=0.02, skip=0.05), Chooser()
+    assert machine.met(chooser, problem(1 / 4), "dense", "skip") == "dense"
+    assert machine.met(chooser, problem(1 / 2), "dense", "skip") == "dense"
+    assert not machine.runs
+    machine.seconds["skip"] = 0.01
+    assert machine.met(chooser, problem(1 / 5), "dense", "skip") == "dense"
+    assert not machine.runs
+    assert machine.met(chooser, problem(1 / 16), "dense", "skip") == "skip"
+    assert machine.runs == ["skip"] * 4
+    assert machine.met(chooser, problem(1 / 8), "dense", "skip") == "dense"
+    assert not machine.runs
+    assert chooser.seconds(problem(1 / 8), "skip") == pytest.approx(0.01 + 0.04 / 3)
+    assert chooser.seconds(problem(1 / 8), "dense") == pytest.approx(0.02)
+    assert math.isnan(chooser.seconds(problem(1 / 64), "skip"))
+    machine.seconds["compact"] = 0.001
+    assert machine.met(chooser, problem(1 / 16, 1 / 4), "dense", "skip", "compact") == "compact"
+    assert machine.runs == ["compact"] * 4
+    assert machine.met(chooser, problem(1 / 4, 1 / 4), "dense", "skip", "compact") == "compact"
+    assert not machine.runs
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, and a process that knows no calibration yet."""
+    """An empty cache folder, and a process that has met no product."""
     monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
-    monkeypatch.setattr(choose, "_models", {})
+    monkeypatch.setattr(choose, "_choosers", {})
     return tmp_path / "kernels"
 
 
-@pytest.mark.parametrize("family", choose.FAMILIES)
-def test_the_fit_is_kept(family: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_SHAPES", ((8, 16, 32), (32, 64, 16)))
-    monkeypatch.setattr(calibrate, "_CONVOLUTIONS", ((2, 4, 6, 4, 3, 1, 1), (2, 4, 6, 4, 1, 1, 2)))
-    first = choose.model()
-    first.complete(family)
+def test_answers_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that another process has found in the meantime stay."""
+    machine, mine, other = Machine(monkeypatch, dense=2e-3, skip=1e-3), choose.chooser(), choose.chooser()
+    monkeypatch.setattr(choose, "_choosers", {})
+    other = choose.chooser()
+    machine.met(mine, problem(0.1), "dense", "skip")
+    machine.met(other, problem(0.1, size=32), "dense", "skip")
     (file,) = cache.iterdir()
-    assert json.loads(file.read_text()) == first.weights
-    assert {name: len(row) for name, row in first.weights.items()} == choose._fits(family)
-    assert all(weight >= 0 for row in first.weights.values() for weight in row)
-
-    def unwanted(family: str) -> dict[str, list[float]]:
-        raise AssertionError("calibrated twice")
-
-    monkeypatch.setattr(calibrate, "calibrate", unwanted)
-    monkeypatch.setattr(choose, "_models", {})
-    again = choose.model()
-    again.complete(family)
-    assert again.weights == first.weights
+    assert json.loads(file.read_text()) == {**mine.answers, **other.answers}
+    monkeypatch.setattr(choose, "_choosers", {})
+    again = choose.chooser()
+    for size in (32, 64):
+        assert machine.met(again, problem(0.1, size=size), "dense", "skip") == "skip"
+        assert not machine.runs
+    assert machine.met(again, problem(0.4, size=64), "dense", "skip") == "skip"
+    assert machine.runs == ["skip"] * 4
 
 
-def test_only_what_is_asked_for_is_calibrated(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what another process has calibrated in the meantime stays."""
-    made: list[str] = []
-
-    def make(family: str) -> dict[str, list[float]]:
-        made.append(family)
-        return {name: [1.0] * size for name, size in choose._fits(family).items()}
-
-    monkeypatch.setattr(calibrate, "calibrate", make)
-    first, other = choose.model(), CostModel({}, choose._calibrated)
-    first.best(CONVOLUTION, ("dense",))
-    assert made == []
-    for _ in range(2):
-        first.best(CONVOLUTION, ("dense", "skip"))
-    assert made == ["convolution"]
-    other.best(EXACT, ("dense", "skip"))
-    assert made == ["convolution", "linear/float32"]
-    monkeypatch.setattr(choose, "_models", {})
-    assert choose.model().weights.keys() == {*first.weights, *other.weights}
-
-
-def test_a_hopeless_kernel_is_not_measured_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An emulated precision; what skips zeros may win with more of them, and small products say nothing."""
-    runs: list[str] = []
-    monkeypatch.setattr(calibrate, "_time", lambda work, other: work())
-    measured = calibrate._Measured()
-    for dense in (1e-5, 0.005, 0.005):
-        for kernel, seconds in (("dense", dense), ("skip", 0.1), ("bfloat16", 0.1)):
-
-            def work(kernel: str = kernel, seconds: float = seconds) -> float:
-                runs.append(kernel)
-                return seconds
-
-            measured.add(kernel, EXACT, work)
-    assert runs == ["dense", "skip", "bfloat16"] * 2 + ["dense", "skip"]
-    assert set(measured.fits()) == {EXACT.fit(kernel) for kernel in ("dense", "skip", "bfloat16")}
-
-
-def test_a_damaged_fit_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-
-    def make(family: str) -> dict[str, list[float]]:
-        made.append(family)
-        return {name: [1.0] * size for name, size in choose._fits(family).items()}
-
-    monkeypatch.setattr(calibrate, "calibrate", make)
-    choose.model().complete("convolution")
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1, 2]", '{"dense": [1.0]}', '{"a b 1 2: dense skip": {"kernel": "int8", "seconds": {}}}'],
+)
+def test_damaged_answers_are_found_again(content: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, dense=2e-3, skip=1e-3)
+    machine.met(choose.chooser(), problem(0.1), "dense", "skip")
     (file,) = cache.iterdir()
-    contents = ("", "[1, 2]", '{"dense": [1.0]}', '{"dense": "x"}')
-    for content in contents:
-        file.write_text(content)
-        monkeypatch.setattr(choose, "_models", {})
-        choose.model().complete("convolution")
-    assert len(made) == 1 + len(contents)
+    file.write_text(content)
+    monkeypatch.setattr(choose, "_choosers", {})
+    assert not choose.chooser().answers
+    assert machine.met(choose.chooser(), problem(0.1), "dense", "skip") == "skip"
+    assert json.loads(file.read_text()) == choose.chooser().answers
 
 
-def test_a_run_goes_on_with_its_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another machine's, or a new one on this machine, would choose kernels that round differently."""
-    mine = CostModel({name: [1.0] * size for name, size in all_fits().items()})
-    other = CostModel({name: [2.0] * size for name, size in all_fits().items()})
-    layer = nn.Linear(4, 4)
-    session = rg.attach(layer, rg.Dither())
-    monkeypatch.setattr(choose, "_models", {})
+@pytest.mark.usefixtures("cache")
+def test_a_run_goes_on_with_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine, or the same one on another day, would choose kernels that round differently."""
+    session = rg.attach(nn.Linear(4, 4), rg.Dither())
     assert session.state_dict()["calibration"] is None
-    choose._models[choose._which()] = mine
+    machine = Machine(monkeypatch, dense=2e-3, skip=1e-3)
+    machine.met(choose.chooser(), problem(0.1), "dense", "skip")
     state = session.state_dict()
-    monkeypatch.setattr(choose, "_models", {})
+    machine.seconds["skip"] = 3e-3
+    monkeypatch.setattr(choose, "_choosers", {choose._which(): Chooser()})
     session.load_state_dict(state)
-    assert choose.model().weights == mine.weights
+    assert machine.met(choose.chooser(), problem(0.1), "dense", "skip") == "skip"
     session.load_state_dict(state)
-    monkeypatch.setattr(choose, "_models", {choose._which(): other})
-    with pytest.warns(RetrogradeWarning, match="a calibration other than"):
-        session.load_state_dict(state)
-    assert choose.model() is other
-    assert set(map(tuple, other.weights.values())) == {(2.0,) * size for size in all_fits().values()}
-    monkeypatch.setattr(choose, "_models", {})
-    state["calibration"]["weights"].popitem()
-    with pytest.warns(RetrogradeWarning, match="a calibration other than"):
-        session.load_state_dict(state)
-    for damaged in ({}, {"for": [1], "weights": [1]}, {"for": [1], "weights": {"a": ["x"]}}):
+    monkeypatch.setattr(choose, "_choosers", {choose._which(): Chooser()})
+    assert machine.met(choose.chooser(), problem(0.1), "dense", "skip") == "dense"
+    for other in (
+        state["calibration"],
+        {"for": [7], "answers": {}},
+        {"for": [2], "weights": {"dense": [1.0]}},
+    ):
+        with pytest.warns(RetrogradeWarning, match="a calibration other than"):
+            session.load_state_dict({**state, "calibration": other})
+    assert machine.met(choose.chooser(), problem(0.1), "dense", "skip") == "dense"
+    for damaged in ({}, {"for": [1], "answers": [1]}, {"for": [1], "answers": {"a": ["x"]}}):
         with pytest.raises(StateError, match="damaged"):
             session.load_state_dict({**state, "calibration": damaged})
-    assert not choose._models
-
-
-def test_a_run_brings_the_families_that_it_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside those that the process that resumes it knows already."""
-    convolutions, linear = (
-        {name: [1.0] * size for name, size in choose._fits(family).items()}
-        for family in ("convolution", "linear/float32")
-    )
-    monkeypatch.setattr(choose, "_models", {choose._which(): CostModel(dict(convolutions))})
-    choose.load_state_dict({"for": list(choose._which()), "weights": linear})
-    assert choose.model().weights == {**convolutions, **linear}
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0])
-def test_a_long_calibration_is_announced_once(
+def test_long_trials_are_announced(
     patience: float, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(choose, "_PATIENCE", patience)
-
-    def make(family: str) -> dict[str, list[float]]:
-        time.sleep(0.2)
-        return {name: [1.0] * size for name, size in choose._fits(family).items()}
-
-    monkeypatch.setattr(calibrate, "calibrate", make)
-    choose.model().complete("convolution")
-    monkeypatch.setattr(choose, "_models", {})
-    choose.model().complete("convolution")
+    choose.chooser().best(problem(0.1), ("dense", "skip"), lambda kernel: time.sleep(0.02))
     said = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == (patience == 0)
     assert all(str(cache) in record.getMessage() for record in said)
-    assert all("convolution" in record.getMessage() for record in said)
+    assert all("linear/input" in record.getMessage() for record in said)
 
 
-def test_few_zeros_are_not_skipped_whatever_was_measured() -> None:
-    """A calibration on a busy machine may say that visiting every entry by itself beats a dense product."""
-    problem = choose.Problem(64, 32, 16, 2000, levels=False, transposed=False)
-    dense, skip = (problem.fit(kernel) for kernel in ("dense", "skip"))
-    model = choose.CostModel(
-        {dense: [1.0] * len(problem.terms("dense")), skip: [0.0] * len(problem.terms("skip"))}
-    )
-    assert model.best(problem, ("dense", "skip")) == "dense"
-    assert model.best(choose.Problem(64, 32, 16, 1000, False, False), ("dense", "skip")) == "skip"
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_few_zeros_are_not_skipped(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To visit more than half of the entries one by one is never tried."""
+    favour("skip", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    delta = Delta(torch.randn(ROWS, OUT) * (torch.rand(ROWS, OUT, generator=generator) < share))
+    work = Products(delta).linear_input_grad(torch.randn(OUT, IN), (ROWS, IN))
+    assert work.kernel == ("skip" if share < 0.5 else reference.NAME)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "turned"])

@@ -68,3 +68,12 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(OSError, match="Not a directory"):
         host.cache_folder("numba").mkdir(parents=True)
+
+
+def test_what_a_kernel_calls_counts_as_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba itself looks at a kernel's own file alone, and would run what was compiled from another file's past."""
+    cpu_threads.serial(double)(2)
+    monkeypatch.setattr(cpu_threads, "_sources", lambda: (("cpu_rows.py", 1, 2.0),))
+    again = cpu_threads.serial(double)
+    assert again(2) == 4
+    assert not again.stats.cache_hits

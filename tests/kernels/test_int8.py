@@ -111,8 +111,11 @@ def test_chosen_products_of_quantised_operands(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kernel", ["skip-bfloat16", "int8", "dense"])
 def test_bfloat16_operands(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast the other operand is bfloat16: kernels take it, and their results are bfloat16."""
-    monkeypatch.setattr(choose, "model", lambda: _Favour(kernel))
-    values = (matrix((256, 256)) * 2).round().to(torch.int8)
+    monkeypatch.setattr(choose, "chooser", lambda: _Favour(kernel))
+    monkeypatch.setattr(choose, "fast_precision", lambda name: True)
+    values = matrix((256, 256)).round().to(torch.int8)  # 38 % zeros
+    values[:, ::2] = 0
+    values[0, 0] = 1  # a column that is not zero throughout
     weight = matrix((256, 256), 1).bfloat16()
     work = Products(Delta(values, 0.5), "int8").linear_input_grad(weight, (256, 256))
     assert work.kernel == ("reference" if kernel == "dense" else kernel)
@@ -125,7 +128,7 @@ class _Favour:
     def __init__(self, kernel: str) -> None:
         self._kernel = kernel
 
-    def best(self, problem: choose.Problem, allowed: tuple[str, ...]) -> str:
+    def best(self, problem: choose.Problem, allowed: tuple[str, ...], compute: object) -> str:
         assert self._kernel in allowed
         return self._kernel
 

@@ -1,4 +1,4 @@
-"""Kernels that somebody else adds: calibrated, taken where they are fastest and allowed, counted as what they do."""
+"""Kernels that somebody else adds: tried, taken where they are fastest and allowed, counted as what they do."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retrograde.errors import OptionError
-from retrograde.kernels import calibrate, choose, linear, reference
+from retrograde.kernels import choose, linear, reference
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.lab import contestants
@@ -38,7 +38,7 @@ class Favours:
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
 
-    def best(self, problem: Any, allowed: tuple[str, ...]) -> str:
+    def best(self, problem: Any, allowed: tuple[str, ...], compute: object = None) -> str:
         return self.kernel if self.kernel in allowed else "dense"
 
 
@@ -50,7 +50,7 @@ def levels() -> Delta:
 
 def test_it_stands_in_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     linear.register_kernel("sparse", sparse, skips=True)
-    monkeypatch.setattr(choose, "model", lambda: Favours("sparse"))
+    monkeypatch.setattr(choose, "chooser", lambda: Favours("sparse"))
     delta, weight, x = levels(), torch.randn(N, N), torch.randn(N, N)
     products = Products(delta)
     for work, expected in (
@@ -66,7 +66,7 @@ def test_it_stands_in_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_one_that_rounds_is_taken_where_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     linear.register_kernel("rounded", rounded, precision="bfloat16")
-    monkeypatch.setattr(choose, "model", lambda: Favours("rounded"))
+    monkeypatch.setattr(choose, "chooser", lambda: Favours("rounded"))
     weight = torch.randn(N, N)
     found = {
         p: Products(levels(), p).linear_input_grad(weight, (N, N)) for p in ("float32", "bfloat16", "int8")
@@ -87,25 +87,21 @@ def test_it_gets_nothing_but_levels_and_float32(
     delta: Delta, dense: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear.register_kernel("sparse", sparse, skips=True)
-    monkeypatch.setattr(choose, "model", lambda: Favours("sparse"))
+    monkeypatch.setattr(choose, "chooser", lambda: Favours("sparse"))
     assert Products(delta, "int8").linear_input_grad(dense, (N, N)).kernel == reference.NAME
 
 
-def test_it_is_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model made without it is not taken for one with it, in memory or on disk."""
+def test_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the others, also where these have been tried without it."""
     monkeypatch.setenv("RETROGRADE_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibrate, "_SHAPES", ((8, 16, 32), (32, 64, 16)))
-    monkeypatch.setattr(choose, "_models", {})
-    before = choose.model()
-    before.complete("linear/float32")
+    monkeypatch.setattr(choose, "_choosers", {})
+    monkeypatch.setattr(choose, "fast_precision", lambda name: False)
+    Products(levels()).linear_input_grad(torch.randn(N, N), (N, N))
     linear.register_kernel("sparse", sparse, skips=True)
-    found = choose.model()
-    found.complete("linear/float32")
-    assert set(found.weights) - set(before.weights) == {"sparse@float32", "sparse/turned@float32"}
-    assert len(list((tmp_path / "kernels").iterdir())) == 2
-    assert choose.model() is found
-    problem = choose.Problem(N, N, N, 100, levels=True, transposed=False)
-    assert found.seconds("sparse", problem) >= 0
+    Products(levels()).linear_input_grad(torch.randn(N, N), (N, N))
+    without, with_it = choose.chooser().answers.values()
+    assert set(without["seconds"]) == {"dense", "skip"}
+    assert "sparse" in with_it["seconds"]
 
 
 def test_benchmarks_list_it() -> None:

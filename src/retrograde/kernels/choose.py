@@ -1,22 +1,26 @@
-"""Which kernel a product takes: predicted seconds for each that is allowed, from one calibration for each machine.
+"""Which kernel a product takes: those that may take it are tried on it, and the fastest has it from then on.
 
-A backward product of a linear layer is ``(a × m) · (m × i)``: the gradient's matrix, sparse or not, times a dense
-operand. Each kernel's time is a sum of a few terms (a constant, multiply-adds, entries read and written), whose weights
-are fitted to measured times, all positive, relative errors alike. The fit is kept in ``$RETROGRADE_CACHE/kernels``, or
-``~/.cache/retrograde/kernels``, by processor, threads and versions. Each family of products is fitted by itself when a
-product of it is first asked for, which takes some seconds and is said, or all of them in ``retrograde doctor``.
+A product's time depends on its shape, on how its operands lie in memory, on the zeros of the gradient and on the
+machine, and no formula of these holds for all kernels. So a product that was not met before is computed by every kernel
+that may take it, a few times in turns, on the operands themselves. Shares of zeros are distinguished in steps of √2. A
+kernel is not tried where what is known of other shares decides: dense ones do not depend on them, and what skips zeros
+takes no less time for more of the others.
+
+The answers are kept in ``$RETROGRADE_CACHE/kernels``, or ``~/.cache/retrograde/kernels``, by processor, threads,
+versions and torch's settings of precision, and in the state of a session, so that a run that is resumed goes on with
+the same kernels.
 """
 
 import contextlib
-import functools
 import hashlib
-import itertools
 import json
 import logging
+import math
+import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,263 +30,261 @@ import torch
 
 from retrograde import host
 from retrograde.errors import RetrogradeWarning
-from retrograde.kernels import convolution, cpu, linear
+from retrograde.kernels import int8, linear
+from retrograde.kernels.kept import COMPACT
 
-_VERSION = 10
-"""Raised with every change of a kernel or of a term, so that older fits are no longer found."""
-
-_LANES = 16
-"""Numbers in a vector register that convolutions fill."""
+_VERSION = 11
+"""Raised with every change of a kernel, so that what was measured of older ones is no longer found."""
 
 _PATIENCE = 3.0
-"""Seconds of calibration before a user is told of it."""
+"""Seconds of trials before a user is told of them."""
+_ROUNDS = 3
+_ENOUGH = 0.1
+"""Seconds of trials of one product after which two rounds are enough."""
+_HOPELESS = 2.0
+"""What takes so many times as long as the fastest is not tried again."""
+_EVICTED = 1 << 22
+"""Entries that are read and written before each trial: more than the cores' own caches hold."""
+_FEWEST = 1 / 1024
+"""Smaller shares are not distinguished: nothing is left to be saved."""
+
+_KEY = re.compile(r".+ \d+ \d+: .+")
 
 _LOG = logging.getLogger("retrograde")
-
-OPERANDS = {
-    "float32": linear.KERNELS,
-    "bfloat16": ("dense", "skip-bfloat16", "int8"),
-    "int8": linear.KERNELS,
-}
-"""Our kernels of a linear layer by how the dense operand comes: those that could be the fastest."""
-
-
-def kernels_for(operand: str) -> tuple[str, ...]:
-    """Ours, and for a float32 operand the registered ones."""
-    return OPERANDS[operand] + (linear.registered() if operand == "float32" else ())
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One product of a linear layer: shape, non-zeros of the gradient, and how it comes.
+    """One product of a backward call, as far as its time depends on it.
 
     Attributes:
-        a: rows of the result.
-        m: rows of the dense operand.
-        i: columns of both.
-        nonzeros: of the gradient.
-        levels: whether the gradient is integer levels.
-        transposed: whether its matrix is read by columns (``dW``).
-        share: part of the index lists that this product pays for; the call's other product pays the rest.
-        operand: how the dense operand comes: a key of `OPERANDS`.
-    """
-
-    a: int
-    m: int
-    i: int
-    nonzeros: int
-    levels: bool
-    transposed: bool
-    share: float = 1.0
-    operand: str = "float32"
-
-    @property
-    def family(self) -> str:
-        """What is calibrated together with it."""
-        return f"linear/{self.operand}"
-
-    @property
-    def entries(self) -> int:
-        """Of the gradient."""
-        return self.a * self.m
-
-    def skips(self, kernel: str) -> bool:
-        """Whether `kernel` visits the non-zeros one by one."""
-        return kernel in linear.SKIPPING
-
-    def fit(self, kernel: str) -> str:
-        """The name of the fit that holds for `kernel`."""
-        levels = "/levels" if self.levels and kernel == "dense" else ""
-        return f"{kernel}{levels}{'/turned' if self.transposed else ''}@{self.operand}"
-
-    def terms(self, kernel: str) -> list[float]:
-        """What the kernel's time is a sum of."""
-        if kernel in linear.SKIPPING:
-            padded = -(-self.i // cpu.TILE) * cpu.TILE
-            listing = self.share * self.a * self.m
-            visits = self.nonzeros * (self.share + self.transposed)
-            return [1.0, self.nonzeros * padded, self.a * padded, self.m * self.i, listing, visits]
-        return [1.0, self.a * self.m * self.i, self.a * self.m, self.m * self.i, self.a * self.i]
-
-
-@dataclass(frozen=True)
-class ConvolutionProblem:
-    """One product of a 2-D convolution.
-
-    Attributes:
-        product: ``"input"`` for dx or ``"weight"`` for dW.
-        entries: of δ.
-        inputs: entries of x.
-        weight: shape (C_out, C_in/groups, kh, kw).
-        groups: of the convolution.
-        nonzeros: of δ̃.
-        levels: whether δ̃ is integer levels.
-        channels_last: whether δ̃ lies so in memory.
-        share: part of the index lists that this product pays for.
+        product: which one of which layer kind.
+        form: how its operands come: dtypes, memory order.
+        shape: all sizes.
+        nonzeros: share of the gradient's entries that are not zero.
+        kept: share of the gradient that is left without its zero rows and columns.
     """
 
     product: str
-    entries: int
-    inputs: int
-    weight: tuple[int, int, int, int]
-    groups: int
-    nonzeros: int
-    levels: bool
-    channels_last: bool
-    share: float = 1.0
+    form: str
+    shape: tuple[int, ...]
+    nonzeros: float
+    kept: float = 1.0
 
     @property
-    def family(self) -> str:
-        """What is calibrated together with it."""
-        return "convolution/last" if self.channels_last else "convolution"
+    def name(self) -> str:
+        """All but the zeros."""
+        return f"{self.product} {self.form} {'x'.join(map(str, self.shape))}"
 
-    def skips(self, kernel: str) -> bool:
-        """Whether `kernel` visits the non-zeros one by one."""
-        return kernel in convolution.SKIPPING
-
-    def fit(self, kernel: str) -> str:
-        """The name of the fit that holds for `kernel`."""
-        return f"convolution/{self.product}/{kernel}{'/last' if self.channels_last else ''}"
-
-    def terms(self, kernel: str) -> list[float]:
-        """What the kernel's time is a sum of."""
-        outputs, channels, height, width = self.weight
-        lanes = -(-channels // _LANES) * _LANES
-        if kernel == "skip":
-            visits = self.nonzeros * height * width
-            return [1.0, visits * lanes, self.nonzeros * height, self.inputs, self.share * self.entries]
-        # Vectors of outputs and of inputs are filled up.
-        filled = -(-outputs // self.groups // _LANES) * _LANES * self.groups / outputs
-        work = self.entries * filled * lanes * height * width
-        return [1.0, work, self.inputs, self.entries, self.entries * lanes]
+    def key(self, allowed: Sequence[str]) -> str:
+        """By which the answer is kept."""
+        return f"{self.name} {_step(self.nonzeros)} {_step(self.kept)}: {' '.join(allowed)}"
 
 
-FAMILIES = (*(f"linear/{operand}" for operand in OPERANDS), "convolution", "convolution/last")
-"""Products whose kernels are calibrated together."""
+def _step(share: float) -> int:
+    return round(-2 * math.log2(max(share, _FEWEST)))
 
 
-class CostModel:
-    """Predicted seconds of each kernel on one machine.
+class Chooser:
+    """The kernels of one machine.
 
     Args:
-        weights: seconds for each term of each fit.
-        calibrate: called with a family of which `weights` has no fits, for its fits; None: that is an error.
+        answers: what is known: for each key the kernel, and the seconds of those that were tried.
+        keep: is called with every new answer.
     """
 
     def __init__(
         self,
-        weights: dict[str, list[float]],
-        calibrate: Callable[[str], dict[str, list[float]]] | None = None,
+        answers: dict[str, dict[str, Any]] | None = None,
+        keep: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
-        self.weights = weights
-        self._calibrate = calibrate
+        self.answers = answers or {}
+        self._keep = keep
+        self._points: dict[tuple[str, str], dict[int, float]] = {}
+        """Seconds by product and kernel, for each step of the share that they depend on."""
+        for key, answer in self.answers.items():
+            self._learn(key, answer["seconds"])
+        self._taken: dict[tuple[Problem, tuple[str, ...]], str] = {}
         self._lock = threading.Lock()
+        self._other = torch.empty(0)
 
-    def seconds(self, kernel: str, problem: Problem | ConvolutionProblem) -> float:
-        """Predicted time of one product."""
-        fit = problem.fit(kernel)
-        if fit not in self.weights:
-            self.complete(problem.family)
-        return float(np.dot(self.weights[fit], problem.terms(kernel)))
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  the model lives as long as the process
-    def best(self, problem: Problem | ConvolutionProblem, allowed: tuple[str, ...]) -> str:
-        """The kernel with the least predicted time."""
-        if 2 * problem.nonzeros > problem.entries:
-            # A non-zero that is visited by itself takes several times its share of a dense product on any processor.
-            # Whoever measured otherwise did so while the machine was busy.
-            allowed = tuple(kernel for kernel in allowed if not problem.skips(kernel)) or allowed
-        if len(allowed) == 1:
-            return allowed[0]
-        return min(allowed, key=lambda kernel: self.seconds(kernel, problem))
-
-    def complete(self, family: str) -> None:
-        """Calibrate the kernels of a family, unless that was done.
+    def best(self, problem: Problem, allowed: tuple[str, ...], compute: Callable[[str], object]) -> str:
+        """The kernel that has the product.
 
         Args:
-            family: one of `FAMILIES`.
+            problem: the product.
+            allowed: the kernels that may take it.
+            compute: computes the product by a kernel.
         """
-        # Backward passes of two threads may ask at once.
-        with self._lock:
-            if self._calibrate is not None and not self.weights.keys() >= _fits(family).keys():
-                self.weights.update(self._calibrate(family))
+        if len(allowed) == 1:
+            return allowed[0]
+        found = self._taken.get((problem, allowed))
+        if found is None:
+            key = problem.key(allowed)
+            # Backward passes of two threads may ask at once.
+            with self._lock:
+                if key not in self.answers:
+                    self._answer(problem, allowed, compute)
+            found = self._taken[problem, allowed] = self.answers[key]["kernel"]
+        return found
+
+    def seconds(self, problem: Problem, kernel: str) -> float:
+        """What a kernel is expected to take; NaN where nothing is known, 0 where it was never slow enough to tell."""
+        _, expected = self._expected(problem, kernel)
+        return math.nan if expected is None else expected
+
+    def adopt(self, answers: dict[str, dict[str, Any]]) -> bool:
+        """Take other answers for what was not asked yet; False, and nothing is taken, where they contradict."""
+        taken = {problem.key(allowed): kernel for (problem, allowed), kernel in self._taken.items()}
+        if any(taken.get(key, answer["kernel"]) != answer["kernel"] for key, answer in answers.items()):
+            return False
+        self.answers.update(answers)
+        for key, answer in answers.items():
+            self._learn(key, answer["seconds"])
+        return True
+
+    def _learn(self, key: str, seconds: dict[str, float]) -> None:
+        name, nonzeros, kept = key.partition(": ")[0].rsplit(" ", 2)
+        for kernel, value in seconds.items():
+            step = (0, int(nonzeros), int(kept))[_depends(kernel)]
+            self._points.setdefault((name, kernel), {})[step] = value
+
+    def _expected(self, problem: Problem, kernel: str) -> tuple[float, float | None]:
+        """Seconds that a kernel takes at least, and those that it should take, where enough is known."""
+        points = self._points.get((problem.name, kernel), {})
+        step = (0, _step(problem.nonzeros), _step(problem.kept))[_depends(kernel)]
+        if step in points:
+            return points[step], points[step]
+        # Time is a fixed part and one that is proportional to the share, 2 ** (-step / 2).
+        denser, sparser = [s for s in points if s < step], [s for s in points if s > step]
+        least = max(
+            [points[s] * 2 ** ((s - step) / 2) for s in denser] + [points[s] for s in sparser], default=0
+        )
+        if not denser or not sparser:
+            return least, None
+        above, below = max(denser), min(sparser)
+        share, high, low = (2 ** (-s / 2) for s in (step, above, below))
+        return least, points[below] + (points[above] - points[below]) * (share - low) / (high - low)
+
+    def _answer(self, problem: Problem, allowed: tuple[str, ...], compute: Callable[[str], object]) -> None:
+        expected = {kernel: self._expected(problem, kernel) for kernel in allowed}
+        known = {kernel: value for kernel, (_, value) in expected.items() if value is not None}
+        best = min(known.values(), default=math.inf)
+        untried = tuple(k for k in allowed if k not in known and expected[k][0] < best)
+        with _announced(problem.product), torch.no_grad():
+            tried = self._try(untried, compute)
+        known |= tried
+        key = problem.key(allowed)
+        answer = {"kernel": min(known, key=known.__getitem__), "seconds": tried}
+        self.answers[key] = answer
+        self._learn(key, tried)
+        if self._keep is not None:
+            self._keep({key: answer})
+
+    def _try(self, kernels: tuple[str, ...], compute: Callable[[str], object]) -> dict[str, float]:
+        """The least of a few runs in turns: whatever else the machine does only ever adds.
+
+        Operands come from beyond the cores' own caches, as in training, where a layer's passes lie far apart.
+        """
+        if not self._other.numel():
+            self._other = torch.zeros(_EVICTED)
+        seconds = dict.fromkeys(kernels, math.inf)
+        for kernel in kernels:
+            compute(kernel)  # the first call compiles it
+        begin = time.perf_counter()
+        for number in range(_ROUNDS):
+            least = min(seconds.values(), default=0.0)
+            for kernel in kernels:
+                if math.inf > seconds[kernel] > _HOPELESS * least:
+                    continue
+                self._other.add_(1.0)
+                start = time.perf_counter()
+                compute(kernel)
+                seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
+            if number and time.perf_counter() - begin > _ENOUGH:
+                break
+        return seconds
 
 
-_models: dict[tuple[object, ...], CostModel] = {}
-"""By threads and registered kernels."""
+def _depends(kernel: str) -> int:
+    """What a kernel's time depends on: nothing (0), non-zeros (1), rows and columns that stay (2)."""
+    return 2 if kernel == COMPACT else int(kernel in linear.SKIPPING)
 
 
-def model() -> CostModel:
-    """The cost model of this machine at torch's present number of threads: what it lacks is calibrated when needed."""
+_choosers: dict[tuple[object, ...], Chooser] = {}
+"""By what the time of a product depends on and a process may change."""
+
+
+def chooser() -> Chooser:
+    """That of this machine at torch's present number of threads and settings of precision."""
     which = _which()
-    known = _models.get(which)
+    known = _choosers.get(which)
     if known is None:
-        known = _models[which] = CostModel(_stored(_path()), _calibrated)
+        path = _path()
+        known = _choosers[which] = Chooser(_stored(path), lambda answer: _store(path, answer))
     return known
 
 
+def fast_precision(name: str) -> bool:
+    """Whether this machine multiplies in ``"bfloat16"`` or ``"int8"`` faster than in float32: some emulate them.
+
+    int8 stands for torch's product with sums in int32.
+    """
+    size = 256
+    operands = {kind: torch.ones(size, size, dtype=getattr(torch, kind)) for kind in ("float32", name)}
+
+    def compute(kind: str) -> object:
+        a = operands[kind]
+        return int8.int_product(a, a) if kind == "int8" else a @ a
+
+    problem = Problem("precision", name, (size,) * 3, 1.0)
+    return chooser().best(problem, ("float32", name), compute) == name
+
+
 def _which() -> tuple[object, ...]:
-    return torch.get_num_threads(), *linear.registered()
+    # Read one by one: this stands in every backward call.
+    backend: Any = torch.backends.mkldnn
+    return torch.get_num_threads(), backend.matmul.fp32_precision, backend.conv.fp32_precision
 
 
 def state_dict() -> dict[str, Any] | None:
-    """The calibration in use at the present number of threads; None where no product has needed one."""
-    known = _models.get(_which())
-    return (
-        None
-        if known is None or not known.weights
-        else {"for": list(_which()), "weights": dict(known.weights)}
-    )
+    """The answers in use; None where no product has needed one."""
+    known = _choosers.get(_which())
+    if known is None or not known.answers:
+        return None
+    return {"for": list(_which()), "answers": dict(known.answers)}
 
 
 def load_state_dict(state: dict[str, Any]) -> None:
-    """Choose by the calibration that a run began with, so that it goes on with the same kernels.
+    """Take the kernels that a run began with, so that it goes on with the same.
 
-    Where this process has chosen by another one already, or runs on another number of threads, it says so.
+    Where this process has chosen others already, or runs with other settings, it says so.
     """
-    found, which = _complete(state["weights"]), _which()
-    if list(which) == state["for"] and found.keys() == state["weights"].keys():
-        known = _models.setdefault(which, CostModel({}, _calibrated))
-        for name, weights in found.items():
-            known.weights.setdefault(name, weights)
-        if all(known.weights[name] == weights for name, weights in found.items()):
+    if "weights" not in state:  # by which earlier versions chose
+        given = _valid(state["answers"])
+        if given != state["answers"]:
+            raise ValueError("damaged answers")
+        if list(_which()) == state["for"] and chooser().adopt(given):
             return
     warnings.warn(
         "kernels are chosen by a calibration other than the one that this run started with (another number of threads, "
-        "other kernels, or another run in this process), so it may continue with other kernels, whose results differ "
+        "another version, or another run in this process), so it may continue with other kernels, whose results differ "
         "in rounding. To get the same ones, resume in a process of its own, with as many threads as before.",
         RetrogradeWarning,
         stacklevel=2,
     )
 
 
-def _calibrated(family: str) -> dict[str, list[float]]:
-    from retrograde.kernels.calibrate import calibrate
-
-    path = _path()
-    start = time.perf_counter()
-    with _announced(family, path):
-        found = calibrate(family)
-    _LOG.info("%s: kernels calibrated in %.1f s", family, time.perf_counter() - start)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may have calibrated another family in the meantime.
-        text = json.dumps({**_stored(path), **found})
-        host.write_atomically(path, lambda file: file.write(text.encode()), shared=True)
-    except OSError as error:
-        _LOG.warning("the calibration of kernels cannot be stored in %s: %s", path, error)
-    return found
-
-
 @contextlib.contextmanager
-def _announced(family: str, path: Path) -> Generator[None]:
+def _announced(key: str) -> Generator[None]:
     """Say why a backward pass takes so long, where it does."""
     text = (
-        "the first backward pass of this kind (%s) on this machine compiles the kernels and measures which are "
-        "fastest, with %d thread(s): some seconds, or a minute on a slow machine. It happens once, the result is kept "
-        "in %s; `retrograde doctor` does it beforehand."
+        "the first backward pass of this kind (%s) on this machine compiles the kernels and measures which is the "
+        "fastest, with %d thread(s): some seconds, or half a minute on a slow machine. It happens once, the result is "
+        "kept in %s; `retrograde doctor` compiles beforehand."
     )
-    timer = threading.Timer(_PATIENCE, _LOG.warning, (text, family, torch.get_num_threads(), path.parent))
+    arguments = (text, key.partition(" ")[0], torch.get_num_threads(), _path().parent)
+    timer = threading.Timer(_PATIENCE, _LOG.warning, arguments)
     timer.daemon = True
     timer.start()
     try:
@@ -291,47 +293,40 @@ def _announced(family: str, path: Path) -> Generator[None]:
         timer.cancel()
 
 
-def _stored(path: Path) -> dict[str, list[float]]:
+def _stored(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        return _complete(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError, TypeError):
+        return _valid(json.loads(path.read_text()))
+    except (OSError, ValueError):
         return {}
 
 
-def _complete(weights: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Those of the weights that make up whole families."""
-    given = {str(name): [float(w) for w in row] for name, row in weights.items()}
-    found: dict[str, list[float]] = {}
-    for fits in map(_fits, FAMILIES):
-        if all(len(given.get(name, ())) == size for name, size in fits.items()):
-            found |= {name: given[name] for name in fits}
-    return found
+def _store(path: Path, answer: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may have met other products in the meantime.
+        text = json.dumps({**answer, **_stored(path)})
+        host.write_atomically(path, lambda file: file.write(text.encode()), shared=True)
+    except OSError as error:
+        _LOG.warning("which kernels are fastest cannot be stored in %s: %s", path, error)
 
 
-def _fits(family: str) -> dict[str, int]:
-    """The number of terms of each fit of a family."""
-    kind, _, operand = family.partition("/")
-    if kind == "linear":
-        problems = [
-            Problem(1, 1, 1, 1, levels=levels, transposed=transposed, operand=operand)
-            # An exact gradient meets operands in its own precision alone.
-            for levels, transposed in itertools.product(
-                (True, False) if operand == "float32" else (True,), (False, True)
-            )
-        ]
-        return {
-            one.fit(kernel): len(one.terms(kernel)) for one in problems for kernel in kernels_for(operand)
-        }
-    others = [
-        ConvolutionProblem(product, 1, 1, (1, 1, 1, 1), 1, 1, levels=True, channels_last=operand == "last")
-        for product in ("input", "weight")
-    ]
-    return {one.fit(kernel): len(one.terms(kernel)) for one in others for kernel in convolution.KERNELS}
+def _valid(given: Any) -> dict[str, dict[str, Any]]:
+    """Those of the answers that are whole."""
+    if not isinstance(given, dict):
+        return {}
+    return {
+        key: answer
+        for key, answer in given.items()
+        if isinstance(answer, dict)
+        and isinstance(answer.get("seconds"), dict)
+        and all(isinstance(second, float) for second in answer["seconds"].values())
+        and _KEY.fullmatch(key)
+        and {answer.get("kernel"), *answer["seconds"]} <= {*key.partition(": ")[2].split()}
+    }
 
 
 def _path() -> Path:
     versions = (torch.__version__, np.__version__)
-    facts = (_VERSION, host.processor(), host.instructions(), torch.get_num_threads(), versions)
-    facts += linear.registered()
-    digest = hashlib.sha256(repr((facts, host.settings())).encode()).hexdigest()[:16]
+    facts = (_VERSION, host.processor(), host.instructions(), *_which(), versions, host.settings())
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return host.cache_folder("kernels") / f"{digest}.json"

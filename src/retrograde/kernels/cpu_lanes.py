@@ -9,12 +9,19 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _intrinsic
 
 LANES = 16
 I1, I8, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 intrinsic: Any = _intrinsic
+
+
+def features() -> list[str]:
+    """What the processor can do that numba compiles for, each with a + or a -."""
+    context: Any = cpu_target.target_context
+    return context.codegen().magic_tuple()[2].split(",")
 
 
 def vector(element: Any, lanes: int = LANES) -> Any:

@@ -13,7 +13,6 @@ from llvmlite import ir
 from numba import prange, types
 from torch import Tensor
 
-from retrograde import host
 from retrograde.kernels.cpu_lanes import (
     F32,
     I32,
@@ -22,6 +21,7 @@ from retrograde.kernels.cpu_lanes import (
     address,
     call,
     constant,
+    features,
     intrinsic,
     load,
     name_of,
@@ -35,7 +35,7 @@ from retrograde.kernels.cpu_lists import Lists
 from retrograde.kernels.cpu_memory import array, room
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 
-_VECTORS = 8 if "avx512f" in host.instructions() else 6
+_VECTORS = 8 if "+avx512f" in features() else 6
 """Sums in registers, in vectors of sixteen: where a register holds eight numbers there are sixteen of them, which eight
 vectors would fill to the last, so that operands take a detour through memory."""
 TILE = LANES * _VECTORS

@@ -16,6 +16,7 @@ from retrograde.kernels.cpu_lanes import (
     LANES,
     call,
     constant,
+    features,
     intrinsic,
     load,
     name_of,
@@ -27,11 +28,14 @@ from retrograde.kernels.cpu_lanes import (
 )
 from retrograde.kernels.cpu_threads import serial
 
+_WIDE = "+avx512f" in features()
+"""Whether a register holds sixteen numbers; there are 32 of them then, and 16 otherwise."""
+
 
 def _accumulator(vectors: int) -> Any:
     """`accumulate` for so many vectors: they stay in registers until the last run is done."""
-    # A sum waits four cycles for the one before it: eight of them keep two multipliers busy.
-    unroll = max(1, 8 // vectors)
+    # A sum waits four cycles for the one before it: eight registers of them keep two multipliers busy.
+    unroll = max(1, (8 if _WIDE else 4) // vectors)
 
     def build(builder: Any, out: Any, dense: Any, index: Any, value: Any, runs: Any, count: Any) -> None:
         kind, nothing, wide = vector(F32), ir.Constant(I64, 0), 4 * LANES
@@ -117,7 +121,9 @@ def _accumulator(vectors: int) -> Any:
 
 
 _accumulate_1, _accumulate_2, _accumulate_4 = _accumulator(1), _accumulator(2), _accumulator(4)
-_accumulate_8, _accumulate_12 = _accumulator(8), _accumulator(12)
+# More would not fit into the registers of a processor whose vectors have eight numbers.
+_accumulate_large, _LARGE = (_accumulator(12), 12) if _WIDE else (_accumulator(6), 6)
+_accumulate_half, _HALF = (_accumulator(8), 8) if _WIDE else (_accumulate_4, 4)
 
 
 @serial
@@ -127,12 +133,12 @@ def accumulate(out: Any, dense: Any, index: Any, value: Any, runs: Any, count: A
     `runs` holds (first k, last k + 1, shift) of each, int64; all but the last two arguments are addresses.
     """
     while vectors > 0:
-        if vectors >= 12:
-            done = 12
-            _accumulate_12(out, dense, index, value, runs, count)
-        elif vectors >= 8:
-            done = 8
-            _accumulate_8(out, dense, index, value, runs, count)
+        if vectors == _LARGE or vectors >= _LARGE + _HALF:
+            done = _LARGE
+            _accumulate_large(out, dense, index, value, runs, count)
+        elif vectors >= _HALF:
+            done = _HALF
+            _accumulate_half(out, dense, index, value, runs, count)
         elif vectors >= 4:
             done = 4
             _accumulate_4(out, dense, index, value, runs, count)

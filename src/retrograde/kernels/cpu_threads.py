@@ -1,7 +1,7 @@
 """How the numba kernels are compiled, and on how many threads they run: torch's own.
 
-numba's cache on disk looks at the file of a kernel alone: after a change of what kernels in other files call, touch
-those files.
+What is compiled is kept on disk, and stale after any change in this folder: kernels call those of other files, of
+which numba's own cache knows nothing.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -34,8 +35,20 @@ _GRAIN = 32768
 _FAST = {"contract", "reassoc", "nsz"}
 
 
+@functools.cache
+def _sources() -> tuple[tuple[str, int, float], ...]:
+    """Of all kernels: what a kernel was compiled from changes when any of them does."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime) for file in files)
+
+
 class _Cache(FunctionCache):
     """numba's cache on disk: files that cannot be read or written cost time, and nothing else."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        file: Any = self._cache_file
+        file._source_stamp = file._source_stamp, _sources()
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

@@ -7,9 +7,9 @@ import copy
 import functools
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from retrograde.kernels.cpu_memory import lies_channels_last
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised
+from retrograde.kernels.kept import COMPACT
 from retrograde.kernels.work import DTYPE_DISCOUNTS, Work, convolution_flops, discount
 from retrograde.maths import dither
 
 if TYPE_CHECKING:
     from retrograde.kernels.cpu import Lists
     from retrograde.kernels.cpu_convolution import Sparse
+    from retrograde.kernels.kept import Kept
 
 _LADDER = {
     "float32": (None,),
@@ -38,8 +40,10 @@ SMALL = 10_000_000
 """Fewer multiply-adds take torch a tenth of a millisecond, which no choice repays."""
 _ONE_THREAD = 1 << 15
 """Entries below which one call on one thread dithers faster than three passes on all."""
-_GRAIN = 64
-"""Shares of non-zeros are told apart in steps of one part in so many: kernels for close ones are the same."""
+_VISITED = 0.5
+"""The largest share of non-zeros for which kernels that visit each of them are tried."""
+_FULL = 31 / 32
+"""The share of non-zeros from which on rows and columns that are zero are not looked for."""
 
 
 class Products:
@@ -63,12 +67,12 @@ class Products:
         self._compacted: Sparse | None = None
         self._input_grad: Work | None = None
         self._planar: Products | None = None
+        self._looked, self._found = False, cast("Kept | None", None)
 
     def linear_input_grad(self, weight: Tensor | Quantised, input_shape: Sequence[int]) -> Work:
         """`reference.linear_input_grad`."""
-        products = self._delta.values.numel() * weight.shape[-1]
-        kernel = None if products < SMALL else self._linear_kernel(weight, transposed=False)
-        flops = 2.0 * products
+        flops = 2.0 * self._delta.values.numel() * weight.shape[-1]
+        kernel = self._linear_kernel(weight, flops, transposed=False)
         if kernel is None:
             found = reference.linear_input_grad(self._delta, _dense(weight), input_shape)
             return self._work(found, reference.NAME, None, flops, weight.dtype)
@@ -77,12 +81,9 @@ class Products:
 
     def linear_weight_grad(self, x: Tensor | Quantised) -> Work:
         """`reference.linear_weight_grad`; a quantised x comes as rows (n, i)."""
-        products = self._delta.values.numel() * x.shape[-1]
-        rows, flops = x, 2.0 * products
-        kernel = None
-        if products >= SMALL:
-            rows = x if isinstance(x, Quantised) else x.reshape(-1, x.shape[-1])
-            kernel = self._linear_kernel(rows, transposed=True)
+        flops = 2.0 * self._delta.values.numel() * x.shape[-1]
+        rows = x if isinstance(x, Quantised) else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        kernel = self._linear_kernel(rows, flops, transposed=True)
         if kernel is None:
             found = reference.linear_weight_grad(self._delta, _dense(x))
             return self._work(found, reference.NAME, None, flops, x.dtype)
@@ -98,16 +99,21 @@ class Products:
             return work
         if self._input_grad is not None:
             return self._input_grad
-        kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry)
+        compute = functools.partial(self._computed_input_grad, weight, input_shape, geometry)
+        kernel = self._convolution_kernel("input", weight, weight, input_shape, geometry, compute)
         flops = convolution_flops(input_shape, weight.shape, self._delta.values.shape, geometry)
         if kernel is None:
             found = reference.convolution_input_grad(self._delta, weight, input_shape, geometry)
             return self._work(found, reference.NAME, None, flops, weight.dtype)
-        from retrograde.kernels import convolution
+        return self._work(compute(kernel), kernel, _convolution_kernels(), flops, weight.dtype)
 
+    def _computed_input_grad(
+        self, weight: Tensor, input_shape: Sequence[int], geometry: Geometry, kernel: str
+    ) -> Tensor:
+        if kernel == COMPACT:
+            return _some(self._kept(geometry)).input_grad(weight, tuple(input_shape), geometry)
         sparse = self._sparse(kernel, geometry)
-        found = convolution.input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
-        return self._work(found, kernel, convolution, flops, weight.dtype)
+        return _convolution_kernels().input_grad(kernel, self._delta, weight, input_shape, geometry, sparse)
 
     def convolution_weight_grad(
         self, x: Tensor, weight: Tensor, geometry: Geometry, *, joint: bool = True
@@ -126,21 +132,25 @@ class Products:
             )
             work.value = work.value.squeeze(2)
             return work
-        kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry)
+        compute = functools.partial(self._computed_weight_grad, x, weight, geometry)
+        kernel = self._convolution_kernel("weight", x, weight, x.shape, geometry, compute)
         flops = convolution_flops(x.shape, weight.shape, self._delta.values.shape, geometry)
         # Where operands were rounded, the weight here is not the one that dx comes from.
         exact = self._rounded is None
-        shared = joint and exact and self._wanted > 1 and kernel in (None, "bfloat16")
-        if shared and self._convolution_kernel("input", weight, weight, x.shape, geometry) == kernel:
-            return self._both(kernel, x, weight, geometry, flops)
+        if joint and exact and self._wanted > 1 and kernel in (None, "bfloat16"):
+            other = functools.partial(self._computed_input_grad, weight, x.shape, geometry)
+            if self._convolution_kernel("input", weight, weight, x.shape, geometry, other) == kernel:
+                return self._both(kernel, x, weight, geometry, flops)
         if kernel is None:
             found = reference.convolution_weight_grad(self._delta, x, weight, geometry)
             return self._work(found, reference.NAME, None, flops, x.dtype)
-        from retrograde.kernels import convolution
+        return self._work(compute(kernel), kernel, _convolution_kernels(), flops, x.dtype)
 
+    def _computed_weight_grad(self, x: Tensor, weight: Tensor, geometry: Geometry, kernel: str) -> Tensor:
+        if kernel == COMPACT:
+            return _some(self._kept(geometry)).weight_grad(x, weight, geometry)
         sparse = self._sparse(kernel, geometry)
-        found = convolution.weight_grad(kernel, self._delta, x, weight, geometry, sparse)
-        return self._work(found, kernel, convolution, flops, x.dtype)
+        return _convolution_kernels().weight_grad(kernel, self._delta, x, weight, geometry, sparse)
 
     def _is_line(self, geometry: Geometry) -> bool:
         """Whether the convolution has one spatial dimension, which torch, too, takes for images of one row."""
@@ -162,10 +172,8 @@ class Products:
             name, kernels = reference.NAME, None
             dx, dw = reference.convolution_grads(self._delta, x, weight, geometry)
         else:
-            from retrograde.kernels import convolution
-
-            name, kernels = kernel, convolution
-            dx, dw = convolution.both(self._delta, x, weight, geometry)
+            name, kernels = kernel, _convolution_kernels()
+            dx, dw = kernels.both(self._delta, x, weight, geometry)
         self._input_grad = self._work(dx, name, kernels, flops, weight.dtype)
         return self._work(dw, name, kernels, flops, x.dtype)
 
@@ -178,44 +186,97 @@ class Products:
         if kernels is None and self._rounded is None:
             return Work(value, kernel, needed, flops, flops * factor)
         executed, precision = flops, None
-        if kernels is not None:
+        if kernel == COMPACT:
+            executed = flops * _some(self._kept()).share
+        elif kernels is not None:
             precision = kernels.PRECISION.get(kernel)
             executed = needed if kernel in kernels.SKIPPING else flops
         if precision is not None or self._rounded is not None:
             factor = min(factor, discount(precision, self._rounded))
-        return Work(value, kernel, needed, executed, executed * factor)
+        # Zeros may have been counted some steps ago.
+        return Work(value, kernel, min(needed, executed), executed, executed * factor)
 
-    def _linear_kernel(self, dense: Tensor | Quantised, *, transposed: bool) -> str | None:
+    def _linear_kernel(self, dense: Tensor | Quantised, flops: float, *, transposed: bool) -> str | None:
         """The kernel for a product with `dense`; None for the reference."""
-        values, levels = self._delta.values, self._delta.step is not None
         bare = dense.values if isinstance(dense, Quantised) else dense
-        operand = _OPERANDS.get(bare.dtype)
-        if operand is None or not _known(values, bare) or not (levels or operand == "float32"):
+        if flops < 2 * SMALL or not _known(self._delta.values, bare):
             return None
-        m, i = dense.shape
-        a = values.numel() // m
+        kept = None if isinstance(dense, Quantised) else self._kept()
+        allowed = self._allowed_for(dense, bare.dtype)
+        if kept is not None:
+            allowed = (*allowed, COMPACT)
+        if len(allowed) < 2:
+            return None
         # Imported where they are needed: a compiler comes with them.
         from retrograde.kernels import choose
 
-        share = 1 / self._wanted
-        problem = choose.Problem(a, m, i, self._nonzeros(), levels, transposed, share, operand)
-        kernel = choose.model().best(problem, self._kernels(operand))
+        form = f"{_name(self._delta.values)} {_name(bare)}{'' if bare.is_contiguous() else ' turned'}"
+        shape = self._delta.values.numel() // dense.shape[0], *dense.shape
+        problem = choose.Problem(
+            "linear/weight" if transposed else "linear/input",
+            form,
+            shape,
+            self._delta.nonzero_share,
+            1.0 if kept is None else kept.share,
+        )
+        compute = functools.partial(self._linear, dense=dense, transposed=transposed)
+        kernel = choose.chooser().best(problem, allowed, compute)
         return None if kernel == "dense" else kernel
 
-    def _kernels(self, operand: str) -> tuple[str, ...]:
-        """Those that the precision allows; what has been rounded to 8 bits already loses nothing by any."""
+    def _allowed_for(self, dense: Tensor | Quantised, dtype: torch.dtype) -> tuple[str, ...]:
+        """Kernels for elements of a linear layer's products; what has been rounded to 8 bits loses nothing by any."""
+        values, levels = self._delta.values, self._delta.step is not None
+        operand = _OPERANDS.get(dtype)
+        if (
+            operand is None
+            or values.dtype not in (torch.int8, torch.float32)
+            or not (levels or operand == "float32")
+        ):
+            return ("dense",)
+        linear = _linear_kernels()
+        if values.dtype != torch.int8:
+            # Unbounded levels are no whole numbers of 8 bits.
+            names: tuple[str, ...] = ("dense", "skip")
+        elif operand == "float32":
+            fine = [linear.PRECISION.get(name) in self._allowed for name in linear.KERNELS]
+            names = tuple(name for name, may in zip(linear.KERNELS, fine, strict=True) if may)
+            names += tuple(k for k in linear.registered() if linear.PRECISION.get(k) in self._allowed)
+        elif operand == "bfloat16":
+            names = ("dense", "skip-bfloat16", *(("int8",) if "int8" in self._allowed else ()))
+        else:
+            names = linear.KERNELS
+        return tuple(name for name in names if self._is_likely(name, linear))
+
+    def _is_likely(self, kernel: str, kernels: ModuleType) -> bool:
+        """Whether a kernel can be the fastest here at all."""
+        if kernel in kernels.SKIPPING:
+            # A non-zero that is visited by itself takes several times its share of a dense product on any processor.
+            return self._delta.nonzero_share <= _VISITED
         from retrograde.kernels import choose
 
-        if self._delta.values.dtype != torch.int8:
-            # Unbounded levels are no whole numbers of 8 bits.
-            return ("dense", "skip")
-        if operand == "int8":
-            return choose.OPERANDS[operand]
-        allowed = (*self._allowed, "bfloat16") if operand == "bfloat16" else self._allowed
-        precision = _linear_kernels().PRECISION
-        return tuple(k for k in choose.kernels_for(operand) if precision.get(k) in allowed)
+        precision = kernels.PRECISION.get(kernel)
+        return precision is None or kernel not in kernels.KERNELS or choose.fast_precision(precision)
+
+    def _kept(self, geometry: Geometry | None = None) -> "Kept | None":
+        """What δ̃ is without its zero rows and columns, looked for once; None where it has too few."""
+        if self._looked:
+            return self._found
+        self._looked = True
+        values = self._delta.values
+        if geometry is None and values.dim() != 2:
+            values = values.reshape(values.shape[:-1].numel(), values.shape[-1])
+        if self._delta.nonzero_share < _FULL:
+            from retrograde.kernels import kept
+
+            # The channels of a group are not the others'.
+            whole = geometry is not None and geometry.groups > 1
+            self._found = kept.find(values, self._delta.step, columns=not whole)
+        return self._found
 
     def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> Tensor:
+        if kernel == COMPACT:
+            assert isinstance(dense, Tensor)
+            return _some(self._kept()).linear(dense, transposed=transposed)
         from retrograde.kernels import cpu, linear
 
         delta = self._delta
@@ -225,35 +286,46 @@ class Products:
         return linear.run(kernel, matrix, delta.step, dense, transposed=transposed, lists=self._lists)
 
     def _convolution_kernel(
-        self, product: str, dense: Tensor, weight: Tensor, x_shape: Sequence[int], geometry: Geometry
+        self,
+        product: str,
+        dense: Tensor,
+        weight: Tensor,
+        x_shape: Sequence[int],
+        geometry: Geometry,
+        compute: Callable[[str], Tensor],
     ) -> str | None:
         values = self._delta.values
         if (
             values.dim() != 4
             or values.numel() * math.prod(weight.shape[1:]) < SMALL
             or geometry.transposed
-            or dense.dtype != torch.float32
             or not _known(values, dense)
         ):
             return None
         from retrograde.kernels import choose, convolution
 
-        if not convolution.supports(self._delta, dense, weight, x_shape, geometry):
+        allowed: tuple[str, ...] = ("dense",)
+        if convolution.supports(self._delta, dense, weight, x_shape, geometry):
+            allowed = tuple(
+                name
+                for name in convolution.KERNELS
+                if convolution.PRECISION.get(name) in self._allowed and self._is_likely(name, convolution)
+            )
+        kept = self._kept(geometry)
+        if kept is not None:
+            allowed = (*allowed, COMPACT)
+        if len(allowed) < 2:
             return None
-        outputs, channels, height, width = weight.shape
-        problem = choose.ConvolutionProblem(
-            product,
-            values.numel(),
-            torch.Size(x_shape).numel(),
-            (outputs, channels, height, width),
-            geometry.groups,
-            self._nonzeros(),
-            levels=self._delta.step is not None,
-            channels_last=not values.is_contiguous(),
-            share=1 / self._wanted,
+        order = "contiguous" if values.is_contiguous() else "channels last"
+        numbers = (*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups)
+        problem = choose.Problem(
+            f"convolution/{product}",
+            f"{_name(values)} {_name(dense)} {order}",
+            (*values.shape, *weight.shape[1:], *x_shape[2:], *numbers),
+            self._delta.nonzero_share,
+            1.0 if kept is None else kept.share,
         )
-        allowed = tuple(k for k in convolution.KERNELS if convolution.PRECISION.get(k) in self._allowed)
-        kernel = choose.model().best(problem, allowed)
+        kernel = choose.chooser().best(problem, allowed, compute)
         return None if kernel == "dense" else kernel
 
     def _sparse(self, kernel: str, geometry: Geometry) -> "Sparse | None":
@@ -266,23 +338,33 @@ class Products:
             self._compacted = convolution.compact(self._delta, geometry)
         return self._compacted
 
-    def _nonzeros(self) -> int:
-        """Non-zeros of δ̃, rounded up to a part of its size: close shares make one decision."""
-        return math.ceil(self._delta.nonzero_share * _GRAIN) * self._delta.values.numel() // _GRAIN
-
 
 def _known(values: Tensor, dense: Tensor) -> bool:
     """Whether there is more than the reference for these operands."""
     return (
-        values.dtype in (torch.int8, torch.float32)
-        and values.device.type == dense.device.type == "cpu"
+        values.device.type == dense.device.type == "cpu"
         and min(values.numel(), dense.numel()) > 0
         and compiled.usable()
     )
 
 
+def _some(kept: "Kept | None") -> "Kept":
+    assert kept is not None
+    return kept
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _dense(operand: Tensor | Quantised) -> Tensor:
     return operand.dense() if isinstance(operand, Quantised) else operand
+
+
+def _convolution_kernels() -> Any:
+    from retrograde.kernels import convolution  # where it is needed: a compiler comes with it
+
+    return convolution
 
 
 def _linear_kernels() -> ModuleType:
