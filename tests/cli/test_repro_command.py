@@ -126,7 +126,7 @@ def test_run_show_verify_and_change(run: Run, definition: Path, steps: list[int]
 
     shown = run("repro", "show", "toy/tiny")
     assert shown.code == 0
-    for word in ("decayed [by a tenth]", "test accuracy", "decay costs nothing", "reproduced", str(RESULT)):
+    for word in ("decayed [by a tenth]", "accuracy", "decay costs nothing", "reproduced", str(RESULT)):
         assert word in shown.out
     assert "changed" not in shown.err
     assert run("repro", "show", "toy/tiny", "--json").json == result

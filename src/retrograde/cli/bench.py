@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.flags import Methods, Names, Switch, output_arg
@@ -21,6 +20,7 @@ from retrograde.lab.bench import Dropped, Limits, Measured, Row
 from retrograde.lab.files import write_json
 from retrograde.lab.overhead import Overhead, overhead
 from retrograde.methods.registry import available, suggest
+from retrograde.report.table import Table, make_table
 
 SCHEMA = 2
 ROUNDS = {"kernels": 25, "layers": 25, "steps": 5}
@@ -183,88 +183,71 @@ def _table(what: str, measured: Measured) -> Table:
         "layers": f"forward and backward pass, dithered at scale {bench.SCALE:g}",
         "steps": "whole steps with Adam; methods that warm up do so in an untimed first step",
     }[what]
-    late = [name for name in _methods(rows) if available()[name].whole_run]
+    # In steps, labels begin with the method's name.
+    methods = dict.fromkeys(row.method.partition("(")[0] for row in rows if row.model and row.method)
+    late = [name for name in methods if available()[name].whole_run]
     caption += f"; not begun so early in a run: {', '.join(late)}" if late else ""
     ratio = "ratio of the medians" if what == "steps" else "median ratio"
-    table = output.new_table(
-        f"{caption}; ×: times as fast, {ratio} with quartiles of {_rounds([row.rounds for row in rows])}; torch's own "
-        f"time, fp32 / bf16 autocast: {_baselines(rows)}"
+    caption = (
+        f"{caption}; ×: times as fast, {ratio} with quartiles of {_rounds(rows)}; torch's own time, fp32 / bf16 "
+        f"autocast: {_baselines(rows)}"
     )
-    views: dict[str, dict[str, Callable[[Row], str]]] = {
-        "kernels": {"op": _op, "zeros": _zeros, "kernel": _kernel},
-        "layers": {"op": _op, "zeros": _zeros, "kernels": _kernel},
-        "steps": {
-            "model": lambda row: str(row.model),
-            "method": lambda row: str(row.method),
-            "zeros": _zeros,
-            "kernels": _kernel,
-        },
-    }
-    columns = views[what]
-    for name in columns:
-        table.add_column(name, justify="right" if name == "zeros" else "left", overflow="fold")
-    for name in ("ms", "× fp32", "", "× bf16", ""):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            *(show(row) for show in columns.values()),
+    names = ("model", "method") if what == "steps" else ("op",)
+    cells = (
+        (
+            *((str(row.model), str(row.method)) if what == "steps" else (_op(row),)),
+            "–" if row.sparsity is None else f"{row.sparsity:.0%}",
+            _kernel(row),
             f"{row.seconds * 1e3:.1f}",
-            *_ratio(row.speedup_fp32, row.spread_fp32),
-            *_ratio(row.speedup_bf16, row.spread_bf16),
+            _ratio(row.speedup_fp32, row.spread_fp32),
+            _ratio(row.speedup_bf16, row.spread_bf16),
         )
-    return table
+        for row in rows
+    )
+    columns = (*names, "zeros", "kernel" if what == "kernels" else "kernels", "ms", "× fp32", "× bf16")
+    return make_table(columns, cells, texts=len(names) + 2, caption=caption)
 
 
-def _rounds(made: Sequence[int]) -> str:
+def _rounds(rows: Sequence[Row | Overhead]) -> str:
     """How many there were, which a time budget makes fewer where a round takes long."""
-    least, most = min(made, default=0), max(made, default=0)
-    return f"{most if least == most else f'{least} to {most}'} interleaved rounds"
+    made = [row.rounds for row in rows] or [0]
+    return f"{' to '.join(map(str, sorted({min(made), max(made)})))} interleaved rounds"
 
 
 def _dropped_table(dropped: Sequence[Dropped]) -> Table:
-    table = output.new_table(
-        f"not run, or not run again: they take {timing.DROPPED_AT:g} times as long as float32 or longer"
-    )
-    for name in ("dropped", "variant", "time over float32's", "seen"):
-        table.add_column(name, justify="right" if name.startswith("time") else "left", overflow="fold")
     alike: dict[tuple[str, str, str], list[Dropped]] = {}
     for one in dropped:
         # One line for all cells that the same small product speaks of.
         where = one.what if one.seen == "in the first round" else ""
         alike.setdefault((one.variant, one.seen, where), []).append(one)
-    for (variant, seen, where), group in alike.items():
-        table.add_row(where or f"in {len(group)} cells", variant, f"×{group[0].ratio:.0f}", seen)
-    return table
+    rows = (
+        (where or f"in {len(group)} cells", variant, f"×{group[0].ratio:.0f}", seen)
+        for (variant, seen, where), group in alike.items()
+    )
+    caption = f"not run, or not run again: they take {timing.DROPPED_AT:g} times as long as float32 or longer"
+    return make_table(("dropped", "variant", "time over float32's", "seen"), rows, texts=4, caption=caption)
 
 
 def _overhead_table(rows: Sequence[Overhead]) -> Table:
-    made = _rounds([row.rounds for row in rows])
-    table = output.new_table(
-        "forward and backward pass of layers too small to save anything; ×: time, median ratio to plain, quartiles of "
-        f"{made}; bare function: a Python autograd function that computes the same"
+    cells = (
+        (
+            row.layer,
+            f"{row.threads}, compiled" if row.compiled else str(row.threads),
+            row.run,
+            f"{row.microseconds:.1f}",
+            _ratio(row.ratio, row.spread),
+        )
+        for row in rows
     )
-    for name in ("layer", "threads", "run"):
-        table.add_column(name, overflow="fold")
-    for name in ("µs", "× plain", ""):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        threads = f"{row.threads}, compiled" if row.compiled else str(row.threads)
-        ratio = _ratio(row.ratio, row.spread)
-        table.add_row(row.layer, threads, row.run, f"{row.microseconds:.1f}", *ratio)
-    return table
-
-
-def _methods(rows: Sequence[Row]) -> list[str]:
-    """Names of the methods in steps, whose labels begin with them."""
-    return list(dict.fromkeys(row.method.partition("(")[0] for row in rows if row.model and row.method))
+    caption = (
+        "forward and backward pass of layers too small to save anything; ×: time, median ratio to plain, quartiles of "
+        f"{_rounds(rows)}; bare function: a Python autograd function that computes the same"
+    )
+    return make_table(("layer", "threads", "run", "µs", "× plain"), cells, texts=3, caption=caption)
 
 
 def _op(row: Row) -> str:
     return f"{row.op} {row.shape}"
-
-
-def _zeros(row: Row) -> str:
-    return "–" if row.sparsity is None else f"{row.sparsity:.0%}"
 
 
 def _kernel(row: Row) -> str:
@@ -273,10 +256,10 @@ def _kernel(row: Row) -> str:
     return f"{row.kernel}: {row.chosen}" if row.method is None else row.chosen
 
 
-def _ratio(ratio: float | None, spread: tuple[float, float] | None) -> tuple[str, str]:
+def _ratio(ratio: float | None, spread: tuple[float, float] | None) -> str:
     if ratio is None or spread is None:
-        return "–", ""
-    return f"×{ratio:.2f}", rf"[dim]\[{spread[0]:.2f}–{spread[1]:.2f}][/]"
+        return "–"
+    return f"×{ratio:.2f} [{spread[0]:.2f}–{spread[1]:.2f}]"
 
 
 def _baselines(rows: Sequence[Row]) -> str:

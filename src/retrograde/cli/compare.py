@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import tomli_w
 import tyro
-from rich.markup import escape
 
 from retrograde.cli import output
 from retrograde.cli.flags import (
@@ -40,6 +39,7 @@ from retrograde.lab.files import writing
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write_claims
+from retrograde.report.table import make_table
 
 _READINGS = 10
 """Of the validation split in a short run: the time to an accuracy is known to a tenth of it."""
@@ -234,23 +234,23 @@ def _short(methods: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str
 
 def _tell(advice: Advice, result: Result, fields: dict[str, Any], left_out: dict[str, str]) -> None:
     steps = result.contestants[BASELINE].recipe["steps"]
-    table = output.new_table(
-        f"{result.title}: {len(result.seeds)} seed(s) of {steps} steps; mean and "
-        "95 % interval over plain backpropagation with the same seeds"
-    )
-    for name in ("method", "a step", "to plain's accuracy", "accuracy", "activations", "FLOPs"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for one in advice.judged:
-        reached = times(one.to_target) if one.to_target is not None else "not in every seed"
-        table.add_row(
-            escape(one.name),
+    columns = ("method", "a step", "to plain's accuracy", "accuracy", "activations", "FLOPs")
+    rows = (
+        (
+            one.name,
             times(one.step),
-            reached,
+            times(one.to_target) if one.to_target is not None else "not in every seed",
             points(one.accuracy),
             times(one.memory),
             times(one.flops),
         )
-    output.print_table(table)
+        for one in advice.judged
+    )
+    caption = (
+        f"{result.title}: {len(result.seeds)} seed(s) of {steps} steps; mean over plain backpropagation with the same "
+        "seeds ± half of its 95 % interval"
+    )
+    output.print_table(make_table(columns, rows, caption=caption))
     for name, why in left_out.items():
         output.print_line(f"not judged: {name}: {why}")
     output.print_line("")

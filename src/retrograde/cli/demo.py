@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 from rich.markup import escape
-from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.options import Given
@@ -21,6 +20,7 @@ from retrograde.lab.demo.run import Demonstration, Outcome
 from retrograde.lab.demo.scenarios import Scenario, scenarios
 from retrograde.lab.demo.verdict import advice, judge
 from retrograde.report import write_claims
+from retrograde.report.table import Column, Row, Table
 
 _MARK = ".retrograde-demo"
 
@@ -121,22 +121,13 @@ def _print(outcome: Outcome, last: str, page: Path) -> None:
 
 
 def _table(scenario: Scenario, result: Result) -> Table:
-    table = output.new_table("")
-    table.title, table.title_justify, table.title_style = escape(scenario.claim.title), "left", "bold cyan"
-    table.add_column("", width=22, overflow="fold")
-    labels = [metrics.ALL[scenario.metric].label]
-    if scenario.metric != "accuracy":
-        labels.append(metrics.ALL["accuracy"].label)
-    for label in labels:
-        table.add_column(label, justify="right", width=20)
-    table.add_column("verdict", overflow="fold")
+    shown = tuple(dict.fromkeys((scenario.metric, "accuracy")))
     verdicts = {one.name: one for one in judge(scenario, result)}
+    rows: list[Row] = []
     for name, entry in result.contestants.items():
-        cells = [
-            wording.cell(result, name, metric) for metric in dict.fromkeys((scenario.metric, "accuracy"))
-        ]
         verdict = verdicts.get(name)
-        style = "green" if verdict is not None and verdict.gains else ""
-        words = escape(verdict.words) if verdict is not None else ""
-        table.add_row(escape(entry.label), *map(output.unbroken, cells), words, style=style)
-    return table
+        cells = (wording.cell(result, name, metric) for metric in shown)
+        tone = "good" if verdict and verdict.gains else "plain"
+        rows.append(Row((entry.label, *cells, verdict.words if verdict else ""), tone=tone))
+    labels = (Column(metrics.ALL[metric].label) for metric in shown)
+    return Table((Column(scenario.claim.title, "text"), *labels, Column("verdict", "text")), tuple(rows))

@@ -2,15 +2,11 @@
 
 from dataclasses import asdict, dataclass
 
-from rich.markup import escape
-from rich.table import Table
-
 from retrograde.cli import output
 from retrograde.cli.flags import DataFolder, Switch
 from retrograde.cli.options import Given
 from retrograde.lab.checks import Check, run_checks
-
-_STYLES = {"ok": "green", "note": "yellow", "failed": "bold red"}
+from retrograde.report.table import Column, Row, Table
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,6 @@ class Doctor:
         if self.json:
             output.print_json({"checks": [asdict(check) for check in checks]})
         else:
-            table = Table(box=None, pad_edge=False, show_header=False)
-            for check in checks:
-                table.add_row(check.name, f"[{_STYLES[check.status]}]{check.status}", escape(check.detail))
-            output.print_table(table)
+            rows = tuple(Row((check.name, check.status, check.detail)) for check in checks)
+            output.print_table(Table((Column("", "text"), Column("", "badge"), Column("", "text")), rows))
         return int(any(check.status == "failed" for check in checks))

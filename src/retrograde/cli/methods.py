@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.flags import Switch
@@ -14,6 +13,7 @@ from retrograde.cli.options import Given
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
 from retrograde.methods.registry import available, suggest
+from retrograde.report.table import Table, make_table
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ def _describe(name: str, cls: type[Method]) -> dict[str, Any]:
 
 
 def _table(methods: dict[str, type[Method]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "what it does", "options"):
-        table.add_column(column, overflow="fold")
-    for name, cls in methods.items():
-        described = _describe(name, cls)
-        options = ", ".join(f"{o['name']}={o['default']}" for o in described["options"])
-        table.add_row(name, described["summary"], options)
-    return table
+    described = [_describe(name, cls) for name, cls in methods.items()]
+    rows = (
+        (
+            one["name"],
+            one["summary"],
+            ", ".join(f"{option['name']}={option['default']}" for option in one["options"]),
+        )
+        for one in described
+    )
+    return make_table(("method", "what it does", "options"), rows, texts=3)
 
 
 def _card(cls: type[Method]) -> str:

@@ -16,7 +16,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from retrograde.lab.files import to_json
 
@@ -47,18 +46,8 @@ def print_line(text: str) -> None:
     Console().file.write(text + "\n")
 
 
-def new_table(caption: str) -> Table:
-    """An empty table in the manner of all comparisons, its caption below."""
-    return Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption=caption)
-
-
-def unbroken(text: str) -> str:
-    """Text that a table does not break at its spaces: a figure and its unit stay together."""
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def print_table(table: Table | Any) -> None:
-    """A table on stdout, as wide as the terminal; 120 columns where there is none."""
+def print_table(table: Any) -> None:
+    """What `rich` can show on stdout, as wide as the terminal; 120 columns where there is none."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -23,7 +23,6 @@ from retrograde.lab.claims.library import Library
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.verify import run_again
 from retrograde.report.comparison import Comparison
-from retrograde.report.prose import caption
 from retrograde.report.table import NONE, make_table
 from retrograde.report.tables import checks_table, figures_table
 
@@ -64,7 +63,7 @@ class List:
             texts=4,
             caption="`retrograde repro run CLAIM` runs a claim, `retrograde repro show CLAIM` prints its result",
         )
-        output.print_table(claims.terminal())
+        output.print_table(claims)
         if scripts:
             rows = (
                 (
@@ -77,7 +76,7 @@ class List:
             )
             columns = ("script", "its question", "results", "command")
             output.print_line("")
-            output.print_table(make_table(columns, rows, texts=4, caption="not claims: scripts").terminal())
+            output.print_table(make_table(columns, rows, texts=4, caption="not claims: scripts"))
         return 0
 
 
@@ -229,7 +228,7 @@ class Verify:
                 for name, value in found.published.items()
             )
             title = f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}"
-            output.print_table(make_table(("metric", "published", "now"), rows).terminal())
+            output.print_table(make_table(("metric", "published", "now"), rows))
             output.print_line(title)
         return 0 if found.agrees else 1
 
@@ -252,11 +251,13 @@ def present(result: Result, path: Path | None, *, as_json: bool) -> None:
         output.print_json(result.model_dump(mode="json"))
         return
     figures = figures_table(Comparison(result, {}), source=False)
-    output.print_table(figures.terminal(f"{result.title}. {caption(result)}"))
+    output.print_table(replace(figures, caption=f"{result.title}. {figures.caption}"))
     if result.findings:
-        verdict = "quick, which decides nothing: " if result.quick else "verdict: "
         output.print_line("")
-        output.print_table(checks_table(result).terminal(f"{verdict}[bold]{result.verdict}[/]"))
+        output.print_table(checks_table(result))
+        output.print_line(
+            f"{'quick, which decides nothing' if result.quick else 'verdict'}: {result.verdict}"
+        )
     if path is not None:
         output.print_line(f"result: {path}")
 

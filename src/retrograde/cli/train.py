@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import tyro
 from rich.markup import escape
-from rich.table import Table
 
 from retrograde.cli import output
 from retrograde.cli.flags import DataFolder, Methods, RecipeFile, RecipeFlags, Switch, folder_arg
@@ -18,6 +17,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import tensorboard
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.trainer import CHECKPOINT_SECONDS, Progress, train
+from retrograde.report.table import Table, pairs
 
 
 @dataclass(frozen=True)
@@ -98,34 +98,23 @@ def _new_folder(recipe: Recipe) -> Path:
 
 
 def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    flops = result["flops"]
-    table.add_row("methods", escape(recipe.label))
-    table.add_row("test accuracy", f"{result['test']['accuracy']:.2%}")
+    flops, timing = result["flops"], result["timing"] or {}
+    rows = [("methods", recipe.label), ("test accuracy", f"{result['test']['accuracy']:.2%}")]
     if result["zeros"] is not None:
-        table.add_row(
-            "zeros in the gradients", f"{result['zeros']:.1%} (of their own {result['own_zeros']:.1%})"
-        )
-    table.add_row("FLOPs, dense-equivalent", f"{flops['dense']:.3g}")
-    for name in ("needed", "executed", "discounted"):
-        table.add_row(f"FLOPs, {name}", f"{flops[name]:.3g} ({flops[name] / flops['dense']:.1%})")
-    table.add_row("fallbacks", str(result["fallbacks"]))
-    timing = result["timing"]
-    if timing and timing["forecast_ratio"] is not None:
-        table.add_row(
-            "forward and backward pass",
-            f"forecast ×{timing['forecast_ratio']:.2f} of the plain model's time",
-        )
-    if timing and timing["backward_forecast"] is not None:
-        table.add_row(
-            "attached backward passes",
-            f"{timing['backward_seconds'] * 1e3:.2f} ms a step, forecast "
-            f"{timing['backward_forecast'] * 1e3:.2f} ms",
-        )
-    table.add_row(
-        "training time", f"{result['seconds']:.1f} s ({result['step_seconds'] * 1e3:.1f} ms a step)"
-    )
-    table.add_row("folder", escape(result["folder"]))
-    return table
+        zeros = f"{result['zeros']:.1%} (of their own {result['own_zeros']:.1%})"
+        rows.append(("zeros in the gradients", zeros))
+    rows += [
+        ("FLOPs, dense-equivalent", f"{flops['dense']:.3g}"),
+        *(
+            (f"FLOPs, {name}", f"{flops[name]:.3g} ({flops[name] / flops['dense']:.1%})")
+            for name in ("needed", "executed", "discounted")
+        ),
+        ("fallbacks", str(result["fallbacks"])),
+    ]
+    if (ratio := timing.get("forecast_ratio")) is not None:
+        rows.append(("forward and backward pass", f"forecast ×{ratio:.2f} of the plain model's time"))
+    if (forecast := timing.get("backward_forecast")) is not None:
+        both = f"{timing['backward_seconds'] * 1e3:.2f} ms a step, forecast {forecast * 1e3:.2f} ms"
+        rows.append(("attached backward passes", both))
+    seconds = f"{result['seconds']:.1f} s ({result['step_seconds'] * 1e3:.1f} ms a step)"
+    return pairs("", [*rows, ("training time", seconds), ("folder", result["folder"])])

@@ -15,12 +15,7 @@ from retrograde.report import formats, tables
 from retrograde.report.comparison import Comparison, Variant, of_folders
 from retrograde.report.pictures import Gallery, galleries
 from retrograde.report.prose import caveats, headline
-from retrograde.report.table import Table, figure_parts, pairs
-
-TONES = {"reproduced": "good", "exceeded": "good", "holds": "good", "partly": "part"} | dict.fromkeys(
-    ("not reproduced", "fails"), "bad"
-)
-"""Of badges; others are plain."""
+from retrograde.report.table import Table, figure_parts, pairs, tone
 
 
 @dataclass(frozen=True)
@@ -191,7 +186,7 @@ def _render(comparisons: Sequence[Comparison], kicker: str, title: str, lead: st
         "allow_nan": False,
         "separators": (",", ":"),
     }
-    cast(Any, environment.globals).update(figure_parts=figure_parts, tone=_tone)
+    cast(Any, environment.globals).update(figure_parts=figure_parts, tone=tone)
     return environment.get_template("page.html.jinja").render(
         kicker=kicker,
         title=title,
@@ -199,10 +194,6 @@ def _render(comparisons: Sequence[Comparison], kicker: str, title: str, lead: st
         sections=[section(comparison) for comparison in comparisons],
         plotly=plotly.offline.get_plotlyjs(),
     )
-
-
-def _tone(word: str) -> str:
-    return TONES.get(word, "plain")
 
 
 def _save(text: str, output: Path) -> Path:

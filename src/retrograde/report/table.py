@@ -4,18 +4,23 @@ A cell is text. What stands after a line end in it is smaller, and so is what fo
 width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table as RichTable
 
 NONE = "–"
-_NAME_WIDTH = 24
-"""Columns that a terminal gives the names of the rows at the least, where they are as long."""
+STYLES = {"plain": "", "strong": "bold", "good": "green", "part": "yellow", "bad": "bold red"}
+"""Of a terminal, by tone; the page's style sheet has its own."""
 
-_NO_BREAK = "\N{NO-BREAK SPACE}"
+_TONES = {
+    "good": ("reproduced", "exceeded", "holds", "ok"),
+    "part": ("partly", "note"),
+    "bad": ("not reproduced", "fails", "failed"),
+}
 
 Kind = Literal["text", "number", "badge"]
 
@@ -56,11 +61,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row, its name first; `strong` is set in bold."""
+    """A row, its name first; `tone` is one of `STYLES`."""
 
     cells: tuple[str, ...]
     swatch: Swatch | None = None
-    strong: bool = False
+    tone: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -76,34 +81,39 @@ class Table:
         """Whether the columns have names."""
         return any(column.name for column in self.columns)
 
-    def terminal(self, caption: str | None = None) -> "RichTable":
-        """For `rich`; figures are not broken at their spaces."""
-        from rich.markup import escape
-        from rich.table import Table as RichTable
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """For `rich`: where the terminal is narrow, a figure's interval stands below it, as in the page."""
+        from rich.measure import Measurement
 
-        table = RichTable(
-            box=None,
-            pad_edge=False,
-            header_style="bold",
-            caption_justify="left",
-            caption=self.caption if caption is None else caption,
-            show_header=self.headed,
-        )
+        room = options.update(width=10_000)
+        table = self._rich()
+        if Measurement.get(console, room, table).maximum > options.max_width:
+            table = self._rich(lambda name, cells: [*name.split(), *cells])
+        if Measurement.get(console, room, table).minimum > options.max_width:
+            table = self._rich(lambda name, cells: cells)
+        yield table
+
+    def _rich(self, unbroken: Callable[[str, list[str]], list[str]] | None = None) -> "RichTable":
+        """`unbroken`: of a column of numbers in a narrow terminal, what is not broken: cells, and words of the head."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=None, pad_edge=False, header_style="bold", show_header=self.headed)
+        table.caption, table.caption_justify = Text(self.caption) if self.caption else None, "left"
+        columns: list[list[str]] = []
         for at, column in enumerate(self.columns):
-            right = column.kind == "number"
-            # The names of the rows are broken last: the heads of figures have spaces to break at.
-            least = None if at else min(_NAME_WIDTH, max((len(row.cells[0]) for row in self.rows), default=0))
-            table.add_column(
-                column.name, justify="right" if right else "left", overflow="fold", min_width=least
-            )
-        for row in self.rows:
-            table.add_row(
-                *(
-                    escape(cell.replace(" ", _NO_BREAK) if column.kind == "number" else cell)
-                    for column, cell in zip(self.columns, row.cells, strict=True)
-                ),
-                style="bold" if row.strong else None,
-            )
+            cells, number = [row.cells[at] for row in self.rows], column.kind == "number"
+            width = None
+            if number and unbroken:
+                cells = ["\n".join(filter(None, figure_parts(cell))) for cell in cells]
+                width = max(map(len, "\n".join(unbroken(column.name, cells)).splitlines()), default=None)
+            name = Text(column.name)
+            table.add_column(name, justify="right" if number else "left", overflow="fold", width=width)
+            columns.append(cells)
+        for row, *cells in zip(self.rows, *columns, strict=True):
+            kinds = zip(self.columns, cells, strict=True)
+            styles = (STYLES[tone(cell)] if column.kind == "badge" else "" for column, cell in kinds)
+            table.add_row(*map(Text, cells, styles), style=STYLES[row.tone])
         return table
 
     def markdown(self, *, literal: bool = True) -> str:
@@ -132,6 +142,11 @@ def make_table(
     return Table(kinds, tuple(Row(tuple(row)) for row in rows), caption)
 
 
+def tone(word: str) -> str:
+    """The tone of a badge: whether what it says is good."""
+    return next((name for name, words in _TONES.items() if word in words), "plain")
+
+
 def pairs(caption: str, rows: Iterable[Sequence[str]]) -> Table:
     """Names and values, without a head."""
     return make_table(("", ""), rows, texts=2, caption=caption)
@@ -150,6 +165,7 @@ def figure_parts(cell: str) -> tuple[str, str]:
     text, _, below = cell.partition("\n")
     figure, sign, half = text.partition(" ± ")
     if not sign:
-        return text, below
+        figure, sign, seeds = text.partition(" in ")
+        return figure, f"in {seeds}" if sign else below
     unit = half.partition(" ")[2]
     return (figure if " " in figure or not unit else f"{figure} {unit}"), f"± {half}"

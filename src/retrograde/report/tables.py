@@ -107,7 +107,7 @@ def search_table(entry: Entry) -> Table:
     def row(at: int, trial: Trial) -> Row:
         values = (_written(trial.changes[key]) if key in trial.changes else NONE for key in keys)
         reached = figure("best_validation", trial.accuracy) if trial.error is None else trial.error
-        return Row((str(at + 1), *values, reached), strong=at == best)
+        return Row((str(at + 1), *values, reached), tone="strong" if at == best else "plain")
 
     columns = (Column("trial", "text"), *map(Column, (*keys, "validation accuracy")))
     rows = tuple(row(at, trial) for at, trial in enumerate(entry.trials))
