@@ -20,7 +20,7 @@ from retrograde.lab.claims.library import Entry, Library
 from retrograde.lab.claims.result import Result, schema
 from retrograde.lab.files import write_json
 from retrograde.report.comparison import Comparison
-from retrograde.report.pictures.results import courses, time_figure
+from retrograde.report.pictures.results import courses, time_chart
 from retrograde.report.prose import caption, caveats
 from retrograde.report.table import NONE, make_table
 from retrograde.report.table import markdown_literally as plain
@@ -195,17 +195,19 @@ def has_picture(result: Result) -> bool:
 
 def pictures(entries: Sequence[Entry]) -> dict[str, "Figure"]:
     """Accuracy over time of every result where it makes sense, by the picture's name."""
+    from plotly.graph_objects import Figure
+
     found: dict[str, Figure] = {}
     for entry in entries:
-        figure = (
-            time_figure(Comparison(entry.result, {})) if entry.result and has_picture(entry.result) else None
+        chart = (
+            time_chart(Comparison(entry.result, {})) if entry.result and has_picture(entry.result) else None
         )
-        if figure is None:
+        if chart is None:
             continue
-        span = figure.layout.yaxis.range
+        figure, span = Figure(chart.spec["data"]), chart.spec["layout"]["yaxis"]["range"]
         frame(figure, "seconds of training", "validation accuracy")
-        figure.update_xaxes(type="linear")
-        figure.update_yaxes(type="linear", range=span, automargin=True, title_standoff=12)
+        figure.update_xaxes(type="linear", rangemode="tozero")
+        figure.update_yaxes(type="linear", range=span, ticksuffix=" %", automargin=True, title_standoff=12)
         below = {
             "orientation": "h",
             "x": 0,

@@ -33,11 +33,6 @@ def flops_unit(value: float) -> tuple[float, str]:
     return 1.0, "FLOP"
 
 
-def seconds_unit(value: float) -> tuple[float, str]:
-    """The unit to write a time of this size in, and its factor."""
-    return (1.0, "s") if value >= 1 else (1e-3, "ms") if value >= 1e-3 else (1e-6, "µs")
-
-
 def cell(value: object, column: str) -> str:
     """One of a layer's numbers, whose column says whether it is a share."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""What every plot is made of: its frame, its legend, and the variants' lines.
+"""What every plot is made of: its frame, its legend, and its lines and marks.
 
 Every plot is a `Chart`: a plotly figure plus its title, its legend and a sentence for those who cannot see it. The
 legend is HTML and not plotly's, so that it wraps on a phone and takes no height from the plot. Colours that depend on
@@ -17,11 +17,9 @@ import plotly.graph_objects as go
 from retrograde.report.comparison import INK
 from retrograde.report.table import Swatch
 
-MAX_POINTS = 1000
-# Lines of one plot share this many points, so that many seeds do not make a page of many megabytes.
-MAX_POINTS_OF_PLOT = 12_000
-
 Points = list[tuple[float, float]]
+Gapped = Iterable[tuple[float | None, float | None]]
+"""Points, some of which have no coordinates: a line is interrupted there."""
 
 
 @dataclass(frozen=True)
@@ -37,35 +35,106 @@ class Chart:
     wide: bool = False
 
 
-def chart(
-    figure: go.Figure,
-    title: str,
-    alt: str,
-    legend: Iterable[Swatch] = (),
-    *,
-    height: int = 300,
-    note: str = "",
-    wide: bool = False,
-    hover: str = "closest",
-    room: int = 12,
-    top: int = 12,
-) -> Chart:
-    """The figure in the page's frame: no plotly title or legend, and ``room`` and ``top`` pixels for text."""
-    figure.update_layout(
-        template=go.layout.Template(),
-        height=height,
-        showlegend=False,
-        hovermode=hover,
-        margin={"l": 8, "r": room, "t": top, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-    )
-    figure.update_xaxes(automargin=True, zeroline=False, title_standoff=8)
-    figure.update_yaxes(automargin=True, zeroline=False)
-    return Chart(title, note, alt, tuple(legend), height, figure.to_plotly_json(), wide)
+class Plot:
+    """A plot that is being drawn.
+
+    Attributes:
+        figure: plotly's.
+        legend: entries below it.
+        said: what it shows; a plot of which nothing is said has no data.
+    """
+
+    def __init__(self) -> None:
+        self.figure = go.Figure()
+        self.legend: list[Swatch] = []
+        self.said: list[str] = []
+
+    def scatter(self, swatch: Swatch, points: Gapped, *, hover: str = "", **look: Any) -> None:
+        """A trace of points; without `hover`, which is plotly's template, they say nothing under the mouse."""
+        both = list(points)
+        said = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
+        self.figure.add_scatter(
+            x=[rounded(x) for x, _ in both],
+            y=[rounded(y) for _, y in both],
+            name=plain(swatch.label),
+            meta=swatch.meta,
+            **said,
+            **look,
+        )
+
+    def line(
+        self, swatch: Swatch, points: Gapped, *, width: float = 2.2, marked: bool = False, **look: Any
+    ) -> None:
+        """A line in the swatch's colour and dash; with `marked` its points are marked while they are few."""
+        both = list(points)
+        line = {"color": swatch.colour, "dash": swatch.dash, "width": width}
+        marker = {"color": swatch.colour, "size": 5}
+        mode = "lines+markers" if marked and len(both) <= 20 else "lines"
+        self.scatter(swatch, both, mode=mode, line=line, marker=marker, **look)
+
+    def marks(
+        self,
+        swatch: Swatch,
+        points: Gapped,
+        *,
+        size: float = 9,
+        symbol: str = "circle",
+        **look: Any,
+    ) -> None:
+        """Marks in the swatch's colour."""
+        line = {"color": swatch.colour, "width": 1.6 if symbol.endswith("open") else 0}
+        marker = {"symbol": symbol, "size": size, "color": swatch.colour, "line": line}
+        self.scatter(swatch, points, mode="markers", marker=marker, **look)
+
+    def rows(self, names: Sequence[str], at: Sequence[float] | None = None) -> None:
+        """Name the rows of a plot of bars or marks, the first at the top."""
+        at = list(range(len(names))) if at is None else at
+        ends = [max(at, default=0) + 0.6, min(at, default=0) - 0.6]
+        self.figure.update_yaxes(tickvals=at, ticktext=list(names), range=ends, showgrid=False)
+
+    def chart(
+        self,
+        title: str,
+        kind: str,
+        *,
+        note: str = "",
+        height: int = 300,
+        wide: bool = False,
+        hover: str = "closest",
+        room: int = 12,
+        top: int = 12,
+    ) -> Chart | None:
+        """The plot in the page's frame, without plotly's title and legend; None of one that has no data.
+
+        Args:
+            title: above it.
+            kind: of plot, for those who cannot see it.
+            note: below it.
+            height: in pixels, of which 260 are the least.
+            wide: takes a whole line of the page.
+            hover: plotly's mode.
+            room: pixels for text at its right.
+            top: the same above it.
+        """
+        if not self.said:
+            return None
+        height = max(260, height)
+        self.figure.update_layout(
+            template=go.layout.Template(),
+            height=height,
+            showlegend=False,
+            hovermode=hover,
+            margin={"l": 8, "r": room, "t": top, "b": 8},
+            paper_bgcolor="rgba(0,0,0,0)",
+            plot_bgcolor="rgba(0,0,0,0)",
+        )
+        self.figure.update_xaxes(automargin=True, zeroline=False, title_standoff=8)
+        self.figure.update_yaxes(automargin=True, zeroline=False)
+        alt = f"{kind}, {title.lower()}. {'; '.join(self.said)}."
+        return Chart(title, note.strip(), alt, tuple(self.legend), height, self.figure.to_plotly_json(), wide)
 
 
-def mean_line(lines: Sequence[Points]) -> Points:
+def mean_line(lines: Iterable[Points]) -> Points:
     """The mean of several lines where all of them have the same x; empty lines are left out."""
     heights = [dict(line) for line in lines if line]
     if not heights:
@@ -73,83 +142,11 @@ def mean_line(lines: Sequence[Points]) -> Points:
     return [(x, fmean(y[x] for y in heights)) for x in heights[0] if all(x in y for y in heights)]
 
 
-def add_seeds(
-    figure: go.Figure, swatch: Swatch, lines: Sequence[Points], *, unit: str = "", width: float = 2.4
-) -> Points:
-    """Draw a variant's line of each seed thinly and their mean strongly; returns the mean."""
-    mean = mean_line(lines)
-    if len(lines) > 1:
-        # One trace for all seeds: the gaps keep them apart.
-        joined: list[tuple[float | None, float | None]] = []
-        for line in lines:
-            joined += [*line, (None, None)]
-        figure.add_scatter(
-            x=[rounded(x) for x, _ in joined],
-            y=[rounded(y) for _, y in joined],
-            mode="lines",
-            line={"color": swatch.colour, "width": 0.9},
-            opacity=0.4,
-            meta=swatch.meta,
-            hoverinfo="skip",
-        )
-    add_line(figure, swatch, mean, unit=unit, width=width)
-    return mean
-
-
-def add_line(
-    figure: go.Figure,
-    swatch: Swatch,
-    points: Points,
-    *,
-    unit: str = "",
-    width: float = 2.4,
-    dotted: bool = False,
-) -> None:
-    """Draw one line, with its points marked while they are few; ``dotted`` is for a second, lesser one."""
-    figure.add_scatter(
-        x=[rounded(x) for x, _ in points],
-        y=[rounded(y) for _, y in points],
-        name=plain(swatch.label + (", dotted" if dotted else "")),
-        mode="lines" if dotted or len(points) > 20 else "lines+markers",
-        line={
-            "color": swatch.colour,
-            "dash": "dot" if dotted else swatch.dash,
-            "width": 1.3 if dotted else width,
-        },
-        marker={"color": swatch.colour, "size": 5},
-        meta=swatch.meta,
-        hovertemplate=f"%{{y:.4~g}}{unit}",
-    )
-
-
-def rows_axis(figure: go.Figure, names: Sequence[str], at: Sequence[float] | None = None) -> None:
-    """Name the rows of a plot of bars or marks, the first at the top."""
-    at = list(range(len(names))) if at is None else at
-    figure.update_yaxes(
-        tickvals=at, ticktext=list(names), range=[max(at) + 0.6, min(at) - 0.6], showgrid=False
-    )
-
-
 def half_interval(values: Sequence[float | None], colour: str = INK) -> dict[str, Any] | None:
     """Whiskers of half a 95 % interval along x; None where no seed is repeated."""
     if not any(values):
         return None
     return {"type": "data", "array": list(values), "color": colour, "width": 3, "thickness": 1.4}
-
-
-def epoch_axis(figure: go.Figure, most: int) -> None:
-    """Label the x axis as epochs, with a tick for each while they are few."""
-    figure.update_xaxes(title="epoch")
-    if most <= 12:
-        figure.update_xaxes(dtick=1)
-
-
-def thinned(lines: Sequence[Points], budget: int = MAX_POINTS_OF_PLOT) -> tuple[list[Points], int]:
-    """The lines of one plot with every n-th point and the last, and the n: all lines share a budget of points."""
-    filled = [len(line) for line in lines if line]
-    room = max(25, min(MAX_POINTS, budget // max(1, len(filled))))
-    stride = max((-(-length // room) for length in filled), default=1)
-    return [line[::stride] + (line[-1:] if (len(line) - 1) % stride else []) for line in lines], stride
 
 
 def rounded(value: float | None) -> float | None:
@@ -162,7 +159,7 @@ def plain(label: str) -> str:
     return escape(label, quote=False)
 
 
-def broken(label: str, width: int) -> str:
+def broken(label: str, width: int = 18) -> str:
     """A label for an axis, in two lines at most."""
     return "<br>".join(map(plain, wrap(label, width, max_lines=2, placeholder="…")))
 

@@ -1,17 +1,19 @@
 """One line per layer over the epochs, coloured by depth: the pictures of Decorrelate and Spectral."""
 
-from collections.abc import Sequence
+from typing import Any
 
-import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
+from retrograde.lab.record import Epoch
 from retrograde.report.comparison import Variant
-from retrograde.report.pictures.chart import Chart, Points, add_line, chart, epoch_axis, mean_line, thinned
+from retrograde.report.pictures.chart import Chart, Points, mean_line
+from retrograde.report.pictures.learning import along
+from retrograde.report.pictures.lines import Line, lines_chart
 from retrograde.report.table import Swatch
 
 # From the first layer to the last; every colour is clear on white and on black.
-_RAMP = ((63, 111, 181), (47, 154, 160), (90, 166, 84), (201, 154, 46), (207, 95, 58), (168, 67, 127))
+_RAMP = ("#3f6fb5", "#2f9aa0", "#5aa654", "#c99a2e", "#cf5f3a", "#a8437f")
 _MOST_NAMED = 8
-_MOST_POINTS = 3000
 
 
 def decorrelate(variant: Variant) -> list[Chart | None]:
@@ -72,55 +74,20 @@ def layer_lines(
     """
 
     def line(name: str, of: str) -> Points:
-        points = _mean_line(variant, name, of)
+        def value(epoch: Epoch) -> float | None:
+            return epoch.layers[name].number(of) if name in epoch.layers else None
+
+        points = mean_line(along(run, value) for run in variant.records)
         return [(x, y * factor) for x, y in points if y > 0 or not log]
 
-    names = [name for name in variant.layers() if not lesser or line(name, lesser)]
-    lines = {name: points for name in names if (points := line(name, key))}
-    if not lines:
-        return None
-    lines = dict(zip(lines, thinned(list(lines.values()), _MOST_POINTS)[0], strict=True))
-    figure = go.Figure()
-    swatches = [Swatch(*entry) for entry in zip(lines, _ramp(len(lines)), strict=True)]
-    for swatch in swatches:
-        if lesser and (points := line(swatch.label, lesser)):
-            add_line(
-                figure, swatch, thinned([points], _MOST_POINTS // len(lines))[0][0], unit=unit, dotted=True
-            )
-    for swatch in swatches:
-        add_line(figure, swatch, lines[swatch.label], unit=unit, width=1.8)
-    epoch_axis(figure, max(map(len, lines.values())))
-    figure.update_yaxes(ticksuffix=unit, type="log" if log else "linear")
-    ends = [f"{name} from {at[0][1]:.3g}{unit} to {at[-1][1]:.3g}{unit}" for name, at in lines.items()]
-    return chart(
-        figure, title, f"Line chart, {title.lower()}. {'; '.join(ends)}.", _legend(swatches), note=note
-    )
-
-
-def _mean_line(variant: Variant, name: str, key: str) -> Points:
-    lines: list[Points] = []
-    for run in variant.records:
-        points = (
-            (epoch.epoch, epoch.layers[name].number(key)) for epoch in run.epochs if name in epoch.layers
-        )
-        lines.append([(x, y) for x, y in points if y is not None])
-    return mean_line(lines)
-
-
-def _ramp(count: int) -> list[str]:
-    """`count` colours along the ramp."""
-    found: list[str] = []
-    for index in range(count):
-        at = index / max(1, count - 1) * (len(_RAMP) - 1)
-        low = min(int(at), len(_RAMP) - 2)
-        mixed = (round(a + (b - a) * (at - low)) for a, b in zip(_RAMP[low], _RAMP[low + 1], strict=True))
-        found.append("#" + "".join(f"{part:02x}" for part in mixed))
-    return found
-
-
-def _legend(swatches: Sequence[Swatch]) -> list[Swatch]:
-    """All layers while they are few, then some on the way from the first to the last."""
-    if len(swatches) <= _MOST_NAMED:
-        return list(swatches)
-    last = len(swatches) - 1
-    return [swatches[round(last * part / 4)] for part in range(5)]
+    both = {name: (line(name, key), line(name, lesser) if lesser else []) for name in variant.layers()}
+    found = {name: lines for name, lines in both.items() if lines[0] and (lines[1] or not lesser)}
+    places = [at / max(1, len(found) - 1) for at in range(len(found))]
+    colours: Any = sample_colorscale(_RAMP, places)
+    swatches = list(map(Swatch, found, colours))
+    lines = [Line(swatch, [found[swatch.label][0]], found[swatch.label][1]) for swatch in swatches]
+    # All layers while they are few, then some on the way from the first to the last.
+    named = swatches
+    if len(named) > _MOST_NAMED:
+        named = [swatches[round((len(swatches) - 1) * part / 4)] for part in range(5)]
+    return lines_chart(title, lines, unit=unit, note=note, log=log, legend=named)

@@ -1,19 +1,18 @@
 """Perforate's pictures: its phases over the validation score, and where it put its dendrites."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import plotly.graph_objects as go
 
 from retrograde.lab.record import Epoch, RunRecord, mapping, number
 from retrograde.report.comparison import INK, Variant
-from retrograde.report.pictures.chart import Chart, add_line, chart, half_interval, rounded, rows_axis, short
+from retrograde.report.pictures.bars import Bar, bars_chart
+from retrograde.report.pictures.chart import Chart, Plot, short
 from retrograde.report.pictures.learning import accuracy
 from retrograde.report.table import Swatch
 
-_GROWN = "#009E73"
-_SHADE = "rgba(0,158,115,0.13)"
+_GROWN = Swatch("dendrites", "#009E73")
+_LEARN = Swatch("dendrites learn", "rgba(0,158,115,0.4)", mark="box")
 
 
 @dataclass(frozen=True)
@@ -49,52 +48,39 @@ def _entries(epoch: Epoch) -> list[Any] | None:
 
 def _phases(variant: Variant) -> Chart | None:
     run = next((run for run in variant.records if any(_entries(e) is not None for e in run.epochs)), None)
-    if run is None:
+    line = [(float(e.step), y) for e in run.epochs if (y := accuracy(e)) is not None] if run else []
+    if run is None or not line:
         return None
-    line = [(float(epoch.step), y) for epoch in run.epochs if (y := accuracy(epoch)) is not None]
-    if not line:
-        return None
-    figure, found = go.Figure(), marks(run)
-    add_line(figure, variant.swatch, line, unit=" %")
-    _draw(figure, found, line[-1][0])
-    figure.update_xaxes(title="step", range=[0, line[-1][0] * 1.03])
-    figure.update_yaxes(ticksuffix=" %")
+    plot, found, end = Plot(), marks(run), line[-1][0]
+    # Only one run is drawn: without the dash, which distinguishes variants.
+    plot.line(replace(variant.swatch, dash="solid"), line, marked=True, hover="%{y:.4~g} %")
+    _draw(plot, found, end)
+    plot.figure.update_xaxes(title="step", range=[0, end * 1.03])
+    plot.figure.update_yaxes(ticksuffix=" %")
+    plot.said = [f"{mark.phase} phase from step {mark.step:g}" for mark in found] or ["no phase has changed"]
+    plot.legend = [_LEARN]
     which = f" Drawn for one seed, {run.seed}." if len(variant.records) > 1 else ""
-    changes = "; ".join(f"{mark.phase} phase from step {mark.step:g}" for mark in found)
-    return chart(
-        figure,
+    return plot.chart(
         "Perforate: phases over validation accuracy",
-        f"Line chart, validation accuracy over steps with the phases. {changes}.",
-        [Swatch("dendrites learn", _SHADE.replace("0.13", "0.4"), mark="box")],
+        "Line chart, validation accuracy over steps",
         note="A vertical line is a change of phase and the number above it the dendrites so far: a gain shows as "
-        "a rise after a shaded stretch." + which,
+        f"a rise after a shaded stretch.{which}",
         height=320,
         top=26,
     )
 
 
-def _draw(figure: go.Figure, found: Sequence[Mark], end: float) -> None:
+def _draw(plot: Plot, found: Sequence[Mark], end: float) -> None:
     shown: float | None = None
     for index, mark in enumerate(found):
         until = found[index + 1].step if index + 1 < len(found) else max(end, mark.step)
         if mark.phase == "dendrite":
-            figure.add_shape(
-                type="rect", x0=mark.step, x1=until, y0=0, y1=1, yref="paper", fillcolor=_SHADE, line_width=0
-            )
-        figure.add_shape(
-            type="line",
-            x0=mark.step,
-            x1=mark.step,
-            y0=0,
-            y1=1,
-            yref="paper",
-            line={"color": INK, "width": 1, "dash": "dot"},
-        )
+            plot.figure.add_vrect(x0=mark.step, x1=until, fillcolor=_GROWN.colour, opacity=0.13, line_width=0)
+        plot.figure.add_vline(x=mark.step, line={"color": INK, "width": 1, "dash": "dot"})
         if mark.dendrites is not None and mark.dendrites != shown:
             shown = mark.dendrites
-            figure.add_annotation(
-                x=mark.step, y=1.0, yref="paper", yanchor="bottom", text=f"{shown:g}", showarrow=False
-            )
+            place = {"y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+            plot.figure.add_annotation(x=mark.step, text=f"{shown:g}", **place)
 
 
 def _dendrites(variant: Variant) -> Chart | None:
@@ -102,32 +88,14 @@ def _dendrites(variant: Variant) -> Chart | None:
         layer = run.layers.get(name)
         return layer.number("dendrites") if layer else None
 
-    counts = [
-        (name, value)
+    rows = [
+        Bar(short(name), total, f"{total.mean:.3g}", {_GROWN: total.mean})
         for name in variant.layers()
-        if (value := variant.estimate(lambda run, name=name: count(run, name)))
+        if (total := variant.estimate(lambda run, name=name: count(run, name)))
     ]
-    if not counts:
-        return None
-    figure = go.Figure()
-    figure.add_bar(
-        x=[rounded(value.mean) for _, value in counts],
-        y=list(range(len(counts))),
-        orientation="h",
-        width=0.6,
-        marker={"color": _GROWN},
-        error_x=half_interval([value.half for _, value in counts]),
-        hovertemplate="%{x:.3~g} dendrites<extra></extra>",
-    )
-    figure.update_xaxes(title="dendrites", rangemode="tozero")
-    if max(value.mean for _, value in counts) <= 10:
-        figure.update_xaxes(dtick=1)
-    rows_axis(figure, [short(name) for name, _ in counts])
-    ends = "; ".join(f"{name} {value.mean:g}" for name, value in counts)
-    return chart(
-        figure,
+    return bars_chart(
         "Perforate: dendrites of each layer",
-        f"Bar chart, accepted dendrites of each layer. {ends}.",
-        height=max(320, 22 * len(counts) + 70),
+        "dendrites",
+        rows,
         note="The dendrites each layer has accepted at the end: a long bar is a layer that gained from them.",
     )
