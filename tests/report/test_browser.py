@@ -38,12 +38,24 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def report(runs: Path, tmp_path: Path) -> Path:
-    return write([runs], tmp_path / "report.html")
+@pytest.fixture(scope="module")
+def report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several seeds, and all methods, in two groups."""
+    return write([trained], tmp_path_factory.mktemp("page") / "report.html")
 
 
-def load(browser: Any, report: Path, width: int, height: int, theme: str) -> tuple[Any, list[str]]:
+@pytest.fixture(scope="module")
+def desktop(browser: Any, report: Path) -> Iterator[tuple[Any, list[str]]]:
+    yield from load(browser, report, 1280, 900, "light")
+
+
+@pytest.fixture(scope="module")
+def phone(browser: Any, report: Path) -> Iterator[tuple[Any, list[str]]]:
+    yield from load(browser, report, 360, 740, "dark")
+
+
+def load(browser: Any, report: Path, width: int, height: int, theme: str) -> Iterator[tuple[Any, list[str]]]:
+    """The page, and what went wrong on it: it is drawn once for all tests, which leave it as they found it."""
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
     trouble: list[str] = []
     page.on("console", lambda message: trouble.append(f"console {message.type}: {message.text}"))
@@ -55,7 +67,8 @@ def load(browser: Any, report: Path, width: int, height: int, theme: str) -> tup
     page.set_default_timeout(150_000)  # every plot is drawn before it is loaded: slow on a busy machine
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
-    return page, trouble
+    yield page, trouble
+    page.close()
 
 
 def luminance(colour: str) -> float:
@@ -78,20 +91,12 @@ def theme_of(page: Any) -> dict[str, float]:
     return {name: luminance(colour) for name, colour in colours.items()}
 
 
-@pytest.fixture
-def methods_report(trained: Path, tmp_path: Path) -> Path:
-    return write([trained], tmp_path / "methods.html")
-
-
-@pytest.mark.parametrize(("width", "height", "theme"), [(1280, 900, "light"), (360, 740, "dark")])
-@pytest.mark.parametrize(("which", "count"), [("report", 18), ("methods_report", 26)])
-def test_every_plot_is_drawn(
-    browser: Any, request: pytest.FixtureRequest, which: str, count: int, width: int, height: int, theme: str
-) -> None:
-    page, trouble = load(browser, request.getfixturevalue(which), width, height, theme)
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_every_plot_is_drawn(request: pytest.FixtureRequest, size: str) -> None:
+    page, trouble = request.getfixturevalue(size)
     assert not trouble
     plots = page.query_selector_all(".plot")
-    assert len(plots) == count
+    assert len(plots) == 26
     for plot in plots:
         name = plot.get_attribute("id")
         marks = plot.evaluate(
@@ -104,28 +109,23 @@ def test_every_plot_is_drawn(
         assert marks, name
         box = plot.bounding_box()
         assert box["height"] >= 260, name
-        assert box["width"] <= width, name
+        assert box["width"] <= page.viewport_size["width"], name
         plot.scroll_into_view_if_needed()
         image = Image.open(io.BytesIO(plot.screenshot())).convert("RGB")
         assert len(set(image.get_flattened_data())) > 20, name
-    page.close()
 
 
-@pytest.mark.parametrize("which", ["report", "methods_report"])
-def test_nothing_scrolls_sideways_on_a_phone(
-    browser: Any, request: pytest.FixtureRequest, which: str
-) -> None:
-    page, _ = load(browser, request.getfixturevalue(which), 360, 740, "dark")
+def test_nothing_scrolls_sideways_on_a_phone(phone: tuple[Any, list[str]]) -> None:
+    page, _ = phone
     page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     # The summary is wider than a phone, so it must scroll inside its own container.
     assert page.evaluate("(box => box.scrollWidth > box.clientWidth)(document.querySelector('.scroll'))")
-    page.close()
+    page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = false; })")
 
 
-@pytest.mark.parametrize("which", ["report", "methods_report"])
-def test_text_in_plots_stays_inside(browser: Any, request: pytest.FixtureRequest, which: str) -> None:
-    page, _ = load(browser, request.getfixturevalue(which), 360, 740, "light")
+def test_text_in_plots_stays_inside(phone: tuple[Any, list[str]]) -> None:
+    page, _ = phone
     outside = page.evaluate(
         """() => [...document.querySelectorAll(".plot")].flatMap((plot) => {
           const box = plot.getBoundingClientRect();
@@ -136,11 +136,10 @@ def test_text_in_plots_stays_inside(browser: Any, request: pytest.FixtureRequest
         })"""
     )
     assert outside == []
-    page.close()
 
 
-def test_the_theme_is_followed_while_the_page_is_open(browser: Any, report: Path) -> None:
-    page, trouble = load(browser, report, 1280, 900, "light")
+def test_the_theme_is_followed_while_the_page_is_open(desktop: tuple[Any, list[str]]) -> None:
+    page, trouble = desktop
     light = theme_of(page)
     assert light["page"] > 0.9
     assert max(light["text"], light["line"]) < 0.2
@@ -154,11 +153,11 @@ def test_the_theme_is_followed_while_the_page_is_open(browser: Any, report: Path
     assert min(dark["text"], dark["line"]) > 0.8
     assert dark["tick"] > 0.5 > light["tick"]
     assert not trouble
-    page.close()
+    page.emulate_media(color_scheme="light")
 
 
-def test_a_legend_entry_hides_its_run_in_the_whole_group(browser: Any, report: Path) -> None:
-    page, trouble = load(browser, report, 1280, 900, "light")
+def test_a_legend_entry_hides_its_run_in_the_whole_group(desktop: tuple[Any, list[str]]) -> None:
+    page, trouble = desktop
     count = "(id) => document.querySelectorAll('#' + id + ' path.js-line').length"
     before = [page.evaluate(count, f"plot-{group}-1-0") for group in (0, 1)]
     button = page.locator(".legend button", has_text="dither(scale=1.0)").first
@@ -169,4 +168,3 @@ def test_a_legend_entry_hides_its_run_in_the_whole_group(browser: Any, report: P
     button.click()
     page.wait_for_function(f"({count})('plot-0-1-0') === {before[0]}")
     assert not trouble
-    page.close()

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 from retrograde.cli import output
-from retrograde.cli.flags import Methods, Names, Switch, output_arg
+from retrograde.cli.flags import Methods, Names, Switch, said
 from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.kernels import choose
@@ -30,10 +30,6 @@ QUICK_PART = 8
 """Batches of quick steps are one part in so many."""
 OVERHEAD_PART = 0.25
 """Of the time of `layers`: what attaching costs small ones."""
-
-
-def _default(text: str) -> Any:
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 
 @dataclass(frozen=True)
@@ -60,32 +56,20 @@ class Bench:
     """
 
     what: Annotated[Literal["kernels", "layers", "steps"], tyro.conf.Positional]
-    model: Annotated[Names, tyro.conf.arg(aliases=("--models",), help_behavior_hint="(default: all)")] = ()
-    method: Annotated[Methods, _default("all")] = ()
-    rounds: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 5 of steps, 25 of the others)")
-    ] = None
-    seconds: Annotated[
-        float | None,
-        tyro.conf.arg(
-            metavar="FLOAT", help_behavior_hint=f"(default: {SECONDS:g}; no budget if --rounds is given)"
-        ),
-    ] = None
+    model: Annotated[Names, said("all", None, "--models")] = ()
+    method: Annotated[Methods, said("all")] = ()
+    rounds: Annotated[int | None, said("5 of steps, 25 of the others", "INT")] = None
+    seconds: Annotated[float | None, said(f"{SECONDS:g}; no budget if --rounds is given", "FLOAT")] = None
     quick: Switch = False
     compiled: Switch = False
-    output: Annotated[Path | None, output_arg()] = None
+    output: Annotated[Path | None, said("none: nothing is written", "PATH", "-o")] = None
     json: Switch = False
 
     def run(self, given: Given) -> int:
         """Time, then print."""
         self._check()
         limits, measure = self._limits(), self._choose()
-        with output.progress_bar() as bar:
-            task = bar.add_task(f"bench {self.what}", total=None, note="")
-
-            def show(what: str, done: float = 0, total: float | None = None) -> None:
-                bar.update(task, completed=done, total=total, note=what)
-
+        with output.progress(f"bench {self.what}") as show:
             for family in choose.FAMILIES:
                 show(f"compiling and calibrating the kernels, once for all: {family}")
                 choose.model().complete(family)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +19,8 @@ from retrograde.cli.flags import (
     Names,
     RecipeFile,
     Switch,
-    TaskFlags,
-    folder_arg,
-    output_arg,
+    TaskFields,
+    said,
 )
 from retrograde.cli.options import ALL_METHODS, Given, split
 from retrograde.cli.repro import present, shown
@@ -43,9 +42,6 @@ from retrograde.report.table import make_table
 
 _READINGS = 10
 """Of the validation split in a short run: the time to an accuracy is known to a tenth of it."""
-
-_Task = Annotated[Any, tyro.conf.arg(name="")]
-
 
 _PEERS = ", ".join(sorted({entry.name for entry in entry_points(group=peers.GROUP)}))
 
@@ -74,7 +70,7 @@ class Compare:
 
     model: Model
     data: DataSet
-    fields: _Task = field(default_factory=TaskFlags)
+    fields: TaskFields
     method: Methods = ()
     peers: Annotated[
         Names, tyro.conf.arg(metavar="NAME ...", help=f"Published rivals to compare with: {_PEERS}.")
@@ -83,8 +79,8 @@ class Compare:
     trials: int = 4
     jobs: int = 1
     recipe: RecipeFile = None
-    output: Annotated[Path, output_arg("compare.html")] = Path("compare.html")
-    runs: Annotated[Path | None, folder_arg("runs/compare/…, by what is compared")] = None
+    output: Annotated[Path, said("compare.html", "PATH", "-o")] = Path("compare.html")
+    runs: Annotated[Path | None, said("runs/compare/…, by what is compared", "PATH")] = None
     data_dir: DataFolder = None
     json: Switch = False
 
@@ -130,16 +126,14 @@ class Advise:
 
     model: Model
     data: DataSet
-    fields: _Task = field(default_factory=TaskFlags)
-    method: Annotated[
-        Methods, tyro.conf.arg(help_behavior_hint="(default: all that short runs can judge)")
-    ] = ()
+    fields: TaskFields
+    method: Annotated[Methods, said("all that short runs can judge")] = ()
     length: int = 300
     seeds: int = 3
     recipe: RecipeFile = None
-    write: Annotated[Path | None, folder_arg("none: nothing is written")] = None
-    output: Annotated[Path, output_arg("advise.html")] = Path("advise.html")
-    runs: Annotated[Path | None, folder_arg("runs/advise/…, by what is tried")] = None
+    write: Annotated[Path | None, said("none: nothing is written", "PATH")] = None
+    output: Annotated[Path, said("advise.html", "PATH", "-o")] = Path("advise.html")
+    runs: Annotated[Path | None, said("runs/advise/…, by what is tried", "PATH")] = None
     data_dir: DataFolder = None
     json: Switch = False
 
@@ -189,11 +183,6 @@ class Advise:
         train = recipe.load_data(self.data_dir).train
         in_epoch = lab_data.steps_in_epoch(train, recipe.batch_size)
         return max(1, round(_READINGS * in_epoch / self.length))
-
-
-# The flags' class is made from the recipe; a checker cannot follow that, tyro can.
-Compare.__annotations__["fields"] = Annotated[TaskFlags, tyro.conf.arg(name="")]
-Advise.__annotations__["fields"] = Annotated[TaskFlags, tyro.conf.arg(name="")]
 
 
 def _recipe(given: Given, flags: Any, model: str, data: str, data_dir: Path | None) -> Recipe:

@@ -1,14 +1,12 @@
 """``retrograde demo``: each method on the kind of work that it is for, against plain backpropagation."""
 
 import shutil
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.markup import escape
 
 from retrograde.cli import output
 from retrograde.cli.options import Given
@@ -53,9 +51,14 @@ class Demo:
                 f"demo: seeds={self.seeds} must be 1 or more, and seconds={self.seconds} more than 0."
             )
         _clear(self.runs)
-        with _progress() as show, stop_request() as stop:
+        with output.progress("demo", counted=False) as show, stop_request() as stop:
             outcome = Demonstration(
-                scenarios(), self.runs, seeds=self.seeds, seconds=self.seconds, show=show, stop=stop
+                scenarios(),
+                self.runs,
+                seeds=self.seeds,
+                seconds=self.seconds,
+                show=partial(show, total=1.0),
+                stop=stop,
             ).run()
         last = advice(outcome.shown)
         told = [_told(scenario, result) for scenario, result in outcome.shown]
@@ -68,14 +71,6 @@ class Demo:
         else:
             _print(outcome, last, page)
         return 0
-
-
-@contextmanager
-def _progress() -> Generator[Callable[[str, float], None]]:
-    with output.share_bar() as bar:
-        task = bar.add_task("demo", total=1.0, note="")
-        yield lambda what, share: bar.update(task, completed=share, note=escape(what))
-        bar.update(task, completed=1.0, note="")
 
 
 def _clear(folder: Path) -> None:

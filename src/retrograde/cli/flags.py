@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
@@ -23,29 +23,20 @@ _METAVARS = {
 Switch = FlagCreatePairsOff[bool]
 """Off unless it is given: there is no `--no-…`."""
 
-Names = Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: none)")]
-Methods = Annotated[
-    tuple[str, ...],
-    arg(metavar="NAME[+NAME] ...", aliases=("--methods",), help_behavior_hint="(default: none)"),
-]
+
+def said(default: str, metavar: str | None = None, *aliases: str) -> Any:
+    """A flag whose default is said in words."""
+    return arg(metavar=metavar, aliases=aliases or None, help_behavior_hint=f"(default: {default})")
+
+
+Names = Annotated[tuple[str, ...], said("none", "NAME ...")]
+Methods = Annotated[tuple[str, ...], said("none", "NAME[+NAME] ...", "--methods")]
 """`--methods` is the spelling of earlier versions."""
 
-RecipeFile = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: none)")]
-DataFolder = Annotated[
-    Path | None, arg(metavar="PATH", help_behavior_hint="(default: the environment variable RETROGRADE_DATA)")
-]
+RecipeFile = Annotated[Path | None, said("none", "PATH")]
+DataFolder = Annotated[Path | None, said("the environment variable RETROGRADE_DATA", "PATH")]
 Model = Annotated[str, tyro.conf.Positional, arg(metavar=_METAVARS["model"])]
 DataSet = Annotated[str, tyro.conf.Positional, arg(metavar=_METAVARS["data"])]
-
-
-def output_arg(default: str = "none: nothing is written") -> Any:
-    """The one meaning of `-o`: the file that a command writes."""
-    return arg(metavar="PATH", aliases=("-o",), help_behavior_hint=f"(default: {default})")
-
-
-def folder_arg(default: str, *aliases: str) -> Any:
-    """A folder whose default is said in words."""
-    return arg(metavar="PATH", aliases=aliases, help_behavior_hint=f"(default: {default})")
 
 
 def _make(name: str, without: set[str]) -> type[Any]:
@@ -64,6 +55,12 @@ def _make(name: str, without: set[str]) -> type[Any]:
 RecipeFlags = _make("RecipeFlags", NOT_FLAGS)
 TaskFlags = _make("TaskFlags", NOT_FLAGS | {"model", "data", "seed"})
 """Without what a comparison names itself: model and data are its arguments, and its seeds are its own."""
+
+if TYPE_CHECKING:
+    RecipeFields = TaskFields = Any
+else:
+    RecipeFields = Annotated[RecipeFlags, arg(name="")]
+    TaskFields = Annotated[TaskFlags, arg(name="")]
 
 
 def from_recipe(recipe: Recipe, flags: type[Any] = RecipeFlags) -> Any:

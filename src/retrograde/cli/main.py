@@ -1,11 +1,12 @@
 """Entry point: finds the command, runs it, and turns errors into messages and exit codes."""
 
 import dataclasses
+import functools
 import itertools
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, Union
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_flush_denormal(True)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _Warnings()
+            warnings.showwarning = _warn(functools.cache(output.log.print))
             return _run(argv)
     except (RetrogradeError, OSError) as error:  # a file or folder that the command was given
         if as_json:
@@ -72,37 +73,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_flush_denormal(flushed)
 
 
-class _Warnings:
-    """Prints each warning once, however many runs of a command bring it.
+def _warn(write: Callable[..., None]) -> Callable[..., None]:
+    """A warning on stderr, without the line of code that it points at, on which a user cannot act.
 
-    A user of the command line cannot act on the line of code that it points at.
+    Args:
+        write: remembers what it has printed: several runs of a command may bring the same warning.
     """
 
-    def __init__(self) -> None:
-        self._shown: set[str] = set()
+    def show(message: Warning | str, *rest: object, **others: object) -> None:
+        write(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
-    def __call__(self, message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if str(message) not in self._shown:
-            self._shown.add(str(message))
-            output.log.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+    return show
 
 
 def _run(arguments: list[str]) -> int:
     recipe, classes = read_chosen(arguments)
     flags, tasks = from_recipe(recipe), from_recipe(recipe, TaskFlags)
     commands: dict[str, Any] = {
-        "methods": Methods,
+        "methods": Methods(),
         "plan": PlanCommand(flags),
         "train": Train(flags),
         "advise": Advise(tyro.MISSING, tyro.MISSING, tasks),
         "compare": Compare(tyro.MISSING, tyro.MISSING, tasks),
-        "report": Report,
-        "demo": Demo,
-        "repro": Repro,
-        "bench": Bench,
-        "doctor": Doctor,
+        "report": Report(tyro.MISSING),
+        "demo": Demo(),
+        "repro": Repro(tyro.MISSING),
+        "bench": Bench(tyro.MISSING),
+        "doctor": Doctor(),
     }
-    line: list[tuple[str, Any]] = [("command", Annotated[_union(commands), tyro.conf.arg(name="")])]
+    kinds = (
+        Annotated[type(made), tyro.conf.subcommand(name, default=made)] for name, made in commands.items()
+    )
+    command: Any = Union[tuple(kinds)]  # noqa: UP007  (of as many as there are)
+    line = [("command", Annotated[command, tyro.conf.arg(name="")])]
     if classes and (options := option_flags(classes, type(commands[arguments[0]]))):
         line.append(("options", Annotated[tyro.conf.CascadeSubcommandArgs[options], tyro.conf.arg(name="")]))
     parsed: Any = tyro.cli(
@@ -126,15 +129,3 @@ def _help_first(arguments: list[str]) -> list[str]:
         return arguments
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     return [*words[: 2 if words[:1] == ["repro"] else 1], "--help"]
-
-
-def _union(commands: dict[str, Any]) -> Any:
-    """Of the commands, which are classes, or their defaults where a recipe gives some."""
-    return Union[  # noqa: UP007  (of as many as there are)
-        tuple(
-            Annotated[made, tyro.conf.subcommand(name)]
-            if isinstance(made, type)
-            else Annotated[type(made), tyro.conf.subcommand(name, default=made)]
-            for name, made in commands.items()
-        )
-    ]

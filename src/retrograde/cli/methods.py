@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from retrograde.cli import output
-from retrograde.cli.flags import Switch
+from retrograde.cli.flags import Switch, said
 from retrograde.cli.options import Given
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
@@ -25,9 +25,7 @@ class Methods:
         json: Print JSON.
     """
 
-    name: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]", help_behavior_hint="(default: all)")
-    ] = None
+    name: Annotated[str | None, tyro.conf.Positional, said("all", "[NAME]")] = None
     json: Switch = False
 
     def run(self, given: Given) -> int:

@@ -3,10 +3,11 @@
 import contextlib
 import io
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -54,29 +55,35 @@ def print_table(table: Any) -> None:
     console.print(table)
 
 
-def progress_bar() -> Progress:
-    """A bar with the time left, on stderr."""
-    return Progress(
+@contextlib.contextmanager
+def progress(title: str, note: str = "", *, counted: bool = True) -> Generator[Callable[..., None]]:
+    """A bar with the time left, on stderr.
+
+    Args:
+        title: in front.
+        note: behind, at first.
+        counted: the work has a natural count; of other work the bar says the share, and the time that it took.
+
+    Yields:
+        A function of the note, of what is done, and of the whole where it has changed.
+    """
+    if counted:
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    else:
+        columns = (TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        *columns,
         TextColumn("[dim]{task.fields[note]}"),
         console=log,
+        # Variants of a seed take their turns: a shorter memory would see one of them alone.
+        speed_estimate_period=30 if counted else 600,
     )
+    with bar:
+        task = bar.add_task(escape(title), total=None, note=escape(note))
 
+        def show(note: str, done: float = 0, total: float | None = None) -> None:
+            bar.update(task, completed=done, total=total, note=escape(note))
 
-def share_bar() -> Progress:
-    """A bar for work that has no natural count, with the time left, on stderr."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-        console=log,
-        # The contestants of a seed take their turns: a shorter memory would see one of them alone.
-        speed_estimate_period=600,
-    )
+        yield show

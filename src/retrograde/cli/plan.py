@@ -1,14 +1,11 @@
 """``retrograde plan``: what would happen to each layer, and why, without training anything."""
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
-
-import tyro
 
 from retrograde.cli import output
-from retrograde.cli.flags import DataFolder, Methods, RecipeFile, RecipeFlags, Switch
+from retrograde.cli.flags import DataFolder, Methods, RecipeFields, RecipeFile, Switch
 from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
@@ -29,7 +26,7 @@ class PlanCommand:
         json: Print JSON.
     """
 
-    fields: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RecipeFlags)
+    fields: RecipeFields
     recipe: RecipeFile = None
     method: Methods = ()
     data_dir: DataFolder = None
@@ -75,7 +72,3 @@ def _warn_slower(names: list[str]) -> None:
             f"Add --decline to leave {them[1]} plain, or name layers: --skip {' '.join(map(shlex.quote, names[:3]))}"
             f"{' …' if len(names) > 3 else ''}"
         )
-
-
-# The flags' class is made from the recipe; a checker cannot follow that, tyro can.
-PlanCommand.__annotations__["fields"] = Annotated[RecipeFlags, tyro.conf.arg(name="")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from retrograde.cli import output
-from retrograde.cli.flags import Switch, output_arg
+from retrograde.cli.flags import Switch, said
 from retrograde.cli.options import Given
 from retrograde.report import read_claims, write, write_claims
 
@@ -24,10 +24,8 @@ class Report:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH ...")]
-    output: Annotated[Path, output_arg("report.html")] = Path("report.html")
-    title: Annotated[
-        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: by what is reported)")
-    ] = None
+    output: Annotated[Path, said("report.html", "PATH", "-o")] = Path("report.html")
+    title: Annotated[str | None, said("by what is reported", "TEXT")] = None
     json: Switch = False
 
     def run(self, given: Given) -> int:

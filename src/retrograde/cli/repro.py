@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-from rich.markup import escape
 
 from retrograde.cli import output
-from retrograde.cli.flags import DataFolder, Switch, folder_arg
+from retrograde.cli.flags import DataFolder, Switch, said
 from retrograde.cli.options import Given
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError, RunError
@@ -29,8 +28,7 @@ from retrograde.report.tables import checks_table, figures_table
 _ClaimName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="METHOD/NAME")]
 
 
-def _as_defined(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: as the definition says)")
+_AS_DEFINED = "as the definition says"
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,11 @@ class Run:
 
     claim: _ClaimName
     quick: Switch = False
-    device: Annotated[str | None, _as_defined("{auto,cpu,cuda}")] = None
-    seeds: Annotated[int | None, _as_defined("INT")] = None
+    device: Annotated[str | None, said(_AS_DEFINED, "{auto,cpu,cuda}")] = None
+    seeds: Annotated[int | None, said(_AS_DEFINED, "INT")] = None
     jobs: int = 1
     data_dir: DataFolder = None
-    runs: Annotated[Path | None, folder_arg("runs/repro/METHOD/NAME")] = None
+    runs: Annotated[Path | None, said("runs/repro/METHOD/NAME", "PATH")] = None
     folder: Path = Path("repro")
     json: Switch = False
 
@@ -182,14 +180,8 @@ class Verify:
         json: Print JSON.
     """
 
-    claim: Annotated[
-        str | None,
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="[METHOD/NAME]", help_behavior_hint="(default: any that has a result)"),
-    ] = None
-    seed: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: another one each time)")
-    ] = None
+    claim: Annotated[str | None, tyro.conf.Positional, said("any that has a result", "[METHOD/NAME]")] = None
+    seed: Annotated[int | None, said("another one each time", "INT")] = None
     data_dir: DataFolder = None
     folder: Path = Path("repro")
     json: Switch = False
@@ -236,13 +228,8 @@ class Verify:
 @contextmanager
 def shown(what: str) -> Generator[Callable[[State], None]]:
     """A bar for a whole grid, with the time left."""
-    with output.share_bar() as bar:
-        task = bar.add_task(escape(what), total=None, note="")
-
-        def show(state: State) -> None:
-            bar.update(task, total=state.total, completed=state.done, note=state.what)
-
-        yield show
+    with output.progress(what, counted=False) as show:
+        yield lambda state: show(state.what, state.done, state.total)
 
 
 def present(result: Result, path: Path | None, *, as_json: bool) -> None:

@@ -1,16 +1,15 @@
 """``retrograde train``: a training run by a recipe, resumable and measured."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.markup import escape
 
 from retrograde.cli import output
-from retrograde.cli.flags import DataFolder, Methods, RecipeFile, RecipeFlags, Switch, folder_arg
+from retrograde.cli.flags import DataFolder, Methods, RecipeFields, RecipeFile, Switch, said
 from retrograde.cli.options import Given
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
@@ -37,10 +36,10 @@ class Train:
         json: Print the result as JSON.
     """
 
-    fields: Annotated[Any, tyro.conf.arg(name="")] = field(default_factory=RecipeFlags)
+    fields: RecipeFields
     recipe: RecipeFile = None
     method: Methods = ()
-    run_folder: Annotated[Path | None, folder_arg("a new one below runs/", "--out")] = None
+    run_folder: Annotated[Path | None, said("a new one below runs/", "PATH", "--out")] = None
     resume: Switch = False
     data_dir: DataFolder = None
     checkpoint_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = CHECKPOINT_SECONDS
@@ -55,35 +54,27 @@ class Train:
         if not tensorboard.is_available():
             output.log.print("no TensorBoard logs: install retrograde[tensorboard] to have them", style="dim")
         output.log.print(f"run folder: {run_folder}", style="dim", highlight=False, markup=False)
-        with output.progress_bar() as bar:
-            task = bar.add_task(escape(recipe.label), total=None, note="loading data")
+        with output.progress(recipe.label, "loading data") as show, stop_request() as stop:
 
-            def show(progress: Progress) -> None:
-                note = f"epoch {progress.epoch}  loss {progress.loss:.3f}"
-                if progress.validation:
-                    note += f"  validation {progress.validation['accuracy']:.1%}"
-                bar.update(task, total=progress.steps, completed=progress.step, note=note)
+            def step(now: Progress) -> None:
+                validation = f"  validation {now.validation['accuracy']:.1%}" if now.validation else ""
+                show(f"epoch {now.epoch}  loss {now.loss:.3f}{validation}", now.step, now.steps)
 
-            with stop_request() as stop:
-                result = train(
-                    recipe,
-                    run_folder,
-                    data_dir=self.data_dir,
-                    resume=self.resume,
-                    progress=show,
-                    stop=stop,
-                    checkpoint_seconds=self.checkpoint_seconds,
-                )
+            result = train(
+                recipe,
+                run_folder,
+                data_dir=self.data_dir,
+                resume=self.resume,
+                progress=step,
+                stop=stop,
+                checkpoint_seconds=self.checkpoint_seconds,
+            )
         result["folder"] = str(run_folder)
         if self.json:
             output.print_json(result)
         else:
             output.print_table(_table(recipe, result))
         return 0
-
-
-# The flags' class is made from the recipe; a checker cannot follow that, tyro can.
-Train.__annotations__["fields"] = Annotated[RecipeFlags, tyro.conf.arg(name="")]
 
 
 def _new_folder(recipe: Recipe) -> Path:

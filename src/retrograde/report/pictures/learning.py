@@ -12,16 +12,13 @@ Value = Callable[[Epoch], float | None]
 
 def learning(comparison: Comparison) -> list[Chart | None]:
     """Validation accuracy and losses, over epochs and steps."""
-    steps = [
-        Line(
-            variant.swatch,
-            [
-                [(s.step, y) for s in run.steps if (y := number(s.loss)) is not None]
-                for run in variant.records
-            ],
-        )
-        for variant in comparison.variants
-    ]
+
+    def losses(run: RunRecord) -> Points:
+        line = [(step.step, y) for step in run.steps if (y := number(step.loss)) is not None]
+        # A single point makes no line.
+        return line if len(line) > 1 else []
+
+    steps = [Line(variant.swatch, list(map(losses, variant.records))) for variant in comparison.variants]
     return [
         over_epochs(comparison, "Validation accuracy over epochs", accuracy, unit=" %"),
         over_epochs(
