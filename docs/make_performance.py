@@ -23,6 +23,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from retrograde.report.table import make_table
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
@@ -139,10 +141,7 @@ def prose(text: str, hanging: str = "") -> str:
 def table(columns: Columns, rows: Iterable[Any], texts: int = 1) -> str:
     """Markdown, the first `texts` columns to the left, the others to the right."""
     cells = [[show(row) for show in columns.values()] for row in rows]
-    marks = "---|" * texts + "---:|" * (len(columns) - texts)
-    return "\n".join(
-        [f"| {' | '.join(columns)} |", f"|{marks}", *(f"| {' | '.join(row)} |" for row in cells)]
-    )
+    return make_table(list(columns), cells, texts=texts).markdown(literal=False)
 
 
 def at(key: str, show: Callable[[Any], str] = str) -> Callable[[Row], str]:

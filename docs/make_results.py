@@ -190,7 +190,7 @@ def made_by(claim: str, result: Result) -> str:
 
 def has_picture(result: Result) -> bool:
     """Whether two variants or more have a line."""
-    return sum(len(one.seconds) > 1 for one in courses(result).values()) > 1
+    return sum(len(seeds[0]) > 1 for seeds in courses(result).values()) > 1
 
 
 def pictures(entries: Sequence[Entry]) -> dict[str, "Figure"]:

@@ -1,7 +1,7 @@
-"""What tiny runs are made of, and how their files are changed."""
+"""What tiny runs are made of, how their files are changed, and how a page is opened."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,22 @@ def edit_epochs(folder: Path, **fields: Any) -> None:
     events = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [event | fields if event["event"] == "epoch" else event for event in events]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def opened(
+    browser: Any, report: Path, width: int, height: int, theme: str
+) -> Iterator[tuple[Any, list[str]]]:
+    """The page with all plots drawn, and what went wrong on it; tests that share it leave it as they found it."""
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(f"console {message.type}: {message.text}"))
+    page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+    page.on("requestfailed", lambda request: trouble.append(f"failed: {request.url}"))
+    page.on(
+        "request", lambda request: trouble.append(request.url) if request.url.startswith("http") else None
+    )
+    page.set_default_timeout(150_000)  # every plot is drawn before it is loaded: slow on a busy machine
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
+    yield page, trouble
+    page.close()

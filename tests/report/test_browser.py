@@ -1,41 +1,17 @@
 """The page in a real browser: it draws, fits a phone and follows the theme."""
 
 import io
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from small_runs import opened
 
 from retrograde.report import write
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
 pytestmark = pytest.mark.browser
-
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +22,12 @@ def report(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def desktop(browser: Any, report: Path) -> Iterator[tuple[Any, list[str]]]:
-    yield from load(browser, report, 1280, 900, "light")
+    yield from opened(browser, report, 1280, 900, "light")
 
 
 @pytest.fixture(scope="module")
 def phone(browser: Any, report: Path) -> Iterator[tuple[Any, list[str]]]:
-    yield from load(browser, report, 360, 740, "dark")
-
-
-def load(browser: Any, report: Path, width: int, height: int, theme: str) -> Iterator[tuple[Any, list[str]]]:
-    """The page, and what went wrong on it: it is drawn once for all tests, which leave it as they found it."""
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
-    trouble: list[str] = []
-    page.on("console", lambda message: trouble.append(f"console {message.type}: {message.text}"))
-    page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
-    page.on("requestfailed", lambda request: trouble.append(f"failed: {request.url}"))
-    page.on(
-        "request", lambda request: trouble.append(request.url) if request.url.startswith("http") else None
-    )
-    page.set_default_timeout(150_000)  # every plot is drawn before it is loaded: slow on a busy machine
-    page.goto(report.as_uri())
-    page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
-    yield page, trouble
-    page.close()
+    yield from opened(browser, report, 360, 740, "dark")
 
 
 def luminance(colour: str) -> float:
@@ -97,6 +56,8 @@ def test_every_plot_is_drawn(request: pytest.FixtureRequest, size: str) -> None:
     assert not trouble
     plots = page.query_selector_all(".plot")
     assert len(plots) == 26
+    page.evaluate("window.scrollTo(0, 0)")
+    whole = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
     for plot in plots:
         name = plot.get_attribute("id")
         marks = plot.evaluate(
@@ -110,9 +71,8 @@ def test_every_plot_is_drawn(request: pytest.FixtureRequest, size: str) -> None:
         box = plot.bounding_box()
         assert box["height"] >= 260, name
         assert box["width"] <= page.viewport_size["width"], name
-        plot.scroll_into_view_if_needed()
-        image = Image.open(io.BytesIO(plot.screenshot())).convert("RGB")
-        assert len(set(image.get_flattened_data())) > 20, name
+        place = (box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"])
+        assert len(set(whole.crop(place).get_flattened_data())) > 20, name
 
 
 def test_nothing_scrolls_sideways_on_a_phone(phone: tuple[Any, list[str]]) -> None:

@@ -2,11 +2,12 @@
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_runs import opened
 
 from retrograde.cli.main import main
 from retrograde.errors import RunError
@@ -116,7 +117,6 @@ def section(result: Result) -> Section:
 
 def column(found: Section, name: str) -> list[str]:
     """Of the checks."""
-    assert found.checks is not None
     at = [one.name for one in found.checks.columns].index(name)
     return [row.cells[at] for row in found.checks.rows]
 
@@ -200,7 +200,7 @@ def test_one_seed_without_checks() -> None:
     result = made(1, (), zeros=None, executed=None, target=None, peak=None)
     found = section(result)
     assert not found.badge
-    assert not found.checks
+    assert not found.checks.rows
     assert "One seed" in found.figures.caption
     assert "the source’s figures" not in [one.name for one in found.figures.columns]
     # Nothing to pair; what is left has two plots, side by side.
@@ -237,32 +237,27 @@ def test_several_results_have_a_list() -> None:
 def test_course_interpolates() -> None:
     """Two lines that are straight between their ends are so in the mean, as far as the shorter one goes."""
     found = course([[(0.0, 0.0), (10.0, 100.0)], [(0.0, 0.0), (4.0, 20.0), (20.0, 20.0)]])
-    assert found is not None
-    assert found.seconds == [0.0, 4.0, 10.0]
-    assert found.mean == pytest.approx([0.0, 30.0, 60.0])
-    assert found.low == pytest.approx([0.0, 20.0, 20.0])
-    assert found.high == pytest.approx([0.0, 40.0, 100.0])
+    assert [[x for x, _ in line] for line in found] == [[0.0, 4.0, 10.0]] * 2
+    assert [y for _, y in found[0]] == pytest.approx([0.0, 40.0, 100.0])
+    assert [y for _, y in found[1]] == pytest.approx([0.0, 20.0, 20.0])
 
 
 def test_course_of_single_readings() -> None:
-    found = course([[(1.0, 50.0)], [(3.0, 70.0)]])
-    assert found is not None
-    assert (found.seconds, found.mean, found.low, found.high) == ([2.0], [60.0], [50.0], [70.0])
-    assert course([[], []]) is None
+    assert course([[(1.0, 50.0)], [(3.0, 70.0)]]) == [[(2.0, 50.0)], [(2.0, 70.0)]]
+    assert course([[], []]) == []
 
 
 def test_course_has_few_points() -> None:
     line = [(float(x), float(x)) for x in range(5000)]
     found = course([line, line])
-    assert found is not None
-    assert len(found.seconds) <= 200
-    assert found.mean[-1] == pytest.approx(4999)
+    assert len(found[0]) <= 200
+    assert found[0][-1] == pytest.approx((4999, 4999))
 
 
 def test_lines_end_with_the_shortest_run() -> None:
     result = made()
-    assert courses(result)["plain"].seconds[-1] == 40.0
-    assert courses(result)["peer"].seconds[-1] == 60.0
+    assert courses(result)["plain"][0][-1][0] == 40.0
+    assert courses(result)["peer"][0][-1][0] == 60.0
     found = goal(result)
     assert found is not None
     assert found[0] == pytest.approx(95.4)
@@ -310,26 +305,12 @@ def test_command_refuses_other_json(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (390, "dark")])
-def test_page_draws_and_fits(tmp_path: Path, width: int, theme: str) -> None:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip("no browser")
+def test_page_draws_and_fits(browser: Any, tmp_path: Path, width: int, theme: str) -> None:
     report = write_claims([made(), made(1, (), zeros=None, target=None)], tmp_path / "page.html")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-        trouble: list[str] = []
-        page.on("console", lambda message: trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.set_default_timeout(150_000)
-        page.goto(report.as_uri())
-        page.wait_for_selector("html[data-drawn=true]", state="attached", timeout=60_000)
+    for page, trouble in opened(browser, report, width, 900, theme):
         assert not trouble
         assert page.locator(".plot[data-drawn=true]").count() == 5
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         # A click in a legend hides a contestant in all plots of its claim, and in no other.
         page.locator('button[data-group="0"][data-run="ours"]').first.click()
         assert page.locator('button[data-run="ours"][aria-pressed="false"]').count() == 2
-        browser.close()

@@ -1,7 +1,7 @@
 """`retrograde bench`: what backward passes take, against torch's in float32 and under bfloat16 autocast."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -12,14 +12,14 @@ import tyro
 
 from retrograde.cli import output
 from retrograde.cli.flags import Methods, Names, Switch, said
-from retrograde.cli.options import Given
+from retrograde.cli.options import Given, check_names
 from retrograde.errors import OptionError
 from retrograde.kernels import choose
 from retrograde.lab import bench, machine, precisions, timing
 from retrograde.lab.bench import Dropped, Limits, Measured, Row
 from retrograde.lab.files import write_json
 from retrograde.lab.overhead import Overhead, overhead
-from retrograde.methods.registry import available, suggest
+from retrograde.methods.registry import available
 from retrograde.report.table import Table, make_table
 
 SCHEMA = 2
@@ -93,15 +93,10 @@ class Bench:
         }
         if self.output is not None:
             write_json(self.output, result)
-        if self.json:
-            output.print_json(result)
-        else:
-            output.print_table(_table(self.what, measured))
-            if measured.dropped:
-                output.print_line("")
-                output.print_table(_dropped_table(measured.dropped))
-            if extra:
-                output.print_table(_overhead_table(extra))
+        tables = [_table(self.what, measured)]
+        tables += [_dropped_table(measured.dropped)] if measured.dropped else []
+        tables += [_overhead_table(extra)] if extra else []
+        output.tell(result, *tables, as_json=self.json)
         return 0
 
     def _limits(self) -> Limits:
@@ -136,8 +131,10 @@ class Bench:
         if self.what == "layers":
             return functools.partial(bench.layers, shapes)
         known = bench.workloads(QUICK_PART if self.quick else 1)
-        models = {name: known[name] for name in _known("model", self.model, known)}
-        return functools.partial(bench.steps, models, _known("method", self.method, available()))
+        methods = list(dict.fromkeys(self.method)) or list(available())
+        check_names("model", self.model, known)
+        check_names("method", methods, available())
+        return functools.partial(bench.steps, {name: known[name] for name in self.model or known}, methods)
 
     def _overhead(self, limits: Limits) -> list[Overhead]:
         if self.what != "layers":
@@ -148,16 +145,6 @@ class Bench:
             *found,
             *(overhead(limits.rounds, (1,), compiled=True, seconds=seconds) if self.compiled else []),
         ]
-
-
-def _known(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise OptionError(
-                f"bench steps: there is no {kind} {name!r}.{suggest(name, known)} Known are {', '.join(known)}."
-            )
-    return list(dict.fromkeys(names)) or known
 
 
 def _table(what: str, measured: Measured) -> Table:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,22 +23,21 @@ from retrograde.cli.flags import (
     said,
 )
 from retrograde.cli.options import ALL_METHODS, Given, split
-from retrograde.cli.repro import present, shown
-from retrograde.cli.signals import stop_request
+from retrograde.cli.repro import present, run_grid
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import peers
 from retrograde.lab.claims.adhoc import BASELINE, comparison
 from retrograde.lab.claims.advice import Advice, advise
 from retrograde.lab.claims.definition import Claim
-from retrograde.lab.claims.grid import Grid, Places
+from retrograde.lab.claims.grid import Places
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.wording import points, times
 from retrograde.lab.files import writing
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write_claims
-from retrograde.report.table import make_table
+from retrograde.report.table import Table, make_table
 
 _READINGS = 10
 """Of the validation split in a short run: the time to an accuracy is known to a tenth of it."""
@@ -47,23 +46,14 @@ _PEERS = ", ".join(sorted({entry.name for entry in entry_points(group=peers.GROU
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Compare methods and peers with plain backpropagation on your model and data: a table, and a page with curves.
-
-    Every variant's learning rate is searched for with as many trials; then all variants train with the same seeds,
-    taking turns after each epoch. Re-running the same command resumes it.
+class _OnYourModel:
+    """What both commands take.
 
     Attributes:
         model: A model's name, or any importable module:callable.
         data: Digits, a folder of images or of Parquet files, a data set in the data folder, or a hub id.
-        method: Methods to compare; A+B attaches both, and all stands for every method by itself, with the options that
-            it suggests for a short run. Their options are flags, which --help lists beside them.
         seeds: Number of paired seeds.
-        trials: Trials of the search for each variant's learning rate. With 0 all run at the learning rate given.
-        jobs: Seeds trained at once. Times can be trusted with 1 only.
-        recipe: TOML recipe. Command-line flags override it.
-        output: Page to write.
-        runs: Folder for the runs.
+        recipe: TOML recipe of the training. Command-line flags override it.
         data_dir: Folder that holds data sets.
         json: Print the whole result as JSON.
     """
@@ -72,70 +62,83 @@ class Compare:
     data: DataSet
     fields: TaskFields
     method: Methods = ()
-    peers: Annotated[
-        Names, tyro.conf.arg(metavar="NAME ...", help=f"Published rivals to compare with: {_PEERS}.")
-    ] = ()
     seeds: int = 3
-    trials: int = 4
-    jobs: int = 1
     recipe: RecipeFile = None
-    output: Annotated[Path, said("compare.html", "PATH", "-o")] = Path("compare.html")
-    runs: Annotated[Path | None, said("runs/compare/…, by what is compared", "PATH")] = None
     data_dir: DataFolder = None
     json: Switch = False
 
+    def build(self, given: Given) -> Recipe:
+        """What all variants share."""
+        fields = {**dataclasses.asdict(self.fields), "model": self.model, "data": self.data}
+        return given.over_recipe(fields, self.data_dir)
+
+    def train(self, claim: Claim, given: Given, folder: Path, jobs: int = 1) -> Result:
+        """All runs of the comparison, whose result stays beside them."""
+        result = run_grid(claim, Places(folder, self.data_dir, jobs), given.line)
+        write_result(result, folder / "result.json")
+        return result
+
+
+@dataclass(frozen=True)
+class Compare(_OnYourModel):
+    """Compare methods and peers with plain backpropagation on your model and data: a table, and a page with curves.
+
+    Every variant's learning rate is searched for with as many trials; then all variants train with the same seeds,
+    taking turns after each epoch. Re-running the same command resumes it.
+
+    Attributes:
+        method: Methods to compare; A+B attaches both, and all stands for every method by itself, with the options that
+            it suggests for a short run. Their options are flags, which --help lists beside them.
+        trials: Trials of the search for each variant's learning rate. With 0 all run at the learning rate given.
+        jobs: Seeds trained at once. Times can be trusted with 1 only.
+        output: Page to write.
+        runs: Folder for the runs.
+    """
+
+    peers: Annotated[
+        Names, tyro.conf.arg(metavar="NAME ...", help=f"Published rivals to compare with: {_PEERS}.")
+    ] = ()
+    trials: int = 4
+    jobs: int = 1
+    output: Annotated[Path, said("compare.html", "PATH", "-o")] = Path("compare.html")
+    runs: Annotated[Path | None, said("runs/compare/…, by what is compared", "PATH")] = None
+
     def run(self, given: Given) -> int:
         """Train, write the page, print the table."""
-        recipe = _recipe(given, self.fields, self.model, self.data, self.data_dir)
         claim = comparison(
-            recipe,
+            self.build(given),
             _methods(given, self.method),
             [{name: given.with_options(name, given.recipe.peers)} for name in self.peers],
             seeds=self.seeds,
             trials=self.trials,
         )
         folder = self.runs or Path("runs/compare") / claim.hash
-        result = _run(claim, given, folder, self.data_dir, self.jobs)
+        result = self.train(claim, given, folder, self.jobs)
         page = write_claims([result], self.output, f"Comparison: {claim.title}")
-        present(result, None, as_json=self.json)
-        if not self.json:
-            output.print_line(f"report: {page}")
+        present(result, f"report: {page}", as_json=self.json)
         return 0
 
 
 @dataclass(frozen=True)
-class Advise:
+class Advise(_OnYourModel):
     """Train a few hundred steps by each method on your model, data and machine; recommend a recipe, and say why.
 
     Every run is a whole training of that many steps with the recipe's own schedule and learning rate; `compare`
     searches for each variant's learning rate. Re-running the same command resumes it.
 
     Attributes:
-        model: A model's name, or any importable module:callable.
-        data: Digits, a folder of images or of Parquet files, a data set in the data folder, or a hub id.
         method: Methods to try; A+B attaches both. Their options are flags, which --help lists beside them.
         length: Steps of each run.
-        seeds: Number of paired seeds.
-        recipe: TOML recipe of the training that is planned. Command-line flags override it.
         write: Where to write the recommended recipe, for `retrograde train --recipe`.
         output: Page to write.
         runs: Folder for the runs.
-        data_dir: Folder that holds data sets.
-        json: Print JSON.
     """
 
-    model: Model
-    data: DataSet
-    fields: TaskFields
     method: Annotated[Methods, said("all that short runs can judge")] = ()
     length: int = 300
-    seeds: int = 3
-    recipe: RecipeFile = None
     write: Annotated[Path | None, said("none: nothing is written", "PATH")] = None
     output: Annotated[Path, said("advise.html", "PATH", "-o")] = Path("advise.html")
     runs: Annotated[Path | None, said("runs/advise/…, by what is tried", "PATH")] = None
-    data_dir: DataFolder = None
-    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Train a little, recommend."""
@@ -143,7 +146,7 @@ class Advise:
             raise OptionError(
                 f"advise: length={self.length} is too short to judge by. Give 20 steps or more."
             )
-        recipe = _recipe(given, self.fields, self.model, self.data, self.data_dir)
+        recipe = self.build(given)
         late = {name: method.whole_run for name, method in available().items() if method.whole_run}
         names = self.method or [name for name in available() if name not in late]
         chosen = _methods(given, names)
@@ -151,11 +154,11 @@ class Advise:
         probe = recipe.model_copy(update={"evaluations": self._readings(recipe)})
         claim = comparison(probe, short, [], seeds=self.seeds, trials=0, steps=self.length)
         folder = self.runs or Path("runs/advise") / claim.hash
-        result = _run(claim, given, folder, self.data_dir, 1)
+        result = self.train(claim, given, folder)
         advice = advise(result)
-        page = write_claims(
-            [result], self.output, f"Advice: {claim.title}", f"Recommended: {_recommendation(advice)}."
-        )
+        name = "plain backpropagation" if advice.name == BASELINE else advice.name
+        recommended = f"Recommended: {name}; {advice.why}."
+        page = write_claims([result], self.output, f"Advice: {claim.title}", recommended)
         # With the warm-ups of a whole run.
         methods = next((one for one in chosen if "+".join(one) == advice.name), {})
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "methods": methods}
@@ -163,19 +166,23 @@ class Advise:
             with writing(self.write, UnicodeEncodeError):
                 self.write.write_text(to_toml(fields), encoding="utf-8")
         left_out = {} if self.method else late
-        if self.json:
-            output.print_json(
-                {
-                    **advice.to_dict(),
-                    "recipe": fields,
-                    "not_judged": left_out,
-                    "report": str(page),
-                    "runs": str(folder),
-                }
-            )
-        else:
-            _tell(advice, result, fields, left_out)
-            output.print_line(f"report: {page}")
+        recipe_lines = ["", to_toml(fields)] if advice.name != BASELINE else []
+        output.tell(
+            {
+                **advice.to_dict(),
+                "recipe": fields,
+                "not_judged": left_out,
+                "report": str(page),
+                "runs": str(folder),
+            },
+            _table(advice, result),
+            *(f"not judged: {name}: {why}" for name, why in left_out.items()),
+            "",
+            recommended,
+            *recipe_lines,
+            f"report: {page}",
+            as_json=self.json,
+        )
         return 0
 
     def _readings(self, recipe: Recipe) -> int:
@@ -183,10 +190,6 @@ class Advise:
         train = recipe.load_data(self.data_dir).train
         in_epoch = lab_data.steps_in_epoch(train, recipe.batch_size)
         return max(1, round(_READINGS * in_epoch / self.length))
-
-
-def _recipe(given: Given, flags: Any, model: str, data: str, data_dir: Path | None) -> Recipe:
-    return given.over_recipe({**asdict(flags), "model": model, "data": data}, data_dir)
 
 
 def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
@@ -203,14 +206,6 @@ def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any
     return found
 
 
-def _run(claim: Claim, given: Given, folder: Path, data_dir: Path | None, jobs: int) -> Result:
-    grid = Grid(claim, Places(folder, data_dir, jobs))
-    with shown(claim.title) as show, stop_request() as stop:
-        result = grid.run(command=given.line, show=show, stop=stop)
-    write_result(result, folder / "result.json")
-    return result
-
-
 def _short(methods: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
     """Warm-ups that fit into a short run, where nothing else was asked for: a tenth of it."""
     known = available()
@@ -221,9 +216,8 @@ def _short(methods: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str
     return found
 
 
-def _tell(advice: Advice, result: Result, fields: dict[str, Any], left_out: dict[str, str]) -> None:
+def _table(advice: Advice, result: Result) -> Table:
     steps = result.contestants[BASELINE].recipe["steps"]
-    columns = ("method", "a step", "to plain's accuracy", "accuracy", "activations", "FLOPs")
     rows = (
         (
             one.name,
@@ -239,19 +233,8 @@ def _tell(advice: Advice, result: Result, fields: dict[str, Any], left_out: dict
         f"{result.title}: {len(result.seeds)} seed(s) of {steps} steps; mean over plain backpropagation with the same "
         "seeds ± half of its 95 % interval"
     )
-    output.print_table(make_table(columns, rows, caption=caption))
-    for name, why in left_out.items():
-        output.print_line(f"not judged: {name}: {why}")
-    output.print_line("")
-    output.print_line(f"Recommended: {_recommendation(advice)}.")
-    if advice.name != BASELINE:
-        output.print_line("")
-        output.print_line(to_toml(fields))
-
-
-def _recommendation(advice: Advice) -> str:
-    name = "plain backpropagation" if advice.name == BASELINE else advice.name
-    return f"{name}; {advice.why}"
+    columns = ("method", "a step", "to plain's accuracy", "accuracy", "activations", "FLOPs")
+    return make_table(columns, rows, caption=caption)
 
 
 def to_toml(fields: dict[str, Any]) -> str:

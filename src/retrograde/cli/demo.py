@@ -14,7 +14,7 @@ from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
 from retrograde.lab.claims import metrics, wording
 from retrograde.lab.claims.result import Result, write_result
-from retrograde.lab.demo.run import Demonstration, Outcome
+from retrograde.lab.demo.run import Demonstration
 from retrograde.lab.demo.scenarios import Scenario, scenarios
 from retrograde.lab.demo.verdict import advice, judge
 from retrograde.report import write_claims
@@ -66,10 +66,25 @@ class Demo:
             write_result(result, self.runs / scenario.name / "result.json")
         lead = " ".join(part for part in (last, outcome.shortened) if part)
         page = write_claims(told, self.output, "What each method is for, on the digits", lead)
-        if self.json:
-            output.print_json(_plain(outcome, told, last, page))
-        else:
-            _print(outcome, last, page)
+        seeds = len(told[0].seeds)
+        output.tell(
+            {
+                "results": [result.model_dump(mode="json") for result in told],
+                "verdicts": [one.to_dict() for shown in outcome.shown for one in judge(*shown)],
+                "advice": last,
+                "shortened": outcome.shortened,
+                "seconds": outcome.seconds,
+                "report": str(page),
+            },
+            *(part for shown in outcome.shown for part in (_table(*shown), "")),
+            f"Means over {seeds} paired seed{'s' * (seeds > 1)} ± half of their 95 % interval; ×: over plain "
+            "training's.",
+            *filter(None, [outcome.shortened]),
+            f"report: {page}",
+            "",
+            f"{last} For your own model: retrograde advise MODEL DATA",
+            as_json=self.json,
+        )
         return 0
 
 
@@ -87,32 +102,6 @@ def _told(scenario: Scenario, result: Result) -> Result:
     """The result with its verdicts behind the sentence that says what is compared."""
     verdicts = " ".join(f"{one.label}: {one.words}." for one in judge(scenario, result))
     return result.model_copy(update={"sentence": f"{result.sentence} {verdicts}"})
-
-
-def _plain(outcome: Outcome, told: list[Result], last: str, page: Path) -> dict[str, object]:
-    return {
-        "results": [result.model_dump(mode="json") for result in told],
-        "verdicts": [one.to_dict() for shown in outcome.shown for one in judge(*shown)],
-        "advice": last,
-        "shortened": outcome.shortened,
-        "seconds": outcome.seconds,
-        "report": str(page),
-    }
-
-
-def _print(outcome: Outcome, last: str, page: Path) -> None:
-    for scenario, result in outcome.shown:
-        output.print_table(_table(scenario, result))
-        output.print_line("")
-    seeds = len(outcome.shown[0][1].seeds)
-    output.print_line(
-        f"Means over {seeds} paired seed{'s' * (seeds > 1)} ± half of their 95 % interval; ×: over plain training's."
-    )
-    if outcome.shortened:
-        output.print_line(outcome.shortened)
-    output.print_line(f"report: {page}")
-    output.print_line("")
-    output.print_line(f"{last} For your own model: retrograde advise MODEL DATA")
 
 
 def _table(scenario: Scenario, result: Result) -> Table:

@@ -42,9 +42,7 @@ class Doctor:
                 output.log.print(f"{check.name}: {check.seconds:.1f} s", style="dim", highlight=False)
 
             checks = run_checks(self.data_dir, begin, note, end)
-        if self.json:
-            output.print_json({"checks": [asdict(check) for check in checks]})
-        else:
-            rows = tuple(Row((check.name, check.status, check.detail)) for check in checks)
-            output.print_table(Table((Column("", "text"), Column("", "badge"), Column("", "text")), rows))
+        rows = tuple(Row((check.name, check.status, check.detail)) for check in checks)
+        table = Table((Column("", "text"), Column("", "badge"), Column("", "text")), rows)
+        output.tell({"checks": [asdict(check) for check in checks]}, table, as_json=self.json)
         return int(any(check.status == "failed" for check in checks))

@@ -9,10 +9,9 @@ import tyro
 
 from retrograde.cli import output
 from retrograde.cli.flags import Switch, said
-from retrograde.cli.options import Given
+from retrograde.cli.options import Given, check_names
 from retrograde.engine.slots import Method
-from retrograde.errors import OptionError
-from retrograde.methods.registry import available, suggest
+from retrograde.methods.registry import available
 from retrograde.report.table import Table, make_table
 
 
@@ -31,36 +30,28 @@ class Methods:
     def run(self, given: Given) -> int:
         """Print to stdout."""
         methods = available()
-        if self.name is not None and self.name not in methods:
-            raise OptionError(
-                f"there is no method {self.name!r}.{suggest(self.name, methods)} "
-                f"Installed: {', '.join(methods)}."
-            )
+        check_names("method", [self.name] if self.name else [], methods)
         shown = methods if self.name is None else {self.name: methods[self.name]}
-        if self.json:
-            output.print_json({"methods": [_describe(name, cls) for name, cls in shown.items()]})
-        elif self.name is not None:
-            sys.stdout.write(_card(shown[self.name]) + "\n")
-        else:
-            output.print_table(_table(shown))
+        described = [_describe(name, cls) for name, cls in shown.items()]
+        part = described[0]["card"] if self.name else _table(described)
+        output.tell({"methods": described}, part, as_json=self.json)
         return 0
 
 
 def _describe(name: str, cls: type[Method]) -> dict[str, Any]:
     return {
         "name": name,
-        "summary": _summary(cls),
+        "summary": _card(cls).partition("\n")[0],
         "module": cls.__module__,
         "options": [
-            {"name": f.name, "type": _type_name(f.type), "default": f.default}
+            {"name": f.name, "type": getattr(f.type, "__name__", None) or str(f.type), "default": f.default}
             for f in dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         ],
         "card": _card(cls),
     }
 
 
-def _table(methods: dict[str, type[Method]]) -> Table:
-    described = [_describe(name, cls) for name, cls in methods.items()]
+def _table(described: list[dict[str, Any]]) -> Table:
     rows = (
         (
             one["name"],
@@ -74,11 +65,3 @@ def _table(methods: dict[str, type[Method]]) -> Table:
 
 def _card(cls: type[Method]) -> str:
     return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
-
-
-def _summary(cls: type[Method]) -> str:
-    return _card(cls).partition("\n")[0]
-
-
-def _type_name(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) or str(annotation)

@@ -141,14 +141,26 @@ def _recipe(chosen: _Chosen, *, named: bool) -> Recipe:
     return Recipe()
 
 
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        OptionError: with the nearest, and all that are.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = suggest(name, known)
+            raise OptionError(f"there is no {kind} {name!r}.{near} Known are {', '.join(known)}.")
+
+
 def _method(name: str, known: dict[str, type[Any]]) -> type[Any]:
-    if name in known:
-        return known[name]
-    if name in peers.names():
+    if name not in known and name in peers.names():
         raise OptionError(
             f"{name!r} is a peer, not a method. Give it to `retrograde compare` with --peers {name}."
         )
-    raise OptionError(f"there is no method {name!r}.{suggest(name, known)} See `retrograde methods`.")
+    check_names("method", [name], known)
+    return known[name]
 
 
 def _peer(name: str) -> type[Any]:
@@ -167,7 +179,7 @@ def option_flags(classes: dict[str, type[Any]], command: type[Any]) -> Any:
         command: the command, whose own flags go before options of the same name.
     """
     own = {field.name for field in dataclasses.fields(command)} | {*Recipe.model_fields} | {"methods", "out"}
-    named = [field.name for cls in classes.values() for field in dataclasses.fields(cls)]
+    named = [*own, *(field.name for cls in classes.values() for field in dataclasses.fields(cls))]
     types: dict[str, Any] = {}
     for name, cls in classes.items():
         docs = docstring_parser.parse(cls.__doc__ or "")
@@ -177,11 +189,9 @@ def option_flags(classes: dict[str, type[Any]], command: type[Any]) -> Any:
             field.name: Annotated[
                 hints[field.name] if _parses(hints[field.name]) else str,
                 arg(
-                    help=_plain(says.get(field.name)),
+                    help=" ".join((says.get(field.name) or "").replace("`", "").split()),
                     help_behavior_hint=_hint(field),
-                    aliases=_short(field.name)
-                    if named.count(field.name) == 1 and field.name not in own
-                    else (),
+                    aliases=(f"--{field.name.replace('_', '-')}",) if named.count(field.name) == 1 else (),
                 ),
             ]
             for field in dataclasses.fields(cls)
@@ -190,14 +200,6 @@ def option_flags(classes: dict[str, type[Any]], command: type[Any]) -> Any:
             what = (docs.short_description or name).partition(" (module docstring")[0].rstrip(".:")
             types[name] = Annotated[_make_type(name, flags, total=False), arg(name=name, help=f"{what}.")]
     return _make_type("Options", types) if types else None
-
-
-def _short(option: str) -> tuple[str, ...]:
-    return (f"--{option.replace('_', '-')}",)
-
-
-def _plain(text: str | None) -> str:
-    return " ".join((text or "").replace("`", "").split())
 
 
 def _hint(field: "dataclasses.Field[Any]") -> str:

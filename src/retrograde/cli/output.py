@@ -47,12 +47,19 @@ def print_line(text: str) -> None:
     Console().file.write(text + "\n")
 
 
-def print_table(table: Any) -> None:
-    """What `rich` can show on stdout, as wide as the terminal; 120 columns where there is none."""
+def tell(content: dict[str, Any], *parts: Any, as_json: bool) -> None:
+    """A result on stdout: as JSON, or in parts for people: lines of text, and what `rich` can show."""
+    if as_json:
+        print_json(content)
+        return
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
+    # As wide as the terminal; 120 columns where there is none.
+    console = console if console.is_terminal else Console(width=120)
+    for part in parts:
+        if isinstance(part, str):
+            print_line(part)
+        else:
+            console.print(part)
 
 
 @contextlib.contextmanager

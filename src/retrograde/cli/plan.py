@@ -54,21 +54,18 @@ class PlanCommand:
             for row in plan.attached
             if row.forecast is not None and row.forecast.attached > row.forecast.plain
         ]
-        if self.json:
-            found = {"model": recipe.model, "methods": recipe.methods, "slower": slower}
-            output.print_json({**found, **plan.to_dict()})
-        else:
-            output.print_table(plan)
-            _warn_slower(slower)
+        content = {"model": recipe.model, "methods": recipe.methods, "slower": slower, **plan.to_dict()}
+        output.tell(content, plan, *_warning(slower), as_json=self.json)
         return 0
 
 
-def _warn_slower(names: list[str]) -> None:
-    """A layer that attaching makes slower is worth a sentence: the figures alone are easily read past."""
-    if names:
-        them = ("1 layer is", "it") if len(names) == 1 else (f"{len(names)} layers are", "them")
-        output.print_line(
-            f"\n{them[0]} forecast slower attached than plain: {', '.join(names)}.\n"
-            f"Add --decline to leave {them[1]} plain, or name layers: --skip {' '.join(map(shlex.quote, names[:3]))}"
-            f"{' …' if len(names) > 3 else ''}"
-        )
+def _warning(slower: list[str]) -> list[str]:
+    """Layers that attaching makes slower are worth a sentence: the figures alone are easily read past."""
+    if not slower:
+        return []
+    layers, them = ("1 layer is", "it") if len(slower) == 1 else (f"{len(slower)} layers are", "them")
+    names = " ".join(map(shlex.quote, slower[:3])) + (" …" if len(slower) > 3 else "")
+    return [
+        f"\n{layers} forecast slower attached than plain: {', '.join(slower)}.",
+        f"Add --decline to leave {them} plain, or name layers: --skip {names}",
+    ]

@@ -9,7 +9,7 @@ import tyro
 from retrograde.cli import output
 from retrograde.cli.flags import Switch, said
 from retrograde.cli.options import Given
-from retrograde.report import read_claims, write, write_claims
+from retrograde.report import write
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,7 @@ class Report:
 
     def run(self, given: Given) -> int:
         """Write the page and print where it is."""
-        if any(path.suffix == ".json" for path in self.runs):
-            page = write_claims(read_claims(self.runs), self.output, self.title)
-        else:
-            page = write(self.runs, self.output, self.title)
-        if self.json:
-            output.print_json({"report": str(page), "bytes": page.stat().st_size})
-        else:
-            output.print_line(f"report: {page}")
+        page = write(self.runs, self.output, self.title)
+        content = {"report": str(page), "bytes": page.stat().st_size}
+        output.tell(content, f"report: {page}", as_json=self.json)
         return 0

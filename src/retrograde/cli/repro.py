@@ -1,9 +1,8 @@
 """``retrograde repro``: the claims of the sources, run again and judged."""
 
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -16,6 +15,7 @@ from retrograde.cli.options import Given
 from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError, RunError
 from retrograde.lab.claims import metrics, wording
+from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places, default_folder
 from retrograde.lab.claims.jobs import State
 from retrograde.lab.claims.library import Library
@@ -47,23 +47,15 @@ class List:
         """Print to stdout."""
         library = Library(self.folder)
         entries, scripts = library.entries(), library.scripts()
-        if self.json:
-            output.print_json(
-                {
-                    "claims": [entry.to_dict() for entry in entries],
-                    "scripts": [script.to_dict() for script in scripts],
-                }
-            )
-            return 0
         claims = make_table(
             ("claim", "the source says", "status", "verdict"),
             ((e.claim.id, e.claim.claim, e.status, e.verdict or NONE) for e in entries),
             texts=4,
             caption="`retrograde repro run CLAIM` runs a claim, `retrograde repro show CLAIM` prints its result",
         )
-        output.print_table(claims)
-        if scripts:
-            rows = (
+        others = make_table(
+            ("script", "its question", "results", "command"),
+            (
                 (
                     one.name,
                     one.question,
@@ -71,10 +63,15 @@ class List:
                     one.command,
                 )
                 for one in scripts
-            )
-            columns = ("script", "its question", "results", "command")
-            output.print_line("")
-            output.print_table(make_table(columns, rows, texts=4, caption="not claims: scripts"))
+            ),
+            texts=4,
+            caption="not claims: scripts",
+        )
+        content = {
+            "claims": [one.to_dict() for one in entries],
+            "scripts": [one.to_dict() for one in scripts],
+        }
+        output.tell(content, claims, *(["", others] if scripts else []), as_json=self.json)
         return 0
 
 
@@ -120,16 +117,15 @@ class Run:
                 raise OptionError(f"repro: seeds={self.seeds} runs nothing. Give 1 or more.")
             claim = claim.model_copy(update={"seeds": self.seeds})
         folder = self.runs or default_folder(claim.id, quick=self.quick)
-        grid = Grid(claim, Places(folder, self.data_dir, self.jobs, self.device))
-        with shown(claim.id) as show, stop_request() as stop:
-            result = grid.run(quick=self.quick, command=self._command(), show=show, stop=stop)
+        places = Places(folder, self.data_dir, self.jobs, self.device)
+        result = run_grid(claim, places, self._command(), quick=self.quick)
         published = not self.quick and claim.seeds >= whole.seeds
         if published:
             # More seeds than it asks for are no other claim.
             result.hash = whole.hash
         path = library.path(claim) if published else folder / "result.json"
         write_result(result, path)
-        present(result, path, as_json=self.json)
+        present(result, f"result: {path}", as_json=self.json)
         return 0
 
     def _command(self) -> str:
@@ -164,7 +160,7 @@ class Show:
             raise RunError(f"{self.claim} has no result: {why}.")
         if entry.status == "stale":
             output.log.print("the definition has changed since: run the claim again", style="yellow")
-        present(entry.result, library.path(entry.claim), as_json=self.json)
+        present(entry.result, f"result: {library.path(entry.claim)}", as_json=self.json)
         return 0
 
 
@@ -197,56 +193,50 @@ class Verify:
             )
         entry = random.choice(entries)
         assert entry.result is not None
-        with shown(entry.claim.id) as show, stop_request() as stop, tempfile.TemporaryDirectory() as folder:
-            state = State(show, 1.0, "one cell again")
-
-            def tell(done: float) -> None:
-                state.finished = done
-                state.show()
-
+        with (
+            output.progress(entry.claim.id, counted=False) as show,
+            stop_request() as stop,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            tell = partial(show, "one cell again", total=1.0)
             found = run_again(
                 entry.claim, entry.result, Path(folder), self.data_dir, random, tell=tell, stop=stop
             )
-        if self.json:
-            output.print_json({"claim": entry.claim.id, **found.to_dict()})
-        else:
-            verdict = "identical" if found.identical else "agrees" if found.agrees else "DOES NOT AGREE"
-            rows = (
-                (
-                    metrics.ALL[name].label,
-                    wording.figure(name, value),
-                    wording.figure(name, found.found[name]),
-                )
-                for name, value in found.published.items()
-            )
-            title = f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}"
-            output.print_table(make_table(("metric", "published", "now"), rows))
-            output.print_line(title)
+        verdict = "identical" if found.identical else "agrees" if found.agrees else "DOES NOT AGREE"
+        rows = (
+            (metrics.ALL[name].label, *(wording.figure(name, one) for one in (value, found.found[name])))
+            for name, value in found.published.items()
+        )
+        output.tell(
+            {"claim": entry.claim.id, **found.to_dict()},
+            make_table(("metric", "published", "now"), rows),
+            f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}",
+            as_json=self.json,
+        )
         return 0 if found.agrees else 1
 
 
-@contextmanager
-def shown(what: str) -> Generator[Callable[[State], None]]:
-    """A bar for a whole grid, with the time left."""
-    with output.progress(what, counted=False) as show:
-        yield lambda state: show(state.what, state.done, state.total)
+def run_grid(claim: Claim, places: Places, command: str, *, quick: bool = False) -> Result:
+    """All of a claim's runs, with a bar of the time left."""
+    with output.progress(claim.title, counted=False) as show, stop_request() as stop:
+
+        def tell(state: State) -> None:
+            show(state.what, state.done, state.total)
+
+        return Grid(claim, places).run(quick=quick, command=command, show=tell, stop=stop)
 
 
-def present(result: Result, path: Path | None, *, as_json: bool) -> None:
-    """The result on stdout."""
-    if as_json:
-        output.print_json(result.model_dump(mode="json"))
-        return
+def present(result: Result, last: str, *, as_json: bool) -> None:
+    """The result on stdout, with a last line."""
     figures = figures_table(Comparison(result, {}), source=False)
-    output.print_table(replace(figures, caption=f"{result.title}. {figures.caption}"))
-    if result.findings:
-        output.print_line("")
-        output.print_table(checks_table(result))
-        output.print_line(
-            f"{'quick, which decides nothing' if result.quick else 'verdict'}: {result.verdict}"
-        )
-    if path is not None:
-        output.print_line(f"result: {path}")
+    verdict = f"{'quick, which decides nothing' if result.quick else 'verdict'}: {result.verdict}"
+    output.tell(
+        result.model_dump(mode="json"),
+        replace(figures, caption=f"{result.title}. {figures.caption}"),
+        *(["", checks_table(result), verdict] if result.findings else []),
+        last,
+        as_json=as_json,
+    )
 
 
 Command = (

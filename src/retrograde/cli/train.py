@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -15,8 +15,9 @@ from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
 from retrograde.lab import tensorboard
 from retrograde.lab.recipe import Recipe
+from retrograde.lab.record import read_run
 from retrograde.lab.trainer import CHECKPOINT_SECONDS, Progress, train
-from retrograde.report.table import Table, pairs
+from retrograde.report.tables import run_table
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,8 @@ class Train:
                 stop=stop,
                 checkpoint_seconds=self.checkpoint_seconds,
             )
-        result["folder"] = str(run_folder)
-        if self.json:
-            output.print_json(result)
-        else:
-            output.print_table(_table(recipe, result))
+        table, folder = run_table(read_run(run_folder)), str(run_folder)
+        output.tell({**result, "folder": folder}, table, f"folder: {folder}", as_json=self.json)
         return 0
 
 
@@ -86,26 +84,3 @@ def _new_folder(recipe: Recipe) -> Path:
         [folder], (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
     )
     return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _table(recipe: Recipe, result: dict[str, Any]) -> Table:
-    flops, timing = result["flops"], result["timing"] or {}
-    rows = [("methods", recipe.label), ("test accuracy", f"{result['test']['accuracy']:.2%}")]
-    if result["zeros"] is not None:
-        zeros = f"{result['zeros']:.1%} (of their own {result['own_zeros']:.1%})"
-        rows.append(("zeros in the gradients", zeros))
-    rows += [
-        ("FLOPs, dense-equivalent", f"{flops['dense']:.3g}"),
-        *(
-            (f"FLOPs, {name}", f"{flops[name]:.3g} ({flops[name] / flops['dense']:.1%})")
-            for name in ("needed", "executed", "discounted")
-        ),
-        ("fallbacks", str(result["fallbacks"])),
-    ]
-    if (ratio := timing.get("forecast_ratio")) is not None:
-        rows.append(("forward and backward pass", f"forecast ×{ratio:.2f} of the plain model's time"))
-    if (forecast := timing.get("backward_forecast")) is not None:
-        both = f"{timing['backward_seconds'] * 1e3:.2f} ms a step, forecast {forecast * 1e3:.2f} ms"
-        rows.append(("attached backward passes", both))
-    seconds = f"{result['seconds']:.1f} s ({result['step_seconds'] * 1e3:.1f} ms a step)"
-    return pairs("", [*rows, ("training time", seconds), ("folder", result["folder"])])

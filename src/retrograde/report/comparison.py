@@ -69,13 +69,11 @@ class Comparison:
     def variants(self) -> tuple[Variant, ...]:
         """All variants, the baseline first, each with its colour and dash: the same in all plots."""
         found: list[Variant] = []
-        for at, (name, entry) in enumerate(self.result.contestants.items()):
-            colour, dash = COLOURS[(at - 1) % len(COLOURS)], DASHES[(at - 1) // len(COLOURS) % len(DASHES)]
-            swatch = (
-                Swatch(entry.label, colour, dash=dash, run=name)
-                if at
-                else Swatch(entry.label, INK, run=name, ink=True)
-            )
+        for at, (name, entry) in enumerate(self.result.contestants.items(), -1):
+            swatch = Swatch(entry.label, INK, run=name, ink=True)
+            if at >= 0:
+                dash = DASHES[at // len(COLOURS) % len(DASHES)]
+                swatch = Swatch(entry.label, COLOURS[at % len(COLOURS)], dash=dash, run=name)
             found.append(Variant(name, swatch, self.records.get(name, ())))
         return tuple(found)
 

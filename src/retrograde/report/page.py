@@ -20,14 +20,12 @@ from retrograde.report.table import Table, figure_parts, pairs, tone
 
 @dataclass(frozen=True)
 class Fold:
-    """What is folded away: tables, and further folds."""
+    """What is folded away: tables, of which empty ones are left out, and further folds."""
 
     label: str
     hint: str = ""
     text: str = ""
     tables: tuple[Table, ...] = ()
-    columns: tuple[Table, ...] = ()
-    """Beside each other where there is room."""
     folds: "tuple[Fold, ...]" = ()
 
 
@@ -40,7 +38,7 @@ class Section:
     headline: str
     caveats: tuple[str, ...]
     figures: Table
-    checks: Table | None
+    checks: Table
     galleries: tuple[Gallery, ...]
     note: tuple[str, ...]
     folds: tuple[Fold, ...]
@@ -50,15 +48,17 @@ def write(runs: Sequence[Path], output: Path, title: str | None = None) -> Path:
     """Write the report of `runs` to `output` and return its path.
 
     Args:
-        runs: run folders, or folders of run folders.
+        runs: run folders, or folders of run folders; or else JSON files with results of claims.
         output: the HTML file; folders above it are made.
-        title: the page's heading; by default the name of the only group, or their number.
+        title: the page's heading; by default the name of the only group or claim, or their number.
 
     The same runs give the same bytes.
 
     Raises:
         RunError: no run was found, one cannot be read, or `output` cannot be written.
     """
+    if any(path.suffix == ".json" for path in runs):
+        return write_claims(read_claims(runs), output, title)
     groups = of_folders(runs)
     name = groups[0].result.title if len(groups) == 1 else f"Training runs in {len(groups)} groups"
     return _save(_render(groups, "retrograde report", title or name), output)
@@ -114,7 +114,7 @@ def section(comparison: Comparison) -> Section:
         headline=headline(comparison),
         caveats=caveats(comparison),
         figures=tables.figures_table(comparison),
-        checks=tables.checks_table(result) if result.findings else None,
+        checks=tables.checks_table(result),
         galleries=tuple(galleries(comparison)),
         note=tuple(filter(None, paragraphs)),
         folds=_folds(comparison),
@@ -134,7 +134,7 @@ def _folds(comparison: Comparison) -> tuple[Fold, ...]:
     if comparison.recorded:
         return (*map(_of_variant, comparison.variants), each)
     made = (tables.facts_table(result), pairs("Machine", formats.flat(result.machine)))
-    how = Fold("How it was made", "command, commit, machine", columns=made)
+    how = Fold("How it was made", "command, commit, machine", tables=made)
     return (*map(_settings, result.contestants.values()), each, how)
 
 
@@ -142,12 +142,8 @@ def _settings(entry: Entry) -> Fold:
     """What a variant ran by, and the search that led to it."""
     changes = pairs("Found by the search, or for an equal time", tables.changed(entry))
     recipe = pairs("Recipe it ran by", formats.flat(entry.recipe))
-    return Fold(
-        entry.label,
-        f"{len(entry.trials)} trials" if entry.trials else "nothing searched",
-        columns=tuple(table for table in (changes, recipe) if table.rows),
-        tables=(tables.search_table(entry),) if entry.trials else (),
-    )
+    hint = f"{len(entry.trials)} trials" if entry.trials else "nothing searched"
+    return Fold(entry.label, hint, tables=(changes, recipe, tables.search_table(entry)))
 
 
 def _of_variant(variant: Variant) -> Fold:
@@ -159,18 +155,16 @@ def _of_variant(variant: Variant) -> Fold:
 def _of_run(variant: Variant, run: RunRecord) -> Fold:
     first = variant.records[0]
     repeated = run is not first and run.description.plan.layers == first.description.plan.layers
-    shown = (None if repeated else tables.plan_table(run), tables.layers_table(run))
-    columns = (
+    facts = run.description
+    shown = (
+        *(() if repeated else (tables.plan_table(run),)),
+        tables.layers_table(run),
         tables.run_table(run),
-        pairs("Configuration", formats.flat(run.description.recipe)),
-        pairs("Machine", formats.flat(run.description.machine)),
+        pairs("Configuration", formats.flat(facts.recipe)),
+        pairs("Machine", formats.flat(facts.machine)),
     )
-    return Fold(
-        variant.seed_label(run),
-        text=f"The plan is that of {variant.seed_label(first)}." if repeated else "",
-        tables=tuple(table for table in shown if table),
-        columns=tuple(table for table in columns if table.rows),
-    )
+    text = f"The plan is that of {variant.seed_label(first)}." if repeated else ""
+    return Fold(variant.seed_label(run), text=text, tables=shown)
 
 
 def _render(comparisons: Sequence[Comparison], kicker: str, title: str, lead: str = "") -> str:

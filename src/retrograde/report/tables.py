@@ -1,16 +1,13 @@
 """The tables of a result, for the terminal, documents and the page: figures, checks, settings, searches, runs."""
 
 from retrograde.lab.claims import metrics, wording
-from retrograde.lab.claims.result import Entry, Finding, Result, Run, Trial
-from retrograde.lab.record import RunRecord, number
+from retrograde.lab.claims.result import Entry, Result, Run, Trial
+from retrograde.lab.record import RunRecord, Timing, number
 from retrograde.report import formats
-from retrograde.report.comparison import Comparison, Variant
+from retrograde.report.comparison import Comparison
 from retrograde.report.formats import figure
 from retrograde.report.prose import caption, commits_of
-from retrograde.report.table import NONE, Column, Row, Table, make_table, pairs
-
-TIME_RATIO = "time over the baseline’s"
-SOURCE = "the source’s figures"
+from retrograde.report.table import NONE, Column, Kind, Row, Table, make_table, pairs
 
 
 def figures_table(comparison: Comparison, *, source: bool = True) -> Table:
@@ -20,59 +17,44 @@ def figures_table(comparison: Comparison, *, source: bool = True) -> Table:
         comparison: what is compared.
         source: with a column of the source's figures, where it gives any; a terminal has no room for it.
     """
-    result = comparison.result
+    result, recorded = comparison.result, comparison.recorded
+    columns = [Column(metrics.ALL[metric].label) for metric in result.table]
+    columns[1:1] = [Column("difference")] if recorded else []
+    columns = [Column("variant", "text"), *columns, Column("time over the baseline’s")]
     sourced = source and any(entry.source for entry in result.contestants.values())
-    columns = [metrics.ALL[metric].label for metric in result.table]
-    if comparison.recorded:
-        columns.insert(1, "difference")
+    columns += [Column("the source’s figures", "text")] if sourced else []
     rows: list[Row] = []
     for variant in comparison.variants:
-        cells = [wording.cell(result, variant.name, metric) for metric in result.table]
-        if comparison.recorded:
-            cells.insert(1, _difference(result, variant))
-        cells.append(time_ratio(result, variant.name))
-        if sourced:
-            cells.append(wording.source(result, variant.name))
+        name, first = variant.name, variant.name == result.baseline
+        cells = [wording.cell(result, name, metric) for metric in result.table]
+        found = result.against_baseline.get(name, {}).get("accuracy")
+        difference = "baseline" if first else wording.points(found.minus) if found else NONE
+        cells[1:1] = [difference] if recorded else []
+        cells.append("×1" if first else wording.ratio(result, name, "seconds") or NONE)
+        cells += [wording.source(result, name)] if sourced else []
         rows.append(Row((variant.label, *cells), variant.swatch))
-    heads = (Column("variant", "text"), *map(Column, columns), Column(TIME_RATIO))
-    return Table(
-        (*heads, Column(SOURCE, "text")) if sourced else heads, tuple(rows), caption(comparison.result)
-    )
-
-
-def _difference(result: Result, variant: Variant) -> str:
-    if variant.name == result.baseline:
-        return "baseline"
-    found = result.against_baseline[variant.name].get("accuracy")
-    return wording.points(found.minus) if found else NONE
-
-
-def time_ratio(result: Result, name: str) -> str:
-    """Training time over the baseline's."""
-    if name == result.baseline:
-        return "×1"
-    return wording.ratio(result, name, "seconds") or NONE
+    return Table(tuple(columns), tuple(rows), caption(result))
 
 
 def checks_table(result: Result) -> Table:
     """What was asked, and what came out."""
 
-    def row(finding: Finding) -> Row:
-        remark = f"\n{finding.remark}" if finding.remark else ""
-        return Row((finding.says + remark, held(finding), wording.found(finding), wording.bound(finding)))
-
-    columns = (
-        Column("check", "text"),
-        Column("outcome", "badge"),
-        Column("figure"),
-        Column("bound", "text"),
+    rows = (
+        (
+            f"{one.says}\n{one.remark}".rstrip(),
+            "fails" if not one.holds else "exceeded" if one.exceeds else "holds",
+            wording.found(one),
+            wording.bound(one),
+        )
+        for one in result.findings
     )
-    return Table(columns, tuple(map(row, result.findings)))
-
-
-def held(finding: Finding) -> str:
-    """Whether a check holds, in a word or two."""
-    return "exceeded" if finding.holds and finding.exceeds else "holds" if finding.holds else "fails"
+    kinds: tuple[tuple[str, Kind], ...] = (
+        ("check", "text"),
+        ("outcome", "badge"),
+        ("figure", "number"),
+        ("bound", "text"),
+    )
+    return Table(tuple(Column(*kind) for kind in kinds), tuple(map(Row, rows)))
 
 
 def settings_table(result: Result) -> Table | None:
@@ -102,12 +84,12 @@ def _written(value: object) -> str:
 def search_table(entry: Entry) -> Table:
     """All trials of a search, the one that was taken in bold."""
     keys = tuple(dict.fromkeys(key for trial in entry.trials for key in trial.changes))
-    best = max(range(len(entry.trials)), key=lambda at: entry.trials[at].accuracy)
+    best = max(entry.trials, key=lambda trial: trial.accuracy, default=None)
 
     def row(at: int, trial: Trial) -> Row:
         values = (_written(trial.changes[key]) if key in trial.changes else NONE for key in keys)
         reached = figure("best_validation", trial.accuracy) if trial.error is None else trial.error
-        return Row((str(at + 1), *values, reached), tone="strong" if at == best else "plain")
+        return Row((str(at + 1), *values, reached), tone="strong" if trial is best else "plain")
 
     columns = (Column("trial", "text"), *map(Column, (*keys, "validation accuracy")))
     rows = tuple(row(at, trial) for at, trial in enumerate(entry.trials))
@@ -148,73 +130,56 @@ def facts_table(result: Result) -> Table:
 
 
 def run_table(run: RunRecord) -> Table:
-    """A run's own facts, its forecast beside what was measured included."""
+    """A run's own facts and figures, its forecast beside what was measured included."""
     outcome, description = run.outcome, run.description
-    best = outcome.best_validation or {}
-    at = best.get("epoch")
+    timing, epoch = outcome.timing or Timing(), (outcome.best_validation or {}).get("epoch")
+    figures = (
+        (metrics.ALL[name].label, figure(name, value)) for name, value in metrics.of_run(outcome).items()
+    )
     rows = [
         ("Name", description.name),
-        ("Started", description.started or NONE),
+        ("Label", run.label),
+        ("Started", description.started),
         ("Status", outcome.status),
         ("Epochs", figure("steps", outcome.epochs)),
-        ("Steps", figure("steps", outcome.steps)),
-        (
-            "Best validation",
-            figure("best_validation", best.get("accuracy"))
-            + (f" in epoch {at:.0f}" if at is not None else ""),
-        ),
+        *((f"{label[0].upper()}{label[1:]}", text) for label, text in figures),
+        ("Epoch of the best validation", figure("steps", epoch)),
         ("Dense-equivalent", formats.flops(outcome.flops.dense)),
         ("Method’s own overhead", formats.flops(outcome.flops.overhead)),
+        ("Fallbacks", str(outcome.fallbacks)),
         ("Peak memory", figure("saved_bytes", outcome.peak_memory_bytes)),
-        ("Model", outcome.model_file or NONE),
+        ("Model", outcome.model_file),
     ]
-    timing = outcome.timing
-    if timing is not None and number(timing.forecast_ratio) is not None:
-        forecast, measured = timing.backward_forecast, timing.backward_seconds
-        rows += [
-            (
-                "Forward and backward pass, forecast",
-                f"×{timing.forecast_ratio:.2f} of the plain model’s time",
-            ),
-            ("Attached backward passes in a step, forecast", figure("step_seconds", forecast)),
-            ("Attached backward passes in a step, measured", figure("step_seconds", measured)),
-        ]
-    return pairs("Run", rows)
-
-
-def plan_table(run: RunRecord) -> Table | None:
-    """What is attached to each layer; None of a run without a plan."""
-    layers = run.description.plan.layers
-    if not layers:
-        return None
-    kinds = ("text", "text", "text", "number", "text", "text", "text", "text")
-    names = ("layer", "type", "shape", "parameters", "methods", "kernel", "status", "why")
-    rows = (
-        (
-            layer.name,
-            layer.type,
-            layer.shape,
-            figure("parameters", layer.parameters),
-            ", ".join(layer.methods),
-            layer.kernel,
-            layer.status,
-            layer.why,
+    if number(timing.forecast_ratio) is not None:
+        rows.append(
+            ("Forward and backward pass, forecast", f"×{timing.forecast_ratio:.2f} of the plain model’s time")
         )
-        for layer in layers
-    )
-    return Table(
-        tuple(Column(name, kind) for name, kind in zip(names, kinds, strict=True)),
-        tuple(Row(tuple(cell or NONE for cell in row)) for row in rows),
-        "Plan: what is attached to each layer, and why",
-    )
+    for word, seconds in (("forecast", timing.backward_forecast), ("measured", timing.backward_seconds)):
+        rows.append((f"Attached backward passes in a step, {word}", figure("step_seconds", seconds)))
+    return pairs("Run", ((name, text) for name, text in rows if text and text != NONE))
 
 
-def layers_table(run: RunRecord) -> Table | None:
-    """What was counted in each layer in the last epoch; None where nothing was."""
+def plan_table(run: RunRecord) -> Table:
+    """What is attached to each layer."""
+
+    def write(value: object) -> str:
+        if isinstance(value, int):
+            return figure("parameters", value)
+        return (", ".join(value) if isinstance(value, tuple) else str(value or "")) or NONE
+
+    names = ("type", "shape", "parameters", "methods", "kernel", "status", "why")
+    rows = [
+        Row((layer.name, *(write(getattr(layer, name)) for name in names)))
+        for layer in run.description.plan.layers
+    ]
+    kinds = (Column(name, "number" if name == "parameters" else "text") for name in ("layer", *names))
+    return Table(tuple(kinds), tuple(rows), "Plan: what is attached to each layer, and why")
+
+
+def layers_table(run: RunRecord) -> Table:
+    """What was counted in each layer in the last epoch."""
     numbers = {name: layer.model_dump(exclude_none=True) for name, layer in run.layers.items()}
     columns = list(dict.fromkeys(key for fields in numbers.values() for key in fields))
-    if not columns:
-        return None
     rows = (
         (name, *(formats.cell(fields.get(column), column) for column in columns))
         for name, fields in numbers.items()

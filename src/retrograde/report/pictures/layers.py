@@ -39,8 +39,7 @@ def spectral(variant: Variant) -> list[Chart | None]:
             "captured_energy",
             "Spectral: gradient energy inside the basis",
             "Share of the gradient’s energy inside the small basis: at 100 % nothing is lost by learning within it.",
-            factor=100.0,
-            unit=" %",
+            share=True,
         ),
         layer_lines(
             variant,
@@ -64,11 +63,10 @@ def layer_lines(
     note: str,
     *,
     lesser: str = "",
-    factor: float = 1.0,
-    unit: str = "",
+    share: bool = False,
     log: bool = False,
 ) -> Chart | None:
-    """The layers' number ``key`` over epochs, mean over seeds; that of ``lesser`` is dotted.
+    """The layers' number ``key`` over epochs, mean over seeds; that of ``lesser`` is dotted; a ``share`` in per cent.
 
     Layers without `lesser`, where that is asked for, are left out: another method may call a number of its own `key`.
     """
@@ -78,7 +76,7 @@ def layer_lines(
             return epoch.layers[name].number(of) if name in epoch.layers else None
 
         points = mean_line(along(run, value) for run in variant.records)
-        return [(x, y * factor) for x, y in points if y > 0 or not log]
+        return [(x, y * (100 if share else 1)) for x, y in points if y > 0 or not log]
 
     both = {name: (line(name, key), line(name, lesser) if lesser else []) for name in variant.layers()}
     found = {name: lines for name, lines in both.items() if lines[0] and (lines[1] or not lesser)}
@@ -90,4 +88,4 @@ def layer_lines(
     named = swatches
     if len(named) > _MOST_NAMED:
         named = [swatches[round((len(swatches) - 1) * part / 4)] for part in range(5)]
-    return lines_chart(title, lines, unit=unit, note=note, log=log, legend=named)
+    return lines_chart(title, lines, unit=" %" if share else "", note=note, log=log, legend=named)

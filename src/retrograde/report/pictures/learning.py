@@ -14,7 +14,7 @@ def learning(comparison: Comparison) -> list[Chart | None]:
     """Validation accuracy and losses, over epochs and steps."""
 
     def losses(run: RunRecord) -> Points:
-        line = [(step.step, y) for step in run.steps if (y := number(step.loss)) is not None]
+        line = [(float(step.step), y) for step in run.steps if (y := number(step.loss)) is not None]
         # A single point makes no line.
         return line if len(line) > 1 else []
 

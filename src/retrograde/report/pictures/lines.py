@@ -11,7 +11,6 @@ MAX_POINTS_OF_PLOT = 12_000
 """Lines of one plot share them, so that many seeds do not make a page of many megabytes."""
 
 _MOST_UNIFIED = 8
-"""Lines whose figures fit into one box under the mouse."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ def lines_chart(
     unit: str = "",
     note: str = "",
     log: bool = False,
+    least: float | None = None,
     legend: Sequence[Swatch] | None = None,
 ) -> Chart | None:
     """The lines; None where there is none.
@@ -42,10 +42,14 @@ def lines_chart(
         unit: behind the figures.
         note: what to know of it.
         log: with a logarithmic axis.
+        least: what the axis begins with.
         legend: swatches to name, by default all.
     """
     stride = stride_of([line for one in lines for line in (*one.seeds, one.lesser)])
-    plot, hover, seeded = Plot(), f"%{{y:.4~g}}{unit}", False
+    plot, seeded = Plot(), False
+    # Where lines have the same places, one box under the mouse holds the figures of all, while they are few.
+    unified = x in ("epoch", "step") and len(lines) <= _MOST_UNIFIED
+    hover = f"%{{y:.4~g}}{unit}" + ("" if unified else f"<br>{x}: %{{x:.4~g}}")
     for one in lines:
         if one.lesser:
             swatch = replace(one.swatch, label=f"{one.swatch.label}, dotted", dash="dot")
@@ -57,19 +61,18 @@ def lines_chart(
             seeded = True
             # One trace for all seeds: the gaps keep them apart.
             joined = [point for line in seeds for point in (*line, (None, None))]
-            plot.line(one.swatch, joined, width=0.9, opacity=0.4)
+            plot.line(one.swatch, joined, width=0.9, opacity=0.4, showlegend=False)
         if mean:
             plot.line(one.swatch, mean, marked=True, hover=hover)
             plot.legend.append(one.swatch)
             plot.said.append(f"{one.swatch.label} from {mean[0][1]:.4g}{unit} to {mean[-1][1]:.4g}{unit}")
     # A tick for each epoch while they are few.
     few = x == "epoch" and max((len(line) for one in lines for line in one.seeds), default=0) <= 12
-    plot.figure.update_xaxes(title=x, dtick=1 if few else None)
-    plot.figure.update_yaxes(ticksuffix=unit, type="log" if log else "linear")
+    plot.figure.update_xaxes(title=x, dtick=1 if few else None, rangemode="nonnegative")
+    plot.figure.update_yaxes(ticksuffix=unit, type="log" if log else "linear", range=least and [least, None])
     plot.legend = plot.legend if legend is None else list(legend)
     note += f" Every {stride}th point is drawn." if stride > 1 else ""
     note += " Faint lines are single seeds, strong ones their mean." if seeded else ""
-    unified = len(plot.said) <= _MOST_UNIFIED
     return plot.chart(title, "Line chart", note=note, hover="x unified" if unified else "closest")
 
 

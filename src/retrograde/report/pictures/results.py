@@ -1,39 +1,22 @@
 """The plots of a result: accuracy against time, against what it costs, and seed by seed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from retrograde.lab.claims import metrics, wording
-from retrograde.lab.claims.result import Result
+from retrograde.lab.claims.result import Result, Run
 from retrograde.report.comparison import INK, Comparison
 from retrograde.report.pictures.chart import Chart, Plot, Points, broken
+from retrograde.report.pictures.lines import Line, lines_chart
 from retrograde.report.table import Swatch
 
 MOST_READINGS = 200
 _DIFFERENT = 1.05
 """Costs this many times apart are worth an axis."""
 _LOGARITHMIC = 20.0
-
-
-@dataclass(frozen=True)
-class Course:
-    """A variant's validation accuracy after so many seconds.
-
-    Attributes:
-        seconds: in order; the last are those of the shortest run.
-        mean: over seeds, in per cent.
-        low: of the worst seed.
-        high: of the best one.
-    """
-
-    seconds: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
 
 
 def result_charts(comparison: Comparison) -> list[Chart]:
@@ -43,46 +26,38 @@ def result_charts(comparison: Comparison) -> list[Chart]:
     return [replace(found[0], wide=True), *found[1:]] if len(found) % 2 else found
 
 
-def course(lines: Sequence[Points]) -> Course | None:
-    """The seeds' lines as one, as far as all of them go; None where there is none.
+def course(lines: Iterable[Points]) -> list[Points]:
+    """The seeds' lines at the same readings, as far as all of them go.
 
     Each line is taken to be straight between its readings, so nothing is lost at the readings of all of them.
     """
     filled = [line for line in lines if line]
-    if not filled:
-        return None
-    start, end = max(line[0][0] for line in filled), min(line[-1][0] for line in filled)
+    start, end = (
+        max((line[0][0] for line in filled), default=0),
+        min((line[-1][0] for line in filled), default=0),
+    )
     if start > end:
         # Runs of a single reading, for instance: their ends are all that can be told.
-        ends = [line[-1] for line in filled]
-        grid = np.array([fmean(x for x, _ in ends)])
-        heights = np.array([[y] for _, y in ends])
-    else:
-        grid = np.unique([x for line in filled for x, _ in line if start <= x <= end])
-        if len(grid) > MOST_READINGS:
-            grid = np.linspace(start, end, MOST_READINGS)
-        heights = np.array([np.interp(grid, [x for x, _ in line], [y for _, y in line]) for line in filled])
-    return Course(
-        grid.tolist(),
-        heights.mean(axis=0).tolist(),
-        heights.min(axis=0).tolist(),
-        heights.max(axis=0).tolist(),
-    )
+        at = fmean(line[-1][0] for line in filled)
+        return [[(at, line[-1][1])] for line in filled]
+    grid = np.unique([x for line in filled for x, _ in line if start <= x <= end])
+    if len(grid) > MOST_READINGS:
+        grid = np.linspace(start, end, MOST_READINGS)
+    heights = (np.interp(grid, [x for x, _ in line], [y for _, y in line]).tolist() for line in filled)
+    return [list(zip(grid.tolist(), one, strict=True)) for one in heights]
 
 
-def courses(result: Result) -> dict[str, Course]:
-    """The course of each variant that has readings."""
+def courses(result: Result) -> dict[str, list[Points]]:
+    """Validation accuracy over seconds of every seed, of each variant that has readings."""
+
+    def line(run: Run) -> Points:
+        return [(reading.seconds, 100 * reading.accuracy) for reading in run.curve]
+
     found = {
-        name: course(
-            [
-                [(reading.seconds, 100 * reading.accuracy) for reading in run.curve]
-                for run in result.runs
-                if run.contestant == name
-            ]
-        )
+        name: course(line(run) for run in result.runs if run.contestant == name)
         for name in result.contestants
     }
-    return {name: one for name, one in found.items() if one}
+    return {name: lines for name, lines in found.items() if lines}
 
 
 def goal(result: Result) -> tuple[float, str] | None:
@@ -95,62 +70,35 @@ def goal(result: Result) -> tuple[float, str] | None:
 
 
 def time_chart(comparison: Comparison) -> Chart | None:
-    """Validation accuracy over seconds of training, with a band from the worst to the best seed."""
-    found, plot = courses(comparison.result), Plot()
-    shown = [
-        (variant.swatch, found[variant.name]) for variant in comparison.variants if variant.name in found
-    ]
-    for swatch, one in shown:
-        if len(one.seconds) > 1 and one.low != one.high:
-            around = [
-                *zip(one.seconds, one.high, strict=True),
-                *reversed([*zip(one.seconds, one.low, strict=True)]),
-            ]
-            fill: dict[str, Any] = {"fill": "toself", "fillcolor": swatch.colour, "opacity": 0.15}
-            plot.line(swatch, around, width=0, showlegend=False, **fill)
-    for swatch, one in shown:
-        points = zip(one.seconds, one.mean, strict=True)
-        plot.line(swatch, points, marked=True, hover="%{y:.2f} % after %{x:.4~g} s")
-        plot.legend.append(swatch)
-        plot.said.append(f"{swatch.label} ends at {one.mean[-1]:.2f} % after {one.seconds[-1]:.4g} s")
-    heights = [y for one in found.values() for y in (*one.high, *one.low[len(one.low) // 2 :])] or [0.0]
-    if found and (target := goal(comparison.result)):
-        swatch = Swatch(target[1], INK, dash="dash")
-        end = max(one.seconds[-1] for one in found.values())
-        plot.line(swatch, [(0, target[0]), (end, target[0])], width=1.4)
-        plot.legend.append(swatch)
-        heights.append(target[0])
-    room = max((max(heights) - min(heights)) * 0.08, 0.05)
-    plot.figure.update_xaxes(title="seconds of training", rangemode="tozero")
-    plot.figure.update_yaxes(ticksuffix=" %", range=[min(heights) - room, max(heights) + room])
-    several = "Mean over seeds, with a band from the worst to the best; a line ends with its shortest run. "
-    return plot.chart(
+    """Validation accuracy over seconds of training, beside the target."""
+    found = courses(comparison.result)
+    lines = [Line(one.swatch, found[one.name]) for one in comparison.variants if one.name in found]
+    if lines and (target := goal(comparison.result)):
+        end = max(seeds[0][-1][0] for seeds in found.values())
+        lines.append(Line(Swatch(target[1], INK, dash="dash"), [[(0.0, target[0]), (end, target[0])]]))
+    # The steep beginning would leave the rest no height.
+    later = [y for seeds in found.values() for line in seeds for _, y in line[len(line) // 2 :]]
+    ends = " A strong line ends with its shortest run." if comparison.seeded else ""
+    return lines_chart(
         "Validation accuracy over time",
-        "Line chart, validation accuracy over seconds of training",
-        height=340,
-        note=f"{several if comparison.seeded else ''}Seconds of training, all overhead included.",
+        lines,
+        x="seconds of training",
+        unit=" %",
+        least=min(later) - 0.05 * (max(later) - min(later)) if later else None,
+        note=f"Seconds of training, all overhead included.{ends}",
     )
 
 
 def main_metric(result: Result) -> str | None:
     """The first metric of the table that any variant has a figure of."""
-    for metric in result.table:
-        if any(value is not None for name in result.contestants for value in result.figures(name, metric)):
-            return metric
-    return None
+    known = {metric for run in result.runs for metric, value in run.metrics.items() if value is not None}
+    return next(filter(known.__contains__, result.table), None)
 
 
 def scale(metric: str) -> tuple[float, str]:
     """What a plot multiplies a metric by, and the unit behind it."""
-    match metrics.ALL[metric].unit:
-        case "%":
-            return 100.0, " %"
-        case "MiB":
-            return 1 / 2**20, " MiB"
-        case "s":
-            return 1.0, " s"
-        case _:
-            return 1.0, ""
+    unit = metrics.ALL[metric].unit
+    return {"%": 100.0, "MiB": 1 / 2**20}.get(unit, 1.0), f" {unit}".rstrip()
 
 
 def cost_metric(result: Result) -> str:

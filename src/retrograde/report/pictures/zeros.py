@@ -1,8 +1,5 @@
 """Zeros in the gradient: dithering's own picture."""
 
-from collections.abc import Sequence
-
-from retrograde.lab.claims.statistics import Estimate
 from retrograde.lab.record import RunRecord
 from retrograde.report.comparison import Comparison
 from retrograde.report.pictures.chart import Chart, Plot, half_interval, plain, short
@@ -28,31 +25,29 @@ def _layers(comparison: Comparison) -> Chart | None:
     names = list(dict.fromkeys(name for variant in shown for name in variant.layers()))
     plot, block = Plot(), len(shown) + 1
     for row, variant in enumerate(shown):
-        at = [index * block + row for index in range(len(names))]
-        before, after = (
-            [variant.estimate(lambda run, name=name, own=own: _of_layer(run, name, own)) for name in names]
-            for own in (True, False)
-        )
-        swatch = variant.swatch
+        swatch, at = variant.swatch, [index * block + row for index in range(len(names))]
+        found = [variant.estimate(lambda run, name=name: _of_layer(run, name, "zeros")) for name in names]
+        before = [variant.mean(lambda run, name=name: _of_layer(run, name, "own_zeros")) for name in names]
+        after = [one and one.mean for one in found]
         joints = [
             point
-            for y, start, end in zip(at, _means(before), _means(after), strict=True)
+            for start, end, y in zip(before, after, at, strict=True)
             if start is not None and end is not None
             for point in ((start, y), (end, y), (None, None))
         ]
         plot.line(swatch, joints, width=2, opacity=0.45)
-        for found, word, symbol in ((before, "before", "circle-open"), (after, "with", "circle")):
-            halves = [one and one.half for one in found] if found is after else []
+        for x, word, symbol in ((before, "before", "circle-open"), (after, "with", "circle")):
+            halves = [one and one.half for one in found] if x is after else []
             plot.marks(
                 swatch,
-                zip(_means(found), at, strict=True),
+                zip(x, at, strict=True),
                 symbol=symbol,
                 hover=f"%{{customdata}}: %{{x:.1f}} % {word} the method",
                 customdata=list(map(plain, names)),
                 error_x=half_interval(halves, swatch.colour),
             )
         plot.legend.append(swatch)
-        if known := [value for value in _means(after) if value is not None]:
+        if known := [value for value in after if value is not None]:
             plot.said.append(f"{variant.label} from {min(known):.0f} % to {max(known):.0f} %")
     plot.figure.update_xaxes(range=[-2, 102], ticksuffix=" %")
     plot.rows([short(name) for name in names], [at * block + (block - 2) / 2 for at in range(len(names))])
@@ -69,10 +64,5 @@ def _layers(comparison: Comparison) -> Chart | None:
     )
 
 
-def _means(found: Sequence[Estimate | None]) -> list[float | None]:
-    return [one and one.mean for one in found]
-
-
-def _of_layer(run: RunRecord, name: str, own: bool) -> float | None:
-    layer = run.layers.get(name)
-    return percent(layer.own_zeros if own else layer.zeros) if layer else None
+def _of_layer(run: RunRecord, name: str, field: str) -> float | None:
+    return percent(getattr(run.layers.get(name), field, None))
