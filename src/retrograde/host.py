@@ -45,7 +45,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, shared:
         write: called with the open file.
         shared: several processes may do so at once: each has a temporary file of its own, which a killed one leaves.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    # Of a name as long as names may be there is no longer one.
+    temporary = path.parent / f".{path.name[:100]}{f'.{os.getpid()}' if shared else ''}.partial"
     try:
         with temporary.open("wb") as file:
             write(file)

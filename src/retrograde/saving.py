@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ import torch
 from retrograde.assignment import distinct
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError, StateError
+from retrograde.host import write_atomically
 from retrograde.methods import registry
 
 _FORMAT = 1
@@ -42,17 +42,7 @@ def write(
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "state": dict(state),
     }
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_atomically(Path(path), lambda file: torch.save(whole, file), shared=True)
 
 
 def read(

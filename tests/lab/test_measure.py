@@ -131,7 +131,7 @@ def test_whole_flops_of_bfloat16_are_discounted() -> None:
 
 def test_whole_flops_of_passes_again_and_in_part() -> None:
     """Two forward passes a step, and half a backward one, against the plain step's one of each."""
-    found = measure.whole_flops(None, PLAIN, 5, passes=measure.Passes(10.0, 2.5))
+    found = measure.whole_flops(None, PLAIN, 5, passes=(10.0, 2.5))
     assert found["dense"] == 30.0
     assert found["needed"] == found["executed"] == found["discounted"] == 2.5 * 10.0 + 3.5 * 2.5
     assert found["forward"] == {**each(25.0), "dense": 12.5}

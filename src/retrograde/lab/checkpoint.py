@@ -34,32 +34,54 @@ def _of(*names: str, empty: bool = False) -> AfterValidator:
     return AfterValidator(check)
 
 
+_Passes = Annotated[dict[str, float], _of("forward", "backward")]
+_Sums = Annotated[dict[str, float], _of("loss", "correct", "count")]
 _Reading = Annotated[dict[str, float], _of("loss", "accuracy", empty=True)]
 
 
-class Checkpoint(BaseModel):
-    """All that a run needs to go on; `Trainer.save` writes it."""
+class State(BaseModel):
+    """How far a run has come, and what it has measured; the trainer counts in it, and `Checkpoint` keeps it.
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    Attributes:
+        step: steps done in the whole run.
+        finished_epochs: their number.
+        seconds: of training.
+        backward_seconds: of backward passes.
+        passes: ``forward`` and ``backward`` ones of a whole batch: peers may run one twice, or in part. ``samples`` of
+            them were looked at for what forward passes keep for the backward pass, ``saved_bytes`` all together.
+        epoch_sums: over the examples of the epoch so far.
+        step_seconds: of the epoch's steps.
+        clocked: layer → seconds of its backward passes and their number of steps, in the processes before this one.
+        validation: the last reading.
+        best: the best one, and its epoch.
+        best_weights: the weights of that, where they are to be kept.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+    step: NonNegativeInt = 0
+    finished_epochs: NonNegativeInt = 0
+    seconds: float = 0.0
+    backward_seconds: NonNegativeFloat = 0.0
+    passes: _Passes = dict.fromkeys(("forward", "backward", "saved_bytes", "samples"), 0.0)
+    epoch_sums: _Sums = dict.fromkeys(("loss", "correct", "count"), 0.0)
+    step_seconds: list[float] = []
+    clocked: dict[str, tuple[float, int]] = {}
+    validation: _Reading = {}
+    best: _Reading = {}
+    best_weights: dict[str, Tensor] | None = None
+
+
+class Checkpoint(State):
+    """All that a run needs to go on; `Trainer.save` writes it."""
 
     format: Literal[3]
     recipe: dict[str, Any]
-    step: NonNegativeInt
-    finished_epochs: NonNegativeInt
-    seconds: float
-    backward_seconds: NonNegativeFloat
-    passes: Annotated[dict[str, float], _of("forward", "backward")]
     model: _State
     optimizer: _State
     schedule: _State
     session: _State | None
     rng: list[Tensor]
-    epoch_sums: Annotated[dict[str, float], _of("loss", "correct", "count")]
-    step_seconds: list[float]
-    clocked: dict[str, tuple[float, int]]
-    validation: _Reading
-    best: _Reading
-    best_weights: dict[str, Tensor] | None
     selector: _State | None
     metrics_bytes: NonNegativeInt
 
@@ -76,7 +98,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         raise misfit(folder, str(first["loc"][0]), first["msg"]) from error
-    files.check_metrics(folder, found.metrics_bytes)
+    for name in Checkpoint.model_fields.keys() - content.keys():
+        raise misfit(folder, name, "it is missing")
+    path = folder / files.METRICS
+    if not path.is_file() or path.stat().st_size < found.metrics_bytes:
+        raise CheckpointError(
+            f"{path} is missing or shorter than the {found.metrics_bytes} bytes that its checkpoint counts on, so the "
+            "run cannot go on in it. Put the file back, or start the run anew in another folder."
+        )
     return found
 
 

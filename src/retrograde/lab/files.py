@@ -134,13 +134,9 @@ def save_model(folder: Path, model: nn.Module) -> None:
     """Write the weights of the run's model, atomically; one copy of tied ones."""
     from safetensors.torch import save_model as save
 
-    path, temporary = folder / MODEL, folder / f".{MODEL}"
+    path = folder / MODEL
     with writing(path, SafetensorError):
-        try:
-            save(model, str(temporary))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, lambda file: save(model, file.name))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -170,20 +166,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
             "Start the run anew in an empty folder."
         )
     return content
-
-
-def check_metrics(folder: Path, length: int) -> None:
-    """The metrics file must hold all that was logged up to the checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or shorter.
-    """
-    path = folder / METRICS
-    if not path.is_file() or path.stat().st_size < length:
-        raise CheckpointError(
-            f"{path} is missing or shorter than the {length} bytes that its checkpoint counts on, so the run cannot go "
-            "on in it. Put the file back, or start the run anew in another folder."
-        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -102,29 +102,12 @@ def _frozen_statistics(model: nn.Module) -> Generator[None]:
             buffer.copy_(kept[name])
 
 
-@dataclass
-class Passes:
-    """What was counted of a run's forward and backward passes.
-
-    Attributes:
-        forward: forward passes of a whole batch: peers may run one twice, or in part.
-        backward: backward passes likewise.
-        saved_bytes: sum of what forward passes kept for the backward pass, over the samples.
-        samples: forward passes that were looked at for that.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    saved_bytes: float = 0.0
-    samples: float = 0.0
-
-
 def whole_flops(
     session: Session | None,
     step: StepFlops,
     steps: int,
     *,
-    passes: Passes | None = None,
+    passes: tuple[float, float] | None = None,
     precision: str = "float32",
 ) -> dict[str, Any]:
     """FLOPs of the whole model in a run: sums, the forward pass's part of them, and the methods' overhead.
@@ -135,7 +118,8 @@ def whole_flops(
         session: of the run; None where nothing is attached.
         step: of the plain model.
         steps: of the run.
-        passes: really run, where they are others than one forward and one backward pass a step; of the plain model.
+        passes: forward and backward ones of a whole batch that were really run, by the plain model, where they are
+            others than one of each a step.
         precision: of a run without a session; sessions know that of each product.
     """
     plain = step.whole * steps
@@ -150,9 +134,9 @@ def whole_flops(
             found[name] += elsewhere
             found["forward"][name] += forward
         return found | {"not_attached": elsewhere}
-    ran = passes or Passes(steps, steps)
-    forward = step.forward * ran.forward
-    whole = forward + step.backward * ran.backward
+    forwards, backwards = passes or (steps, steps)
+    forward = step.forward * forwards
+    whole = forward + step.backward * backwards
     found: dict[str, Any] = {"dense": plain, **dict.fromkeys(done, whole), "overhead": 0.0}
     found["forward"] = {"dense": step.forward * steps, **dict.fromkeys(done, forward)}
     if session is None:

@@ -3,45 +3,29 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from retrograde.errors import RetrogradeWarning
+from retrograde.extras import is_installed
 
-
-class Writer(Protocol):
-    """The two calls that a run makes."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """Log one number."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
-class _NoWriter:
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def is_available() -> bool:
     """Whether TensorBoard is installed."""
-    import importlib.util
-
-    return importlib.util.find_spec("tensorboard") is not None
+    return is_installed("tensorboard")
 
 
-def open_writer(folder: Path, purge_step: int | None) -> Writer:
-    """A writer into `folder`; without TensorBoard one that drops everything (`is_available` tells beforehand).
+def open_writer(folder: Path, purge_step: int | None) -> "SummaryWriter | None":
+    """A writer into `folder`; without TensorBoard, or where it cannot write there, None.
 
     Args:
         folder: where the event files go.
         purge_step: on resuming, hide what was logged from this step on; None keeps everything.
     """
     if not is_available():
-        return _NoWriter()
+        return None
     from torch.utils.tensorboard import SummaryWriter
 
     try:
@@ -53,4 +37,4 @@ def open_writer(folder: Path, purge_step: int | None) -> Writer:
             RetrogradeWarning,
             stacklevel=2,
         )
-        return _NoWriter()
+        return None

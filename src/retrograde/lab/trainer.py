@@ -6,12 +6,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, machine, measure, models
-from retrograde.lab.checkpoint import Checkpoint, misfit, read_checkpoint, restore
+from retrograde.lab.checkpoint import Checkpoint, State, misfit, read_checkpoint, restore
 from retrograde.lab.data import Data
 from retrograde.lab.generators import Generators, seeded
 from retrograde.lab.optimization import make_optimizer, make_schedule
@@ -31,8 +31,8 @@ from retrograde.lab.record import (
     Outcome,
     Plan,
     Reading,
+    Scores,
     Step,
-    Timing,
     read_description,
 )
 from retrograde.lab.tensorboard import open_writer
@@ -66,15 +66,17 @@ class Progress:
     validation: dict[str, float]
 
 
+class Control(TypedDict, total=False):
+    """How a run is watched, stopped and gone on with: arguments of `Trainer`."""
+
+    resume: bool
+    progress: Callable[[Progress], None] | None
+    stop: Callable[[], bool]
+    checkpoint_seconds: float
+
+
 def train(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    data_dir: Path | None = None,
-    resume: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    recipe: Recipe, folder: Path, *, data_dir: Path | None = None, **control: Unpack[Control]
 ) -> dict[str, Any]:
     """Run `recipe` to its end and leave everything in `folder`.
 
@@ -82,10 +84,7 @@ def train(
         recipe: what to train.
         folder: the run folder; made when missing.
         data_dir: where data sets lie; None reads ``RETROGRADE_DATA``.
-        resume: go on from the folder's checkpoint.
-        progress: called after every step.
-        stop: asked after every step; true writes a checkpoint and ends the run.
-        checkpoint_seconds: time between checkpoints within an epoch.
+        control: as of `Trainer`.
 
     Returns:
         The content of ``result.json``.
@@ -94,16 +93,7 @@ def train(
         KeyboardInterrupt: `stop` said so.
         CheckpointError: the folder holds a run and `resume` is off, or its checkpoint is unusable.
     """
-    data = recipe.load_data(data_dir)
-    trainer = Trainer(
-        recipe,
-        folder,
-        data,
-        resume=resume,
-        progress=progress,
-        stop=stop,
-        checkpoint_seconds=checkpoint_seconds,
-    )
+    trainer = Trainer(recipe, folder, recipe.load_data(data_dir), **control)
     for _ in trainer.epochs():
         pass
     return trainer.finish()
@@ -182,25 +172,20 @@ class Trainer:
         self.optimizer = make_optimizer(recipe, self.model, self._peers)
         self._selector = next((s for p in self._peers if (s := p.selector(recipe.seed)) is not None), None)
         self._second_pass = any(peer.second_pass for peer in self._peers)
-        self._epochs = math.ceil(self.steps / self._steps_in_epoch)
         self._schedule = make_schedule(recipe, self.optimizer, self.steps)
         # Odd, because methods alternate between two or four kinds of steps.
         self._memory_stride = max(1, self.steps // _MEMORY_SAMPLES) | 1
-        self.step = 0
-        self._finished_epochs = 0
-        self._seconds = 0.0
-        self._in_backward = 0.0
-        self._passes = measure.Passes()
-        self._epoch_sums = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-        self._validation: dict[str, float] = {}
-        self._best: dict[str, Any] = {}
-        # The weights of the best reading, where they are to be kept.
-        self._best_weights: dict[str, Tensor] | None = None
-        self._step_seconds: list[float] = []
-        # Of the processes before this one.
-        self._clocked: dict[str, tuple[float, int]] = {}
         # Dropout and the like draw from torch's generators.
         self._generators = Generators(recipe.seed, cuda)
+        self._parts: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self._schedule,
+            "session": self.session,
+            "rng": self._generators,
+            "selector": self._selector,
+        }
+        self._done = State()
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -211,9 +196,10 @@ class Trainer:
             self._metrics.truncate(0 if checkpoint is None else checkpoint.metrics_bytes)
             self._metrics.seek(0, os.SEEK_END)
             self._writer = open_writer(
-                folder / "tensorboard", purge_step=None if checkpoint is None else self.step + 1
+                folder / "tensorboard", purge_step=None if checkpoint is None else self._done.step + 1
             )
-            self._opened.callback(self._writer.close)
+            if self._writer is not None:
+                self._opened.callback(self._writer.close)
         self._saved_at = time.monotonic()
         if checkpoint is None:
             self.save()
@@ -223,8 +209,8 @@ class Trainer:
     def epochs(self) -> Iterator[int]:
         """Train; yields the number of each finished epoch."""
         try:
-            while self._finished_epochs < self._epochs:
-                epoch = self._finished_epochs + 1
+            while self._done.finished_epochs < math.ceil(self.steps / self._steps_in_epoch):
+                epoch = self._done.finished_epochs + 1
                 self._run_epoch(epoch)
                 self._finish_epoch(epoch)
                 yield epoch
@@ -248,8 +234,8 @@ class Trainer:
 
     def _finish_model(self, measures: Collection[str]) -> dict[str, Any]:
         """Test, fold and write the model; what the result says of that."""
-        if self._best_weights is not None:
-            self.model.load_state_dict(self._best_weights)
+        if self._done.best_weights is not None:
+            self.model.load_state_dict(self._done.best_weights)
         test = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
         # What must fit is the most: methods keep other things when they have warmed up than in their first step.
         self._saved_bytes = max(
@@ -282,8 +268,8 @@ class Trainer:
 
     def _run_epoch(self, epoch: int) -> None:
         self.model.train()
-        first = self._finished_epochs * self._steps_in_epoch
-        last = min(first + self._steps_in_epoch, self.steps)
+        done = self._done
+        first, last = self._range(epoch - 1)
         parts = self.recipe.evaluations
         readings = {first + round((last - first) * (i + 1) / parts) for i in range(parts - 1)} - {last}
         batches = lab_data.batches(
@@ -292,15 +278,20 @@ class Trainer:
             seed=self.recipe.seed,
             epoch=epoch - 1,
             augment=self.recipe.augment,
-            start=self.step - first,
+            start=done.step - first,
         )
         with self._generators.in_use():
-            for x, y in itertools.islice(batches, last - self.step):
-                if self.session is not None and self.step % self._memory_stride == 0:
-                    self._count_saved(x, y)
+            for x, y in itertools.islice(batches, last - done.step):
+                if self.session is not None and done.step % self._memory_stride == 0:
+                    # With some methods it differs from step to step.
+                    found = measure.saved_activation_bytes(self.model, x.to(self.device), y.to(self.device))
+                    done.passes["saved_bytes"] += found
+                    done.passes["samples"] += 1
                 self._run_step(epoch, x, y)
-                if self.step in readings:
-                    self._read(epoch)
+                if done.step in readings:
+                    self._evaluate(epoch)
+                    scores: Scores = {**done.validation}
+                    self._log(Reading(epoch=epoch, step=done.step, validation=scores, seconds=done.seconds))
                 # Only between steps is there a state to save: a signal may come in the middle of an update.
                 if self._stop():
                     self.save()
@@ -308,18 +299,17 @@ class Trainer:
                 if time.monotonic() - self._saved_at > self._checkpoint_seconds:
                     self.save()
 
-    def _count_saved(self, x: Tensor, y: Tensor) -> None:
-        """What the coming step's forward pass keeps, which with some methods differs from step to step."""
-        found = measure.saved_activation_bytes(self.model, x.to(self.device), y.to(self.device))
-        self._passes.saved_bytes += found
-        self._passes.samples += 1
+    def _range(self, epoch: int) -> tuple[int, int]:
+        """The steps of the run before an epoch, counted from 0, and at its end."""
+        first, last = (min(n * self._steps_in_epoch, self.steps) for n in (epoch, epoch + 1))
+        return first, last
 
     def _run_step(self, epoch: int, x: Tensor, y: Tensor) -> None:
-        began = time.perf_counter()
+        done, began = self._done, time.perf_counter()
         x, y = x.to(self.device), y.to(self.device)
         if self._selector is not None:
             index = self._selector.select(partial(self._losses, x, y), len(x))
-            self._passes.forward += 1
+            done.passes["forward"] += 1
             x, y = x[index], y[index]
         loss, logits = self._pass(x, y)
         if self._second_pass:
@@ -330,22 +320,20 @@ class Trainer:
         self.optimizer.zero_grad()
         value = float(loss.detach())
         took = time.perf_counter() - began
-        self.step += 1
-        self._seconds += took
-        self._step_seconds.append(took)
-        count = y.numel()
-        self._epoch_sums["loss"] += value * count
-        self._epoch_sums["correct"] += int((logits.argmax(-1) == y).sum())
-        self._epoch_sums["count"] += count
-        if self.step % _LOG_EVERY == 0 or self.step == self.steps:
+        done.step += 1
+        done.seconds += took
+        done.step_seconds.append(took)
+        sums, count = done.epoch_sums, y.numel()
+        sums["loss"] += value * count
+        sums["correct"] += int((logits.argmax(-1) == y).sum())
+        sums["count"] += count
+        if done.step % _LOG_EVERY == 0 or done.step == self.steps:
             rate = float(self._schedule.get_last_lr()[0])
-            self._log(
-                Step(step=self.step, epoch=epoch, loss=value, learning_rate=rate, seconds=self._seconds)
-            )
+            self._log(Step(step=done.step, epoch=epoch, loss=value, learning_rate=rate, seconds=done.seconds))
             self._log_scalars({"train/loss": value, "train/learning_rate": rate})
         if self._progress:
-            mean = self._epoch_sums["loss"] / self._epoch_sums["count"]
-            self._progress(Progress(epoch, self.step, self.steps, mean, self._validation))
+            mean = sums["loss"] / sums["count"]
+            self._progress(Progress(epoch, done.step, self.steps, mean, done.validation))
 
     def _pass(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward: the loss, and the logits."""
@@ -354,9 +342,9 @@ class Trainer:
             loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
         began = time.perf_counter()
         loss.backward()
-        self._in_backward += time.perf_counter() - began
-        self._passes.forward += len(x) / self._rows
-        self._passes.backward += len(x) / self._rows
+        self._done.backward_seconds += time.perf_counter() - began
+        for part in ("forward", "backward"):
+            self._done.passes[part] += len(x) / self._rows
         return loss, logits
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
@@ -366,48 +354,43 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> None:
         """Read the validation split; keep the best."""
-        self._validation = measure.evaluate(
+        done = self._done
+        done.validation = measure.evaluate(
             self.model, self.data.validation, self.device, self.recipe.precision
         )
-        if not self._best or self._validation["accuracy"] > self._best["accuracy"]:
-            self._best = {"epoch": epoch, **self._validation}
+        if not done.best or done.validation["accuracy"] > done.best["accuracy"]:
+            done.best = {"epoch": epoch, **done.validation}
             if self.recipe.keep == "best":
-                self._best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
-
-    def _read(self, epoch: int) -> None:
-        """A reading within an epoch; training goes on as if there had been none."""
-        self._evaluate(epoch)
-        self._log(
-            Reading(epoch=epoch, step=self.step, validation=dict(self._validation), seconds=self._seconds)
-        )
+                done.best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
 
     def _finish_epoch(self, epoch: int) -> None:
-        sums = self._epoch_sums
-        seen: dict[str, float | None] = {
+        done = self._done
+        sums = done.epoch_sums
+        seen: Scores = {
             "loss": sums["loss"] / sums["count"],
             "accuracy": sums["correct"] / sums["count"],
         }
         self._evaluate(epoch)
         figures: dict[str, Any] = {}
         if self.session:
-            self.session.validated(self._validation["accuracy"])
+            self.session.validated(done.validation["accuracy"])
             figures = {**self.session.metrics(reset=True), "flops": self.session.flops().to_dict()}
             self._log_scalars({f"gradients/{name}": figures[name] for name in ("zeros", "own_zeros")})
-        self._log_scalars({f"validation/{name}": value for name, value in self._validation.items()})
+        self._log_scalars({f"validation/{name}": value for name, value in done.validation.items()})
         self._log(
             Epoch(
                 epoch=epoch,
-                step=self.step,
+                step=done.step,
                 train=seen,
-                validation=dict(self._validation),
-                seconds=self._seconds,
-                step_seconds=median(self._step_seconds) if self._step_seconds else None,
+                validation=dict(done.validation),
+                seconds=done.seconds,
+                step_seconds=median(done.step_seconds) if done.step_seconds else None,
                 **figures,
             )
         )
-        self._step_seconds.clear()
-        self._epoch_sums = dict.fromkeys(sums, 0.0)
-        self._finished_epochs = epoch
+        done.step_seconds.clear()
+        done.epoch_sums = dict.fromkeys(sums, 0.0)
+        done.finished_epochs = epoch
         self.save()
 
     def _log(self, event: Step | Reading | Epoch) -> None:
@@ -416,9 +399,10 @@ class Trainer:
             self._metrics.flush()
 
     def _log_scalars(self, values: dict[str, float]) -> None:
-        with files.writing(self.folder / "tensorboard"):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, self.step)
+        if self._writer is not None:
+            with files.writing(self.folder / "tensorboard"):
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, self._done.step)
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         # Everything that the run will ask of its batches is asked here, before anything is written.
@@ -428,22 +412,25 @@ class Trainer:
     def _attach(self, x: Tensor, y: Tensor, checkpoint: Checkpoint | None) -> Session | None:
         """Attach, with a forecast from the batch; a run that goes on has one, and the layers that it led to."""
         recipe = self.recipe
-        methods = self._methods
-        if not methods:
+        if not self._methods:
             return None
-        if checkpoint is not None and recipe.decline:
-            only = [escape(name) for name in dict((checkpoint.session or {}).get("layers") or {})]
-            return attach(self.model, methods, only=only, seed=recipe.seed, steps=self.steps)
+        only, skip, decline = recipe.only, recipe.skip, recipe.decline
+        if checkpoint is not None and decline:
+            only, skip, decline = (
+                [escape(name) for name in (checkpoint.session or {}).get("layers") or {}],
+                None,
+                False,
+            )
         loss = partial(measure.batch_loss, self.model, x, y, recipe.precision, recipe.label_smoothing)
         return attach(
             self.model,
-            methods,
-            only=recipe.only,
-            skip=recipe.skip,
+            self._methods,
+            only=only,
+            skip=skip,
             seed=recipe.seed,
             steps=self.steps,
             example=loss if checkpoint is None else None,
-            decline=recipe.decline,
+            decline=decline,
         )
 
     # State.
@@ -457,24 +444,10 @@ class Trainer:
         files.save_checkpoint(
             self.folder,
             {
+                **dict(self._done),
+                **{k: None if part is None else part.state_dict() for k, part in self._parts.items()},
                 "recipe": self.recipe.model_dump(),
-                "step": self.step,
-                "finished_epochs": self._finished_epochs,
-                "seconds": self._seconds,
-                "backward_seconds": self._in_backward,
-                "passes": asdict(self._passes),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self._schedule.state_dict(),
-                "session": self.session.state_dict() if self.session else None,
-                "rng": self._generators.state_dict(),
-                "epoch_sums": self._epoch_sums,
-                "step_seconds": self._step_seconds,
                 "clocked": self._backward_seconds(),
-                "validation": self._validation,
-                "best": self._best,
-                "best_weights": self._best_weights,
-                "selector": self._selector.state_dict() if self._selector else None,
                 "metrics_bytes": self._metrics.tell(),
             },
         )
@@ -485,13 +458,12 @@ class Trainer:
         if not os.path.isdir(self.folder):
             raise CheckpointError(f"there is no run folder {self.folder}. Start the run without --resume.")
         self._lock()
-        # What the end of the run will read.
-        self._forecast()
+        # The end of the run will read it.
+        read_description(self.folder)
         return read_checkpoint(self.folder)
 
     def _restore(self, state: Checkpoint) -> None:
-        first = min(state.finished_epochs * self._steps_in_epoch, self.steps)
-        last = min(first + self._steps_in_epoch, self.steps)
+        first, last = self._range(state.finished_epochs)
         if not first <= state.step <= last:
             why = f"{state.step} is not one of {first} to {last}, where {state.finished_epochs} epochs are finished"
             raise misfit(self.folder, "step", why)
@@ -500,24 +472,10 @@ class Trainer:
             state.schedule["last_epoch"] != state.step
         ):
             raise misfit(self.folder, "schedule", "it is another schedule, or at another step")
-        parts = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "schedule": self._schedule,
-            "session": self.session,
-            "rng": self._generators,
-            "selector": self._selector,
-        }
-        for name, part in parts.items():
+        for name, part in self._parts.items():
             if part is not None:
                 restore(self.folder, name, part, getattr(state, name))
-        self.step, self._seconds, self._in_backward = state.step, state.seconds, state.backward_seconds
-        self._passes = measure.Passes(**state.passes)
-        self._finished_epochs = state.finished_epochs
-        self._epoch_sums = state.epoch_sums
-        self._step_seconds, self._clocked = state.step_seconds, state.clocked
-        self._validation, self._best = state.validation, state.best
-        self._best_weights = state.best_weights
+        self._done = State(**{name: getattr(state, name) for name in State.model_fields})
 
     def _begin(self, group: str | None, label: str | None) -> None:
         """Make the folder this run's own."""
@@ -526,9 +484,6 @@ class Trainer:
             self._lock()
         # Another process may have been faster.
         _refuse_used(self.folder)
-        self._describe(group, label)
-
-    def _describe(self, group: str | None, label: str | None) -> None:
         recipe = self.recipe
         plan = self.session.plan if self.session else make_plan(self.model, [])
         description = Description(
@@ -547,58 +502,49 @@ class Trainer:
     def _backward_seconds(self) -> dict[str, tuple[float, int]]:
         """Of each attached layer in the whole run, with the steps that they were for."""
         now = self.session.backward_seconds() if self.session else {}
-        before = self._clocked
+        before = self._done.clocked
         return {
             name: (seconds + before.get(name, (0.0, 0))[0], steps + before.get(name, (0.0, 0))[1])
             for name, (seconds, steps) in now.items()
         }
 
-    def _timing(self) -> Timing | None:
-        """Backward passes of the attached layers, beside what was forecast when the run began."""
-        if self.session is None:
-            return None
-        return measure.timing(self._backward_seconds(), self._forecast())
-
-    def _forecast(self) -> dict[str, Any]:
-        """What the plan said when the run began."""
-        return read_description(self.folder).plan.forecast
-
     def _write_result(
         self, status: Literal["finished", "interrupted"], model: dict[str, Any]
     ) -> dict[str, Any]:
         """Write what is known; `model` is what `_finish_model` found, nothing where it has not run."""
-        summary = self.session.summary() if self.session else None
+        done, passes = self._done, self._done.passes
         again = self._second_pass or self._selector is not None
         flops = measure.whole_flops(
             self.session,
             self._plain_flops,
-            self.step,
-            passes=self._passes if again else None,
+            done.step,
+            passes=(passes["forward"], passes["backward"]) if again else None,
             precision=self.recipe.precision,
         )
+        counts: dict[str, Any] = {}
+        if self.session:
+            summary = self.session.summary()
+            forecast = read_description(self.folder).plan.forecast
+            counts = {name: getattr(summary, name) for name in ("zeros", "own_zeros", "fallbacks")}
+            counts["timing"] = measure.timing(self._backward_seconds(), forecast)
+        # The host does not wait for a GPU's backward pass.
+        timed = done.step and self.device.type == "cpu"
+        samples = passes["samples"]
         outcome = Outcome(
             status=status,
-            epochs=self._finished_epochs,
-            steps=self.step,
-            seconds=self._seconds,
-            step_seconds=self._seconds / self.step if self.step else None,
-            # The host does not wait for a GPU's backward pass.
-            backward_seconds=self._in_backward / self.step
-            if self.step and self.device.type == "cpu"
-            else None,
+            epochs=done.finished_epochs,
+            steps=done.step,
+            seconds=done.seconds,
+            step_seconds=done.seconds / done.step if done.step else None,
+            backward_seconds=done.backward_seconds / done.step if timed else None,
             parameters=sum(p.numel() for p in self.model.parameters()),
-            best_validation=self._best or None,
-            validation=dict(self._validation) or None,
-            zeros=summary.zeros if summary else None,
-            own_zeros=summary.own_zeros if summary else None,
-            fallbacks=summary.fallbacks if summary else 0,
+            best_validation=dict(done.best) or None,
+            validation=dict(done.validation) or None,
             flops=Flops.model_validate(flops),
             saved_activation_bytes=self._saved_bytes,
-            mean_saved_activation_bytes=self._passes.saved_bytes / self._passes.samples
-            if self._passes.samples
-            else self._saved_bytes,
+            mean_saved_activation_bytes=passes["saved_bytes"] / samples if samples else self._saved_bytes,
             peak_memory_bytes=measure.peak_memory(self.device),
-            timing=self._timing(),
+            **counts,
             **model,
         )
         files.write_json(self.folder / files.RESULT, outcome.to_dict())
