@@ -74,7 +74,7 @@ class Given:
         )
         name = recipe.data
         a_model = (name in models.names() or ":" in name) and not Path(name).exists()
-        if a_model and name not in (source.name for source in lab_data.available(data_dir)):
+        if a_model and name not in lab_data.available(data_dir):
             raise OptionError(
                 f"{name!r} names a model, and stands where a data set should. Give the model first and the data set "
                 "second, or name them with --model and --data where the command has these flags."

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from retrograde.lab import contestants, timing
@@ -63,14 +63,6 @@ class Dropped:
     variant: str
     ratio: float
     seen: str
-
-
-@dataclass(frozen=True)
-class Measured:
-    """All rows, and what has none."""
-
-    rows: list["Row"] = field(default_factory=list["Row"])
-    dropped: list[Dropped] = field(default_factory=list[Dropped])
 
 
 @dataclass(frozen=True)
@@ -152,13 +144,21 @@ _LOSES_BY = timing.DROPPED_AT
 """In a small product: a precision that takes so many times as long as float32 is not run."""
 
 
-class _Course:
-    """The cells of a benchmark one after the other: what each may take, and what is not run in it."""
+class Measured:
+    """The cells of a benchmark one after the other: their rows, and what has none.
 
-    def __init__(self, cells: int, limits: Limits, slow: Sequence[Precision], progress: Progress) -> None:
-        self._cells, self._limits, self._slow, self._progress = cells, limits, slow, progress
+    Args:
+        cells: their number.
+        limits: rounds and time.
+        progress: told of it.
+        slow: variants whose precision loses by far there are not run.
+    """
+
+    def __init__(self, cells: int, limits: Limits, progress: Progress, slow: Sequence[Precision]) -> None:
+        self._cells, self._limits, self._progress, self._slow = cells, limits, progress, slow
         self._cell, self._begun = 0, time.perf_counter()
-        self.found = Measured()
+        self.rows: list[Row] = []
+        self.dropped: list[Dropped] = []
 
     def time(self, what: str, op: str, runs: Mapping[str, Work]) -> Times:
         """All variants of a cell that are worth it."""
@@ -174,11 +174,9 @@ class _Course:
         times = interleave(running, self._limits.rounds, against="fp32", seconds=self._share(), tick=tick)
         self._cell += 1
         self._progress(what, self._cell, self._cells)
-        for name, one in slow.items():
-            seen = f"in a product of {one.shape}"
-            self.found.dropped.append(Dropped(what, BASELINES.get(name, name), 1 / one.ratio, seen))
-        for name, ratio in times.dropped.items():
-            self.found.dropped.append(Dropped(what, BASELINES.get(name, name), ratio, "in the first round"))
+        lost = {name: (1 / one.ratio, f"in a product of {one.shape}") for name, one in slow.items()}
+        lost |= {name: (ratio, "in the first round") for name, ratio in times.dropped.items()}
+        self.dropped += [Dropped(what, BASELINES.get(name, name), *why) for name, why in lost.items()]
         return times
 
     def add(self, times: Times, name: str, facts: dict[str, Any], *, of_medians: bool = False) -> None:
@@ -188,7 +186,7 @@ class _Course:
         single = times.speedup(name, "fp32")
         with_half = "bf16" in times.seconds and "bf16" not in times.dropped
         half = times.speedup(name, "bf16") if with_half else None
-        self.found.rows.append(
+        self.rows.append(
             Row(
                 seconds=times.median(name),
                 speedup_fp32=single.of_medians if of_medians else single.ratio,
@@ -245,22 +243,22 @@ def kernels(
         progress: told of it.
         slow: what `precisions.measure` found: variants whose precision loses by far there are not run.
     """
-    course = _Course(len(shapes) * len(sparsities), limits, slow, progress)
+    measured = Measured(len(shapes) * len(sparsities), limits, progress, slow)
     for shape in shapes:
         layer, x, delta = contestants.operands(shape)
         weight = layer.get_parameter("weight").detach()
         for sparsity in sparsities:
             scale = contestants.scale_for(delta, sparsity)
             runs = contestants.products(shape, weight, x, delta, scale)
-            times = course.time(f"{shape.op} {shape} at {sparsity:.0%}", shape.op, runs)
+            times = measured.time(f"{shape.op} {shape} at {sparsity:.0%}", shape.op, runs)
             chosen = {
                 name: _names(Counter(work.kernel for work in run()))
                 for name, run in contestants.chosen(shape, weight, x, delta, scale).items()
             }
             for name in list(runs)[len(BASELINES) :]:
                 facts = {"op": shape.op, "shape": str(shape), "sparsity": sparsity}
-                course.add(times, name, {**facts, "kernel": name, "chosen": chosen.get(name)})
-    return course.found
+                measured.add(times, name, {**facts, "kernel": name, "chosen": chosen.get(name)})
+    return measured
 
 
 def layers(
@@ -270,15 +268,15 @@ def layers(
     slow: Sequence[Precision] = (),
 ) -> Measured:
     """Forward and backward pass of a dithered layer; arguments as of `kernels`."""
-    course = _Course(len(shapes), limits, slow, progress)
+    measured = Measured(len(shapes), limits, progress, slow)
     method = Dither(scale=SCALE)
     label = Recipe(methods={"dither": {"scale": SCALE}}).label
     for shape in shapes:
         runs, session = contestants.passes(shape, method)
-        times = course.time(f"{shape.op} {shape}", shape.op, runs)
+        times = measured.time(f"{shape.op} {shape}", shape.op, runs)
         facts = {"op": shape.op, "shape": str(shape), "kernel": "auto", "method": label}
-        course.add(times, "auto", {**facts, **_seen(session)})
-    return course.found
+        measured.add(times, "auto", {**facts, **_seen(session)})
+    return measured
 
 
 def steps(
@@ -293,17 +291,17 @@ def steps(
     Methods that warm up do so in the round that does not count. Arguments as of `kernels`.
     """
     chosen = settings(methods, WARMUPS)
-    course = _Course(len(workloads), limits, slow, progress)
+    measured = Measured(len(workloads), limits, progress, slow)
     for name, workload in workloads.items():
         runs, sessions = contestants.steps(workload, chosen)
         # Of a network for images convolutions take most of the time.
-        times = course.time(name, "conv" if len(workload.input_shape) == 4 else "linear", runs)
+        times = measured.time(name, "conv" if len(workload.input_shape) == 4 else "linear", runs)
         shape = "x".join(map(str, workload.input_shape))
         for label, session in sessions.items():
             if label in times.seconds:
                 facts = {"op": "step", "shape": shape, "kernel": "auto", "model": name, "method": label}
-                course.add(times, label, {**facts, **_seen(session)}, of_medians=True)
-    return course.found
+                measured.add(times, label, {**facts, **_seen(session)}, of_medians=True)
+    return measured
 
 
 def _seen(session: Session) -> dict[str, Any]:

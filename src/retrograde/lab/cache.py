@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from retrograde.errors import RetrogradeWarning
+from retrograde.errors import DataError, RetrogradeWarning
 from retrograde.host import cache_folder, write_atomically
 
 __all__ = ["fingerprint", "read", "write"]
@@ -25,10 +25,18 @@ _FORMAT = 1
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """Return a key for the present contents of ``files``: their paths, sizes and times of modification."""
+    """Return a key for the present contents of ``files``: their paths, sizes and times of modification.
+
+    Raises :class:`~retrograde.errors.DataError` where one of them cannot be read.
+    """
     digest = hashlib.sha256(f"format {_FORMAT}".encode())
     for file in sorted(files):
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise DataError(
+                f"{file} cannot be read: {error.strerror}. Replace or delete it, or what it is a link to."
+            ) from error
         digest.update(b"\0%b\0%d\0%d" % (os.fsencode(file.resolve()), status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:32]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from retrograde.errors import DataError, RetrogradeError
+from retrograde.errors import RetrogradeError
 from retrograde.kernels import compiled
 from retrograde.lab import data as lab_data
 from retrograde.lab import machine, precisions, tensorboard
@@ -177,8 +177,8 @@ def _accelerator() -> tuple[str, str]:
 def _data(data_dir: Path | None) -> tuple[str, str]:
     where = data_dir or os.environ.get("RETROGRADE_DATA")
     try:
-        names = [source.name for source in lab_data.available(data_dir)]
-    except (DataError, RetrogradeError) as error:
+        names = lab_data.available(data_dir)
+    except RetrogradeError as error:
         return "failed", str(error)
     if where is None:
         return "note", f"{', '.join(names)}; set RETROGRADE_DATA for more"

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from retrograde.errors import DataError, OptionError
 from retrograde.lab.decode import Kind, Raw
-from retrograde.lab.encode import Rows, encode
-from retrograde.lab.source import Source, available, read
+from retrograde.lab.encode import Rows, Split, encode
+from retrograde.lab.source import available, read
 
-__all__ = ["Data", "Source", "Split", "available", "batches", "evaluation_batches", "load"]
+__all__ = ["Data", "Split", "available", "batches", "evaluation_batches", "load"]
 
 DIGITS = {"digits": 8, "digits-32": 32}
 """Pixels a side of the bundled digits, by name."""
@@ -38,21 +38,6 @@ DIGITS = {"digits": 8, "digits-32": 32}
 _TEST_SEED = 20_1797
 _TEST_FRACTION = 0.2
 _CROP = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    r"""Rows of one split.
-
-    ``inputs`` (n, \*input_shape) are float32 for images and tables and int64 token ids for text and language;
-    ``targets`` are int64: (n,) labels, or (n, 128) next characters for language.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +93,7 @@ def load(
             f"standardise=False leaves pixels between 0 and 1, and {name} holds no images ({raw.kind}). Leave it out."
         )
     rows = _partition(raw, validation, seed, limit, name)
-    encoded = encode(raw, rows, standardise=standardise)
-    vocabulary = encoded.vocabulary
-    splits = {part: Split(encoded.inputs[part], encoded.targets[part]) for part in rows}
+    splits, vocabulary = encode(raw, rows, standardise=standardise)
     if raw.kind == "language":
         classes, label_names = len(vocabulary or ()), vocabulary
     else:
@@ -130,7 +113,7 @@ def load(
 def batches(
     split: Split, batch_size: int, *, seed: int, epoch: int, augment: bool = False, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return the training batches of one epoch, from batch ``start`` on, as (inputs, targets).
+    """Yield the training batches of one epoch, from batch ``start`` on, as (inputs, targets).
 
     The order depends on ``seed`` and ``epoch`` alone, and the random numbers of ``augment`` on the batch's
     number too, so that a resumed run sees what an uninterrupted one does. ``augment`` crops images at random
@@ -144,7 +127,14 @@ def batches(
             "augment=True crops and flips images, and these inputs have the shape "
             f"{tuple(split.inputs.shape[1:])}. Leave it out."
         )
-    return _batches(split, batch_size, seed=seed, epoch=epoch, augment=augment, start=start)
+    order = torch.randperm(len(split), generator=_generator(seed, epoch))
+    size = min(batch_size, len(split))
+    for number in range(start, len(split) // size if size else 0):
+        index = order[number * size : (number + 1) * size]
+        x = split.inputs[index]
+        if augment:
+            x = _augmented(x, _generator(seed, epoch, number))
+        yield x, split.targets[index]
 
 
 def steps_in_epoch(split: Split, batch_size: int) -> int:
@@ -158,22 +148,8 @@ def first_batch(split: Split, batch_size: int, *, augment: bool = False) -> tupl
 
 
 def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all rows in order as (inputs, targets); the last batch may be smaller."""
-    for first in range(0, len(split), batch_size):
-        yield split.inputs[first : first + batch_size], split.targets[first : first + batch_size]
-
-
-def _batches(
-    split: Split, size: int, *, seed: int, epoch: int, augment: bool, start: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.randperm(len(split), generator=_generator(seed, epoch))
-    size = min(size, len(split))
-    for number in range(start, len(split) // size if size else 0):
-        index = order[number * size : (number + 1) * size]
-        x = split.inputs[index]
-        if augment:
-            x = _augmented(x, _generator(seed, epoch, number))
-        yield x, split.targets[index]
+    """Return all rows in order as (inputs, targets); the last batch may be smaller."""
+    return zip(split.inputs.split(batch_size), split.targets.split(batch_size), strict=True)
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -18,10 +18,10 @@ table        any others; label               ``numbers`` (n, F) float64, ``categ
 
 import json
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,12 +109,9 @@ def decode(dataset: Mapping[str, Any], where: str, root: Path) -> Raw:
     for name, split in splits.items():
         if len(split) == 0:
             raise DataError(f"Split {name} of {where} is empty: it has no rows. Fill it or delete its file.")
-    kind, image, label = _columns(splits["train"].column_names, where)
+    kind, content, label = _columns(splits["train"].column_names, where)
     for name, split in splits.items():
-        needed = {column for column in (image, label) if column} | (
-            {"text"} if kind in ("text", "language") else set()
-        )
-        if missing := needed - set(split.column_names):
+        if missing := {content, label} - {"", *split.column_names}:
             raise DataError(
                 f"Split {name} of {where} lacks the column {', '.join(sorted(missing))} that the training "
                 "split has: it "
@@ -122,35 +119,35 @@ def decode(dataset: Mapping[str, Any], where: str, root: Path) -> Raw:
             )
     words: dict[str, int] = {}
     decoders: dict[Kind, Callable[[Any, str], _Arrays]] = {
-        "image": lambda split, at: {"pixels": pixels(split, cast(str, image), at, root)},
+        "image": lambda split, at: {"pixels": pixels(split, content, at, root)},
         "text": lambda split, at: _tokens(split, words, at),
         "language": _windows,
-        "table": lambda split, at: _cells(split, cast(str, label), at),
+        "table": lambda split, at: _cells(split, label, at),
     }
     parts: dict[str, _Arrays] = {}
     for name, split in splits.items():
         at = f"split {name} of {where}"
         parts[name] = decoders[kind](split, at)
-        if label is not None:
+        if label:
             parts[name]["labels"] = _labels(split, label, at)
     if kind == "image":
         one_shape(parts, where)
-    names = None if label is None else getattr(splits["train"].features[label], "names", None)
-    if label is not None:
+    names = getattr(splits["train"].features[label], "names", None) if label else None
+    if label:
         _check_range(parts, names, where)
     return Raw(kind, parts, names and tuple(names), tuple(words) if kind == "text" else None)
 
 
-def _columns(columns: list[str], where: str) -> tuple[Kind, str | None, str | None]:
-    """Return the kind of the data set, its image column and its label column."""
-    image = next((name for name in _IMAGES if name in columns), None)
-    label = next((name for name in _LABELS if name in columns), None)
+def _columns(columns: list[str], where: str) -> tuple[Kind, str, str]:
+    """Return the kind of the data set, and the columns of its images or texts and of its labels; empty: none."""
+    image = next((name for name in _IMAGES if name in columns), "")
+    label = next((name for name in _LABELS if name in columns), "")
     if image and label:
         return "image", image, label
     if "text" in columns and not image:
-        return ("text" if label else "language"), None, label
+        return ("text" if label else "language"), "text", label
     if label and len(columns) > 1 and not image:
-        return "table", None, label
+        return "table", "", label
     raise DataError(
         f"No usable columns in {where}: it has {', '.join(columns) or 'none'}. Expected are img or image "
         "with label, "
@@ -203,17 +200,16 @@ def _tokens(split: Any, words: dict[str, int], at: str) -> _Arrays:
 
     analyse = CountVectorizer(token_pattern=_WORD).build_analyzer()
     tokens, lengths = array("I"), array("q")
-    for batch in _texts(split, at):
-        for text in batch:
-            found = [words.setdefault(word, len(words)) for word in analyse(text)]
-            tokens.extend(found)
-            lengths.append(len(found))
+    for text in _texts(split, at):
+        found = [words.setdefault(word, len(words)) for word in analyse(text)]
+        tokens.extend(found)
+        lengths.append(len(found))
     return {"tokens": np.asarray(tokens, dtype=np.uint32), "lengths": np.asarray(lengths, dtype=np.int64)}
 
 
 def _windows(split: Any, at: str) -> _Arrays:
     """Cut the text, rows joined by line ends, into windows of code points; the remainder is dropped."""
-    text = "\n".join(row for batch in _texts(split, at) for row in batch)
+    text = "\n".join(_texts(split, at))
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
     count = len(codes) // WINDOW
     if count == 0:
@@ -224,15 +220,15 @@ def _windows(split: Any, at: str) -> _Arrays:
     return {"windows": codes[: count * WINDOW].reshape(count, WINDOW)}
 
 
-def _texts(split: Any, at: str) -> Any:
-    """Yield lists of the strings in column ``text``."""
+def _texts(split: Any, at: str) -> Iterator[str]:
+    """Yield the strings in column ``text``."""
     kind = split.features["text"]
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
         raise DataError(
             f"The texts of {at} cannot be used: column text is of type {kind}. Store strings there."
         )
     for batch in split.select_columns(["text"]).iter(batch_size=_BATCH):
-        yield [text or "" for text in batch["text"]]
+        yield from (text or "" for text in batch["text"])
 
 
 def _cells(split: Any, label: str, at: str) -> _Arrays:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retrograde.lab.decode import Raw
 
-__all__ = ["Encoded", "Rows", "encode"]
+__all__ = ["Rows", "Split", "encode"]
 
 Rows = dict[str, tuple[str, NDArray[np.int64]]]
 """Part (train, validation, test) → official split, row numbers in it."""
@@ -25,35 +25,46 @@ _PADDING, _UNKNOWN = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """Inputs and targets of each part, and the vocabulary where there is one."""
+class Split:
+    r"""Rows of one split.
 
-    inputs: dict[str, Tensor]
-    targets: dict[str, Tensor]
-    vocabulary: tuple[str, ...] | None = None
+    ``inputs`` (n, \*input_shape) are float32 for images and tables and int64 token ids for text and language;
+    ``targets`` are int64: (n,) labels, or (n, 128) next characters for language.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
 
 
-def encode(raw: Raw, rows: Rows, *, standardise: bool = True) -> Encoded:
-    """Make tensors of the chosen rows; see the module for what each kind becomes.
+def encode(
+    raw: Raw, rows: Rows, *, standardise: bool = True
+) -> tuple[dict[str, Split], tuple[str, ...] | None]:
+    """Make tensors of the chosen rows, and the vocabulary where there is one; see the module for each kind.
 
     ``standardise=False`` is for images alone: their pixels stay shares of full brightness, 0 to 1.
     """
+    vocabulary: tuple[str, ...] | None = None
     if raw.kind == "language":
         return _language(raw, rows)
-    targets = {
-        part: torch.from_numpy(raw.parts[split]["labels"][index]) for part, (split, index) in rows.items()
-    }
-    if raw.kind == "image":
-        return Encoded(_images(raw, rows, standardise), targets)
     if raw.kind == "text":
         inputs, vocabulary = _texts(raw, rows)
-        return Encoded(inputs, targets, vocabulary)
-    return Encoded(_table(raw, rows), targets)
+    else:
+        inputs = _images(raw, rows, standardise) if raw.kind == "image" else _table(raw, rows)
+    labels = _chosen(raw, rows, "labels")
+    return {part: Split(x, torch.from_numpy(labels[part])) for part, x in inputs.items()}, vocabulary
+
+
+def _chosen(raw: Raw, rows: Rows, key: str) -> dict[str, NDArray[Any]]:
+    """The rows of each part, of the arrays by this name."""
+    return {part: raw.parts[split][key][index] for part, (split, index) in rows.items()}
 
 
 def _images(raw: Raw, rows: Rows, standardise: bool) -> dict[str, Tensor]:
     """Normalise bytes (n, C, H, W) by the channel means and deviations of the training rows, or to 0 … 1."""
-    chosen = {part: raw.parts[split]["pixels"][index] for part, (split, index) in rows.items()}
+    chosen = _chosen(raw, rows, "pixels")
     if not standardise:
         return {part: torch.from_numpy(x).float().div_(raw.white) for part, x in chosen.items()}
     train = chosen["train"]
@@ -99,18 +110,16 @@ def _texts(raw: Raw, rows: Rows) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return inputs, ("<padding>", "<unknown>", *(words[int(i)] for i in kept))
 
 
-def _language(raw: Raw, rows: Rows) -> Encoded:
+def _language(raw: Raw, rows: Rows) -> tuple[dict[str, Split], tuple[str, ...]]:
     """Number the characters: 0 unknown, then the training rows' by code; targets are moved on by one."""
-    chosen = {part: raw.parts[split]["windows"][index] for part, (split, index) in rows.items()}
+    chosen = _chosen(raw, rows, "windows")
     known = np.unique(chosen["train"])
-    inputs: dict[str, Tensor] = {}
-    targets: dict[str, Tensor] = {}
+    splits: dict[str, Split] = {}
     for part, windows in chosen.items():
         place = np.minimum(np.searchsorted(known, windows), len(known) - 1)
         tokens = torch.from_numpy(np.where(known[place] == windows, place + 1, 0).astype(np.int64))
-        inputs[part] = tokens[:, :-1].contiguous()
-        targets[part] = tokens[:, 1:].contiguous()
-    return Encoded(inputs, targets, ("<unknown>", *(chr(code) for code in known)))
+        splits[part] = Split(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    return splits, ("<unknown>", *(chr(code) for code in known))
 
 
 def _table(raw: Raw, rows: Rows) -> dict[str, Tensor]:
@@ -121,8 +130,7 @@ def _table(raw: Raw, rows: Rows) -> dict[str, Tensor]:
     """
     from sklearn.preprocessing import OneHotEncoder
 
-    numbers = {part: raw.parts[split]["numbers"][index] for part, (split, index) in rows.items()}
-    categories = {part: raw.parts[split]["categories"][index] for part, (split, index) in rows.items()}
+    numbers, categories = _chosen(raw, rows, "numbers"), _chosen(raw, rows, "categories")
     train = np.ma.masked_invalid(numbers["train"])
     mean = np.ma.filled(train.mean(axis=0), 0.0)
     deviation = np.ma.filled(train.std(axis=0), 0.0)

@@ -20,7 +20,6 @@ from retrograde.errors import DataError
 
 __all__ = ["one_shape", "pixels", "pixels_of_files"]
 
-_BATCH = 1000
 _SMALLEST, _LARGEST = 8, 64
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 up, width and height change places
@@ -45,20 +44,17 @@ def pixels(split: Any, column: str, at: str, root: Path) -> NDArray[np.uint8]:
             f"({error}). Store "
             "encoded images there, as bytes and path."
         ) from error
-    blocks: list[NDArray[np.uint8]] = []
-    for first in range(0, len(images), _BATCH):
-        decoded: list[NDArray[np.uint8]] = []
-        for row, value in enumerate(images[first : first + _BATCH][column], first):
-            try:
-                with _opened(_source(value, root)) as picture:
-                    decoded.append(_upright(picture)[None])
-            except Exception as error:  # Pillow raises many kinds for a damaged file
-                raise DataError(
-                    f"Row {row} of {at} holds no image that can be used, in column {column}: {error}. Replace or "
-                    "delete the row."
-                ) from error
-        blocks.append(_stack(decoded, at))
-    return _stack(blocks, at)
+    decoded: list[NDArray[np.uint8]] = []
+    for row, values in enumerate(images):
+        try:
+            with _opened(_source(values[column], root)) as picture:
+                decoded.append(_array(picture))
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            raise DataError(
+                f"Row {row} of {at} holds no image that can be used, in column {column}: {error}. Replace or "
+                "delete the row."
+            ) from error
+    return np.concatenate(_alike(decoded, at))
 
 
 def _source(value: dict[str, Any] | None, root: Path) -> Path | BytesIO:
@@ -80,7 +76,7 @@ def pixels_of_files(
     sizes = [_size(file) for files in splits.values() for file in files]
     side = _target(sizes)
     arrays = {
-        name: _stack([_read(file, side)[None] for file in files], f"split {name} of {where}")
+        name: np.concatenate(_alike([_read(file, side) for file in files], f"split {name} of {where}"))
         for name, files in splits.items()
     }
     if side is None:
@@ -112,15 +108,8 @@ def _size(file: Path) -> tuple[int, int]:
 
 
 def _read(file: Path, side: int | None) -> NDArray[np.uint8]:
-    """Return the image in ``file`` as (C, H, W) bytes, upright, as a square of ``side`` where one is given."""
-    from PIL import ImageOps
-
     with _reading(file) as picture:
-        if side is None:
-            return _upright(picture)
-        picture.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-        plain = _plain(ImageOps.exif_transpose(picture))
-        return _array(ImageOps.fit(plain, (side, side)))
+        return _array(picture, side)
 
 
 @contextlib.contextmanager
@@ -142,57 +131,41 @@ def _opened(source: Path | BytesIO) -> Any:
     return Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
-def _upright(picture: Any) -> NDArray[np.uint8]:
+def _array(picture: Any, side: int | None = None) -> NDArray[np.uint8]:
+    """Return a Pillow image as (1, C, H, W) bytes, grey or RGB, upright, as a square of ``side`` where one is given.
+
+    Transparency is dropped.
+    """
     from PIL import ImageOps
 
-    return _array(ImageOps.exif_transpose(picture))
-
-
-def _plain(picture: Any) -> Any:
-    """Return one Pillow image in mode L or RGB; transparency is dropped."""
-    if picture is None:
-        raise ValueError("no image")
+    if side is not None:
+        picture.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # straight to RGB, Pillow warns
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    plain = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    values = np.asarray(plain if side is None else ImageOps.fit(plain, (side, side)), dtype=np.uint8)
+    return values[None, None] if values.ndim == 2 else values.transpose(2, 0, 1)[None]
 
 
-def _array(picture: Any) -> NDArray[np.uint8]:
-    """Return one Pillow image as (1, H, W) or (3, H, W) bytes."""
-    values = np.asarray(_plain(picture), dtype=np.uint8)
-    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-
-
-def _sizes_differ(shapes: list[tuple[int, ...]], at: str) -> DataError:
-    found = ", ".join(f"{width} × {height}" for height, width in shapes[:4])
-    return DataError(
-        f"The images of {at} differ in size (width × height): {found}{', …' if len(shapes) > 4 else ''}. A "
-        "batch needs "
-        "one size. Resize them before storing."
-    )
-
-
-def _stack(blocks: list[NDArray[np.uint8]], at: str) -> NDArray[np.uint8]:
-    """Join blocks of images that may differ in channels but not in size."""
-    shapes = sorted({block.shape[2:] for block in blocks})
-    if len(shapes) > 1:
-        raise _sizes_differ(shapes, at)
+def _alike(blocks: Sequence[NDArray[np.uint8]], at: str) -> list[NDArray[np.uint8]]:
+    """Images (n, C, H, W) with the same number of channels, which may differ; their sizes may not."""
+    sizes = sorted({block.shape[2:] for block in blocks})
+    if len(sizes) > 1:
+        found = ", ".join(f"{width} × {height}" for height, width in sizes[:4])
+        raise DataError(
+            f"The images of {at} differ in size (width × height): {found}{', …' if len(sizes) > 4 else ''}. A batch "
+            "needs one size. Resize them before storing."
+        )
     # Some sets of colour images (Tiny ImageNet) hold a few that were saved as grey.
     channels = max(block.shape[1] for block in blocks)
-    return np.concatenate(
-        [np.broadcast_to(block, (len(block), channels, *block.shape[2:])) for block in blocks]
-    )
+    return [np.broadcast_to(block, (len(block), channels, *sizes[0])) for block in blocks]
 
 
 def one_shape(parts: dict[str, dict[str, NDArray[Any]]], where: str) -> None:
     """Give the images of all splits the same number of channels, and check that they have one size."""
-    sizes = sorted({arrays["pixels"].shape[2:] for arrays in parts.values()})
-    if len(sizes) > 1:
-        raise _sizes_differ(sizes, f"the splits of {where}")
-    channels = max(arrays["pixels"].shape[1] for arrays in parts.values())
-    for arrays in parts.values():
-        arrays["pixels"] = np.ascontiguousarray(
-            np.broadcast_to(arrays["pixels"], (len(arrays["pixels"]), channels, *sizes[0]))
-        )
+    blocks = _alike([arrays["pixels"] for arrays in parts.values()], f"the splits of {where}")
+    for arrays, block in zip(parts.values(), blocks, strict=True):
+        arrays["pixels"] = np.ascontiguousarray(block)

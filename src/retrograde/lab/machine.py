@@ -40,24 +40,18 @@ def flushes_denormals() -> bool:
 
 def commit() -> str | None:
     """The checkout's commit, with ``-dirty`` when it holds changes; None outside a checkout."""
-    source = Path(__file__)
     try:
-        git = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", source.name],
-            cwd=source.parent,
-            capture_output=True,
-            check=True,
-        )
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=source.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # A package that is installed below somebody's checkout is none of it.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return git.stdout.strip()
+
+
+def _git(*command: str) -> str:
+    folder = Path(__file__).parent
+    run = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
 
 
 def _cores() -> int:

@@ -1,7 +1,5 @@
 """Which precision torch itself multiplies fastest in on this machine: some processors only emulate the lower ones."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +67,15 @@ def _runs(shape: Shape) -> dict[str, Work]:
     weight = layer.get_parameter("weight").detach()
     half = delta.bfloat16(), x.bfloat16(), weight.bfloat16()
 
+    mkldnn: Any = torch.backends.mkldnn  # torch's stubs leave it out
+
     def flagged() -> object:
-        with _flag():
+        # torch's products of float32 may round their operands to bfloat16 inside.
+        before, mkldnn.fp32_precision = mkldnn.fp32_precision, "bf16"
+        try:
             return shape.plain(delta, x, weight)
+        finally:
+            mkldnn.fp32_precision = before
 
     runs: dict[str, Work] = {
         BASE: lambda: shape.plain(delta, x, weight),
@@ -86,18 +90,3 @@ def _runs(shape: Shape) -> dict[str, Work]:
         across = levels.T.contiguous()
         runs["int8"] = lambda: (int_product(levels, columns), int_product(across, rows))
     return runs
-
-
-@contextmanager
-def _flag() -> Generator[None]:
-    """torch's products of float32 may round their operands to bfloat16 inside."""
-    mkldnn: Any = torch.backends.mkldnn  # torch's stubs leave out both
-    backends = mkldnn.matmul, mkldnn.conv
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "bf16"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -120,15 +120,8 @@ class Recipe(BaseModel):
         Raises:
             DataError: it is missing, damaged or of another schema.
         """
-        name, validation, seed, limit, standardise = self.data_key
-        return lab_data.load(
-            name,
-            data_dir=data_dir,
-            validation=validation,
-            seed=seed,
-            limit=limit,
-            standardise=standardise,
-        )
+        fields = self.model_dump(include={"validation", "seed", "limit", "standardise"})
+        return lab_data.load(self.data, data_dir=data_dir, **fields)
 
     @property
     def plain(self) -> bool:

@@ -301,6 +301,9 @@ class RunRecord:
         return next((found for found in map(number, known) if found), None)
 
 
+_EVENTS: dict[Any, type[Step | Reading | Epoch]] = {"step": Step, "reading": Reading, "epoch": Epoch}
+
+
 def is_run(folder: Path) -> bool:
     """Whether any of a run's files lies in `folder`; the missing ones are then an error, and not passed over."""
     return any((folder / name).is_file() for name in (files.RUN, files.METRICS, files.RESULT))
@@ -343,19 +346,14 @@ def read_run(folder: Path) -> RunRecord:
     steps: dict[int, Step] = {}
     readings: dict[tuple[int, float], Reading | Epoch] = {}
     for where, event in _events(folder / files.METRICS):
-        match event.get("event"):
-            case "step":
-                step = _parse(Step, event, where)
-                steps[step.step] = step
-            case "reading":
-                reading = _parse(Reading, event, where)
-                readings[reading.epoch, reading.step] = reading
-            case "epoch":
-                epoch = _parse(Epoch, event, where)
-                # An epoch has one end, also where a resumed run reaches it in another number of steps.
-                readings[epoch.epoch, inf] = epoch
-            case _:  # of a later version
-                pass
+        kind = _EVENTS.get(event.get("event"))
+        # None: of a later version.
+        line = None if kind is None else _parse(kind, event, where)
+        if isinstance(line, Step):
+            steps[line.step] = line
+        elif line is not None:
+            # An epoch has one end, also where a resumed run reaches it in another number of steps.
+            readings[line.epoch, inf if isinstance(line, Epoch) else line.step] = line
     return RunRecord(
         folder=folder,
         description=description,
@@ -401,20 +399,18 @@ def _load(source: Path) -> dict[str, Any]:
 
 
 def _events(source: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    if not source.is_file():
-        return []
-    lines = [line for line in enumerate(source.read_bytes().split(b"\n"), start=1) if line[1].strip()]
+    lines = source.read_bytes().split(b"\n") if source.is_file() else []
     events: list[tuple[str, Mapping[str, Any]]] = []
-    for at, line in lines:
+    for at, line in enumerate(lines, start=1):
         try:
-            events.append((f"{source}, line {at}", mapping(json.loads(line))))
+            if line.strip():
+                events.append((f"{source}, line {at}", mapping(json.loads(line))))
         except ValueError as error:
-            if at == lines[-1][0]:
-                break
-            raise RunError(
-                f"{source}, line {at} is not JSON: {error}. Only the last line of a killed run may be "
-                "cut off, so the file is damaged; remove the line, or leave the run out."
-            ) from error
+            if any(map(bytes.strip, lines[at:])):
+                raise RunError(
+                    f"{source}, line {at} is not JSON: {error}. Only the last line of a killed run may be "
+                    "cut off, so the file is damaged; remove the line, or leave the run out."
+                ) from error
     return events
 
 

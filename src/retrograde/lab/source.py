@@ -8,12 +8,12 @@ Nothing is imported, downloaded or written until a data set is asked for.
 
 import contextlib
 import difflib
+import logging
 import os
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from retrograde.lab import cache
 from retrograde.lab.decode import SPLITS, Raw, decode
 from retrograde.lab.images import one_shape, pixels_of_files
 
-__all__ = ["Source", "available", "read"]
+__all__ = ["available", "read"]
 
 _HUB = {
     "cifar10": "uoft-cs/cifar10",
@@ -44,40 +44,27 @@ _LAYOUT = (
 _IDENTIFIER = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set that can be loaded without a network: its name, where it is, and the rows of each split."""
-
-    name: str
-    source: str
-    rows: dict[str, int]
-
-
-def available(data_dir: Path | None = None) -> list[Source]:
+def available(data_dir: Path | None = None) -> list[str]:
     """Return what loads here without a network: ``digits``, and what the data folder has in Parquet or images.
 
-    A file that cannot be read counts no rows. Raises :class:`~retrograde.errors.DataError` where the data
-    folder, ``data_dir`` or ``$RETROGRADE_DATA``, does not exist.
+    Raises :class:`~retrograde.errors.DataError` where the data folder, ``data_dir`` or ``$RETROGRADE_DATA``, does
+    not exist.
     """
-    found = [Source("digits", "scikit-learn", {"train": 1797})]
     root = _root(data_dir)
     if root is None:
-        return found
+        return ["digits"]
     if not os.path.isdir(root):
         raise DataError(f"The data folder {root} does not exist. Correct --data-dir or RETROGRADE_DATA.")
-    for folder in sorted(root.iterdir()):
-        inside = _files(folder) if folder.is_dir() else []
-        files = sorted(file for file in inside if file.suffix == ".parquet")
-        rows: dict[str, int] = {}
-        for file in files:
-            split = file.stem.split("-")[0]
-            rows[split] = rows.get(split, 0) + (_row_count(file) or 0)
-        with contextlib.suppress(DataError):
-            for split, classes in _image_splits(folder, _image_files(folder, inside)).items():
-                rows[split] = sum(map(len, classes.values()))
-        if files or rows:
-            found.append(Source(folder.name, str(folder), rows))
-    return found
+    return ["digits", *(folder.name for folder in sorted(root.iterdir()) if _has_data(folder))]
+
+
+def _has_data(folder: Path) -> bool:
+    files = _files(folder)
+    if any(file.suffix == ".parquet" for file in files):
+        return True
+    with contextlib.suppress(DataError):
+        return bool(_image_splits(folder, _image_files(folder, files)))
+    return False
 
 
 def read(name: str, data_dir: Path | None = None) -> Raw:
@@ -89,12 +76,12 @@ def read(name: str, data_dir: Path | None = None) -> Raw:
         dataset = _from_hub(name, _root(data_dir))
         files = [Path(entry["filename"]) for split in dataset.values() for entry in split.cache_files]
         root = Path(config.HF_CACHE_HOME)
-        return _decoded(_fingerprint(files), lambda: decode(dataset, name, root))
+        return _decoded(files, lambda: decode(dataset, name, root))
     files = _files(folder)
     images = _image_files(folder, files)
     if images:
         splits = _image_splits(folder, images)
-        raw = _decoded(_fingerprint(images), lambda: _from_images(splits, str(folder)))
+        raw = _decoded(images, lambda: _from_images(splits, str(folder)))
         for change in (raw.change, _empty(folder, splits["train"].keys())):
             if change is not None:
                 warnings.warn(change, RetrogradeWarning, stacklevel=3)
@@ -105,7 +92,7 @@ def read(name: str, data_dir: Path | None = None) -> Raw:
         with tempfile.TemporaryDirectory() as scratch:
             return decode(_from_folder(folder, scratch), str(folder), folder)
 
-    return _decoded(_fingerprint(files), decoded)
+    return _decoded(files, decoded)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -117,15 +104,6 @@ def _files(folder: Path) -> list[Path]:
         elif entry.is_symlink():
             found += [file for depth in ("*", "*/*") for file in entry.glob(depth) if not file.is_dir()]
     return found
-
-
-def _fingerprint(files: Iterable[Path]) -> str:
-    try:
-        return cache.fingerprint(files)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename} cannot be read: {error.strerror}. Replace or delete it, or what it is a link to."
-        ) from error
 
 
 def _empty(folder: Path, classes: Collection[str]) -> str | None:
@@ -140,8 +118,9 @@ def _empty(folder: Path, classes: Collection[str]) -> str | None:
     )
 
 
-def _decoded(key: str, decoder: Callable[[], Raw]) -> Raw:
-    """Return what the cache holds under ``key``, or decode and store it."""
+def _decoded(files: Iterable[Path], decoder: Callable[[], Raw]) -> Raw:
+    """Return what the cache holds of ``files``, or decode and store it."""
+    key = cache.fingerprint(files)
     packed = cache.read(key)
     if packed is not None:
         with contextlib.suppress(KeyError, ValueError):
@@ -233,31 +212,27 @@ def _from_images(splits: dict[str, dict[str, list[Path]]], where: str) -> Raw:
 
 
 def _from_folder(folder: Path, scratch: str) -> dict[str, Any]:
-    with _quiet():
-        import datasets
+    import datasets
 
-        try:
-            return cast("dict[str, Any]", datasets.load_dataset(str(folder), cache_dir=scratch))
-        except Exception as error:  # the library wraps what its readers raise in several unrelated classes
-            counts = {file: _row_count(file) for file in sorted(folder.rglob("*.parquet"))}
-            broken = [file for file, count in counts.items() if count is None]
-            if broken:
+    try:
+        return cast("dict[str, Any]", datasets.load_dataset(str(folder), cache_dir=scratch))
+    except Exception as error:  # the library wraps what its readers raise in several unrelated classes
+        for file in sorted(folder.rglob("*.parquet")):
+            rows = _row_count(file)
+            if rows is None:
                 raise DataError(
-                    f"{broken[0]} cannot be read as Parquet: the file is cut off or damaged. Copy or fetch "
-                    "it again."
+                    f"{file} cannot be read as Parquet: the file is cut off or damaged. Copy or fetch it again."
                 ) from error
-            empty = [file for file, count in counts.items() if count == 0]
-            if empty:
-                raise DataError(f"{empty[0]} is empty: it has no rows. Fill it or delete it.") from error
-            raise DataError(
-                f"The data folder {folder} could not be read: {_cause(error)} It should hold Parquet files, "
-                "train.parquet "
-                "and test.parquet say, all with the same columns, or images in one folder a class."
-            ) from error
+            if rows == 0:
+                raise DataError(f"{file} is empty: it has no rows. Fill it or delete it.") from error
+        raise DataError(
+            f"The data folder {folder} could not be read: {_cause(error)} It should hold Parquet files, train.parquet "
+            "and test.parquet say, all with the same columns, or images in one folder a class."
+        ) from error
 
 
 def _from_hub(name: str, root: Path | None) -> dict[str, Any]:
-    names = [source.name for source in available(root if root is not None and os.path.isdir(root) else None)]
+    names = available(root if root is not None and os.path.isdir(root) else None)
     near = difflib.get_close_matches(name, [*names, *_HUB], n=3)
     looked = f"in {root}" if root is not None else "(RETROGRADE_DATA is not set)"
     nearest = f"nearest to it: {', '.join(near)}; " if near else ""
@@ -273,29 +248,29 @@ def _from_hub(name: str, root: Path | None) -> dict[str, Any]:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         identifier = _HUB.get(name, name)
+        known = huggingface_hub.is_offline_mode()
         try:
-            if not huggingface_hub.is_offline_mode():
+            if not known:
                 # Asked once first: without a network ``load_dataset`` tries again for half a minute.
-                try:
-                    huggingface_hub.HfApi().dataset_info(identifier, timeout=10)
-                except RepositoryNotFoundError as error:
-                    raise DatasetNotFoundError(str(error)) from error
-                except Exception as error:  # the HTTP library's own classes, which change with it
-                    raise ConnectionError(str(error)) from error
+                huggingface_hub.HfApi().dataset_info(identifier, timeout=10)
+                known = True
             return cast("dict[str, Any]", datasets.load_dataset(identifier))
-        except DatasetNotFoundError as error:
-            raise DataError(f"{missing} Nor does the Hugging Face hub have {identifier}. {advice}") from error
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{missing} And the Hugging Face hub could not be reached for {identifier}: {_cause(error)} "
-                f"{advice}"
-            ) from error
+        except (DatasetNotFoundError, RepositoryNotFoundError) as error:
+            why, because = f"{missing} Nor does the Hugging Face hub have {identifier}. {advice}", error
         except Exception as error:
-            raise DataError(
-                f"The data set {identifier} on the Hugging Face hub could not be loaded: {_cause(error)} "
-                "Download it and "
-                "give the folder instead."
-            ) from error
+            because = error
+            # What the question raises are the HTTP library's own classes, which change with it.
+            if not known or isinstance(error, OSError | RuntimeError):
+                why = (
+                    f"{missing} And the Hugging Face hub could not be reached for {identifier}: {_cause(error)} "
+                    f"{advice}"
+                )
+            else:
+                why = (
+                    f"The data set {identifier} on the Hugging Face hub could not be loaded: {_cause(error)} "
+                    "Download it and give the folder instead."
+                )
+        raise DataError(why) from because
 
 
 def _cause(error: BaseException) -> str:
@@ -322,18 +297,13 @@ def _quiet() -> Generator[None]:
     """Keep ``datasets`` from drawing progress bars and reporting usage; the user's settings return."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
-    from datasets.utils import logging
-    from huggingface_hub.utils import logging as hub_logging
 
-    level, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    hub_level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(logging.CRITICAL)
-    logging.set_verbosity(logging.CRITICAL)  # what it logs before raising is in the error already
+    disabled, bars = logging.root.manager.disable, datasets.are_progress_bars_disabled()
+    logging.disable()  # what the libraries log before raising is in the error already
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
+        logging.disable(disabled)
         if not bars:
             datasets.enable_progress_bars()
