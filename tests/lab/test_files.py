@@ -155,15 +155,15 @@ def test_a_full_disk_is_named_and_the_old_files_stay(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
-    lock = files.Lock(tmp_path)
-    for _ in range(2):
-        with pytest.raises(RunError, match="another run is training in"):
-            files.Lock(tmp_path)
-    lock.release()
-    lock.release()
-    again = files.Lock(tmp_path)
+    with files.locked(tmp_path):
+        for _ in range(2):
+            with pytest.raises(RunError, match="another run is training in"), files.locked(tmp_path):
+                pass
+    again = files.locked(tmp_path)
+    again.__enter__()
     del again
-    files.Lock(tmp_path)
+    with files.locked(tmp_path):
+        pass
     assert names(tmp_path) == set()
 
 

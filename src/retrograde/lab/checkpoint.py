@@ -43,6 +43,7 @@ class State(BaseModel):
     """How far a run has come, and what it has measured; the trainer counts in it, and `Checkpoint` keeps it.
 
     Attributes:
+        rng: torch's generators, from which dropout and the like draw, after the last step.
         step: steps done in the whole run.
         finished_epochs: their number.
         seconds: of training.
@@ -59,6 +60,7 @@ class State(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
+    rng: list[Tensor]
     step: NonNegativeInt = 0
     finished_epochs: NonNegativeInt = 0
     seconds: float = 0.0
@@ -81,7 +83,6 @@ class Checkpoint(State):
     optimizer: _State
     schedule: _State
     session: _State | None
-    rng: list[Tensor]
     selector: _State | None
     metrics_bytes: NonNegativeInt
 

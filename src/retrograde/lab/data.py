@@ -72,21 +72,14 @@ def load(
 ) -> Data:
     """Load ``name``: ``digits`` or ``digits-32``, a folder of ``data_dir`` or ``$RETROGRADE_DATA``, a path, a hub id.
 
-    The training rows come in an order keyed on ``seed``. ``validation`` is the share of them set apart where
-    there is no official validation split. ``limit`` keeps so many rows of each split, those of validation and
-    test being the same for every seed where these splits are official. ``standardise=False`` leaves the
-    pixels of images between 0 and 1.
+    The training rows come in an order keyed on ``seed``. ``validation``, between 0 and 1, is the share of them set
+    apart where there is no official validation split. ``limit``, 1 or more, keeps so many rows of each split, those
+    of validation and test being the same for every seed where these splits are official. ``standardise=False``
+    leaves the pixels of images between 0 and 1.
 
     Raises :class:`~retrograde.errors.DataError` for data that are missing, damaged or of another schema, and
-    :class:`~retrograde.errors.OptionError` for a ``validation`` outside (0, 1), a ``limit`` below 1, or
-    ``standardise=False`` for other data than images.
+    :class:`~retrograde.errors.OptionError` for ``standardise=False`` for other data than images.
     """
-    if not 0 < validation < 1:
-        raise OptionError(
-            f"validation={validation} is no share of the training rows: give a number between 0 and 1."
-        )
-    if limit is not None and limit < 1:
-        raise OptionError(f"limit={limit} keeps no rows: give a number from 1 up, or None for all.")
     raw = _digits(DIGITS[name]) if name in DIGITS else read(name, data_dir)
     if not standardise and raw.kind != "image":
         raise OptionError(
@@ -120,8 +113,6 @@ def batches(
     after reflecting 4 pixels at each border, and flips half of them left to right. The last batch is dropped
     where it is incomplete, unless it is the only one.
     """
-    if batch_size < 1:
-        raise OptionError(f"batch_size={batch_size} holds no rows: give a number from 1 up.")
     if augment and split.inputs.dim() != 4:
         raise OptionError(
             "augment=True crops and flips images, and these inputs have the shape "

@@ -69,9 +69,7 @@ class Raw:
 
     def pack(self) -> _Arrays:
         """Return everything as arrays under flat names, for the cache."""
-        about = json.dumps(
-            {"kind": self.kind, "names": self.names, "words": self.words, "change": self.change}
-        )
+        about = json.dumps({k: v for k, v in vars(self).items() if k not in ("parts", "white")})
         packed = {
             f"{part}/{key}": value for part, arrays in self.parts.items() for key, value in arrays.items()
         }
@@ -80,14 +78,14 @@ class Raw:
     @staticmethod
     def unpack(packed: Mapping[str, NDArray[Any]]) -> "Raw":
         """Undo :meth:`pack`."""
-        about = json.loads(packed["about"].tobytes())
+        about: dict[str, Any] = json.loads(packed["about"].tobytes())
+        about |= {key: tuple(value) for key, value in about.items() if isinstance(value, list)}
         parts: dict[str, _Arrays] = {}
         for name, value in packed.items():
             part, _, key = name.partition("/")
             if key:
                 parts.setdefault(part, {})[key] = value
-        names, words = (None if about[key] is None else tuple(about[key]) for key in ("names", "words"))
-        return Raw(about["kind"], parts, names, words, about["change"])
+        return Raw(parts=parts, **about)
 
 
 def decode(dataset: Mapping[str, Any], where: str, root: Path) -> Raw:

@@ -29,8 +29,9 @@ RUN = "run.json"
 CHECKPOINT_FORMAT = 3
 
 
-class Lock:
-    """Keeps other processes from training in a folder, until it is released or the process ends.
+@contextlib.contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Inside, or until the process ends, no other process trains in a folder.
 
     Args:
         folder: of a run; nothing is written into it.
@@ -38,14 +39,13 @@ class Lock:
     Raises:
         RunError: another run has it.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self._opened: int | None = None
-        if fcntl is None:
-            return
-        self._opened = os.open(folder, os.O_RDONLY)
+    if fcntl is None:
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
                 f"another run is training in {folder} at this moment, and two would overwrite each other's files. Wait "
@@ -53,14 +53,9 @@ class Lock:
             ) from error
         except OSError:  # a file system without locks
             pass
-
-    def release(self) -> None:
-        """Let others train there."""
-        opened, self._opened = self._opened, None
-        if opened is not None:
-            os.close(opened)
-
-    __del__ = release
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager
@@ -113,13 +108,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        return content
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} cannot be read: {error}. It is damaged: copy or make it again, or leave it out."
         ) from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is not a JSON object. It is damaged: copy or make it again, or leave it out.")
-    return content
 
 
 def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:

@@ -16,47 +16,17 @@ def seeded(seed: int, cuda: list[torch.device]) -> Generator[None]:
 
 
 class Generators:
-    """One run's own stream of torch's random numbers.
+    """torch's generators, and those of the CUDA devices."""
 
-    Args:
-        seed: where it begins.
-        cuda: devices whose generators belong to it beside the CPU's.
-    """
-
-    def __init__(self, seed: int, cuda: list[torch.device]) -> None:
+    def __init__(self, cuda: list[torch.device]) -> None:
         self._cuda = cuda
-        # None while in use: torch's own generators hold the state then.
-        self._kept: list[Tensor] | None
-        with seeded(seed, cuda):
-            self._kept = self._read()
-
-    @contextlib.contextmanager
-    def in_use(self) -> Generator[None]:
-        """torch draws from this stream, and from its former ones afterwards."""
-        with torch.random.fork_rng(self._cuda):
-            if self._kept is not None:
-                self._write(self._kept)
-            self._kept = None
-            try:
-                yield
-            finally:
-                self._kept = self._read()
 
     def state_dict(self) -> list[Tensor]:
-        """Where the stream is, in use or not."""
-        return self._read() if self._kept is None else self._kept
-
-    def load_state_dict(self, state: list[Tensor]) -> None:
-        """Go on from there, in the next `in_use`."""
-        # torch refuses here what is no state of its generators.
-        with torch.random.fork_rng(self._cuda):
-            self._write(state)
-        self._kept = state
-
-    def _read(self) -> list[Tensor]:
+        """Where they are."""
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
 
-    def _write(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._cuda, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        """Go on from there; torch refuses what is no state of its generators."""
+        torch.set_rng_state(state[0])
+        for device, of_device in zip(self._cuda, state[1:], strict=True):
+            torch.cuda.set_rng_state(of_device, device)

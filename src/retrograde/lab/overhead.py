@@ -1,9 +1,9 @@
 """What attaching costs a layer that is too small to save anything: one with a rule that does nothing, and dithered."""
 
 import copy
+import itertools
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,10 +79,13 @@ def overhead(
     """Every layer at every number of threads, runs taking turns; `seconds` for all of it, None: no limit."""
     found: list[Overhead] = []
     share = None if seconds is None else seconds / len(LAYERS) / len(threads)
-    for rows, width in LAYERS:
-        for count in threads:
-            with _threads(count):
-                found += _compare(rows, width, count, rounds, compiled, share)
+    before = torch.get_num_threads()
+    try:
+        for (rows, width), count in itertools.product(LAYERS, threads):
+            torch.set_num_threads(count)
+            found += _compare(rows, width, count, rounds, compiled, share)
+    finally:
+        torch.set_num_threads(before)
     return found
 
 
@@ -119,27 +122,9 @@ def _compare(
         runs = {name: run(model) for name, model in models.items()}
         times = interleave(runs, rounds, warmups=3, seconds=seconds)
     where = f"Linear({width}, {width}), {rows} rows"
-    rated = {name: times.speedup("plain", name) for name in models}
-    return [
-        Overhead(
-            where,
-            threads,
-            compiled,
-            name,
-            times.median(name) / calls * 1e6,
-            rated[name].ratio,
-            rated[name].quartiles,
-            times.rounds,
-        )
-        for name in models
-    ]
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    found: list[Overhead] = []
+    for name in models:
+        speedup, microseconds = times.speedup("plain", name), times.median(name) / calls * 1e6
+        figures = microseconds, speedup.ratio, speedup.quartiles, times.rounds
+        found.append(Overhead(where, threads, compiled, name, *figures))
+    return found

@@ -319,15 +319,13 @@ def collect(paths: Iterable[Path]) -> list[RunRecord]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise RunError(f"{path} is not a folder. Name a run folder, or the folder that holds them.")
-        found = [folder for folder in (path, *sorted(path.iterdir())) if is_run(folder)]
+        found = [path] if is_run(path) else [folder for folder in sorted(path.iterdir()) if is_run(folder)]
         if not found:
             raise RunError(
                 f"No runs found in {path}: neither the folder nor a folder in it has a {files.RUN}. "
                 "Name a run folder, or the folder that holds them."
             )
-        folders.update(
-            dict.fromkeys(folder.resolve() for folder in (found[:1] if found[0] == path else found))
-        )
+        folders.update(dict.fromkeys(folder.resolve() for folder in found))
     if not folders:
         raise RunError("No runs found: no path was given. Name at least one run folder.")
     return [read_run(folder) for folder in folders]

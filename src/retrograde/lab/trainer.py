@@ -160,8 +160,8 @@ class Trainer:
         x, y = self._first_batch()
         self._rows = len(x)
         self._plain_flops = measure.step_flops(self.model, x, y)
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with seeded(recipe.seed, cuda):
+        self._cuda = [self.device] if self.device.type == "cuda" else []
+        with seeded(recipe.seed, self._cuda):
             for peer in self._peers:
                 self.model = peer.prepare(self.model)
         self._steps_in_epoch = lab_data.steps_in_epoch(data.train, recipe.batch_size)
@@ -175,17 +175,16 @@ class Trainer:
         self._schedule = make_schedule(recipe, self.optimizer, self.steps)
         # Odd, because methods alternate between two or four kinds of steps.
         self._memory_stride = max(1, self.steps // _MEMORY_SAMPLES) | 1
-        # Dropout and the like draw from torch's generators.
-        self._generators = Generators(recipe.seed, cuda)
+        self._generators = Generators(self._cuda)
         self._parts: dict[str, Any] = {
             "model": self.model,
             "optimizer": self.optimizer,
             "schedule": self._schedule,
             "session": self.session,
-            "rng": self._generators,
             "selector": self._selector,
         }
-        self._done = State()
+        with seeded(recipe.seed, self._cuda):
+            self._done = State(rng=self._generators.state_dict())
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -263,9 +262,6 @@ class Trainer:
         with contextlib.suppress(OSError):
             self._opened.close()
 
-    def _lock(self) -> None:
-        self._opened.callback(files.Lock(self.folder).release)
-
     def _run_epoch(self, epoch: int) -> None:
         self.model.train()
         done = self._done
@@ -280,7 +276,8 @@ class Trainer:
             augment=self.recipe.augment,
             start=done.step - first,
         )
-        with self._generators.in_use():
+        with torch.random.fork_rng(self._cuda):
+            self._generators.load_state_dict(done.rng)
             for x, y in itertools.islice(batches, last - done.step):
                 if self.session is not None and done.step % self._memory_stride == 0:
                     # With some methods it differs from step to step.
@@ -292,6 +289,7 @@ class Trainer:
                     self._evaluate(epoch)
                     scores: Scores = {**done.validation}
                     self._log(Reading(epoch=epoch, step=done.step, validation=scores, seconds=done.seconds))
+                done.rng = self._generators.state_dict()
                 # Only between steps is there a state to save: a signal may come in the middle of an update.
                 if self._stop():
                     self.save()
@@ -457,7 +455,7 @@ class Trainer:
         """The checkpoint of the folder's run, which no other process goes on with."""
         if not os.path.isdir(self.folder):
             raise CheckpointError(f"there is no run folder {self.folder}. Start the run without --resume.")
-        self._lock()
+        self._opened.enter_context(files.locked(self.folder))
         # The end of the run will read it.
         read_description(self.folder)
         return read_checkpoint(self.folder)
@@ -475,13 +473,15 @@ class Trainer:
         for name, part in self._parts.items():
             if part is not None:
                 restore(self.folder, name, part, getattr(state, name))
+        with torch.random.fork_rng(self._cuda):
+            restore(self.folder, "rng", self._generators, state.rng)
         self._done = State(**{name: getattr(state, name) for name in State.model_fields})
 
     def _begin(self, group: str | None, label: str | None) -> None:
         """Make the folder this run's own."""
         with files.writing(self.folder, ValueError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._opened.enter_context(files.locked(self.folder))
         # Another process may have been faster.
         _refuse_used(self.folder)
         recipe = self.recipe
