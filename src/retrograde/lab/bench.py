@@ -126,12 +126,8 @@ def settings(names: Sequence[str], warmup: int) -> dict[str, Contestant]:
     for name in names:
         method = make(name)
         shortened = {"warmup": warmup} if hasattr(method, "warmup") else {}
-        chosen = {
-            "float32": (*method.benchmarks.get("float32", ()), {}),
-            "bfloat16": method.benchmarks.get("bfloat16", ()),
-        }
-        for precision, choices in chosen.items():
-            for given in choices:
+        for precision, defaults in (("float32", ({},)), ("bfloat16", ())):
+            for given in (*method.benchmarks.get(precision, ()), *defaults):
                 options = {**given, **shortened}
                 contestant = Contestant(make(name, options), precision)
                 if contestant not in found.values():

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from retrograde.lab.decode import Raw
 
@@ -93,18 +95,15 @@ def _texts(raw: Raw, rows: Rows) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     counts = np.bincount(raw.parts[train]["tokens"][np.repeat(chosen, lengths)], minlength=len(words))
     order = np.argsort(-counts, kind="stable")[: _WORDS - 2]
     kept = order[counts[order] > 1]
-    number = np.full(len(words) + 1, _UNKNOWN, dtype=np.int64)
+    number = np.full(len(words), _UNKNOWN, dtype=np.int64)
     number[kept] = np.arange(2, 2 + len(kept))
-    number[-1] = _PADDING
     length = int(np.clip(np.ceil(np.percentile(lengths[index], 95)), 1, _LONGEST))
 
     def padded(arrays: dict[str, NDArray[Any]], index: NDArray[np.int64]) -> Tensor:
-        starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
-        place = np.arange(length)
-        inside = place < arrays["lengths"][index, None]
-        position = np.where(inside, starts[index, None] + place, 0)
-        tokens = arrays["tokens"] if len(arrays["tokens"]) else np.zeros(1, dtype=np.uint32)
-        return torch.from_numpy(number[np.where(inside, tokens[position], len(words))])
+        texts = np.split(number[arrays["tokens"]], np.cumsum(arrays["lengths"])[:-1])
+        first = [torch.from_numpy(texts[i][:length]) for i in index]
+        x = pad_sequence(first, batch_first=True, padding_value=_PADDING)
+        return pad(x, (0, length - x.shape[1]), value=_PADDING)
 
     inputs = {part: padded(raw.parts[split], index) for part, (split, index) in rows.items()}
     return inputs, ("<padding>", "<unknown>", *(words[int(i)] for i in kept))

@@ -125,24 +125,23 @@ def whole_flops(
     plain = step.whole * steps
     done = ("needed", "executed", "discounted")
     if session is not None and passes is None:
-        flops = session.flops()
-        found = flops.to_dict()
+        found = session.flops().to_dict()
         # A model that grew has more in its layers than the plain one had.
-        elsewhere = max(0.0, plain - flops.dense)
-        forward = max(0.0, step.forward * steps - flops.forward.dense)
-        for name in ("dense", *done):
-            found[name] += elsewhere
-            found["forward"][name] += forward
+        elsewhere = max(0.0, plain - found["dense"])
+        forward = max(0.0, step.forward * steps - found["forward"]["dense"])
+        for part, more in ((found, elsewhere), (found["forward"], forward)):
+            for name in ("dense", *done):
+                part[name] += more
         return found | {"not_attached": elsewhere}
     forwards, backwards = passes or (steps, steps)
     forward = step.forward * forwards
     whole = forward + step.backward * backwards
-    found: dict[str, Any] = {"dense": plain, **dict.fromkeys(done, whole), "overhead": 0.0}
-    found["forward"] = {"dense": step.forward * steps, **dict.fromkeys(done, forward)}
-    if session is None:
-        for part in (found, found["forward"]):
-            part["discounted"] *= DISCOUNTS[precision]
-    return found
+    discount = DISCOUNTS[precision] if session is None else 1.0
+    found, of_forward = (
+        {"dense": dense, **dict.fromkeys(done, ran), "discounted": discount * ran}
+        for dense, ran in ((plain, whole), (step.forward * steps, forward))
+    )
+    return {**found, "overhead": 0.0, "forward": of_forward}
 
 
 def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> Timing:
@@ -154,10 +153,7 @@ def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> 
     """
     tried = forecast.get("layers", {})
     layers: dict[str, dict[str, float | None]] = {
-        name: {
-            "seconds": seconds / steps,
-            "forecast": tried[name]["backward"] if name in tried else None,
-        }
+        name: {"seconds": seconds / steps, "forecast": tried.get(name, {}).get("backward")}
         for name, (seconds, steps) in measured.items()
         if steps
     }

@@ -288,7 +288,8 @@ class Trainer:
                 if done.step in readings:
                     self._evaluate(epoch)
                     scores: Scores = {**done.validation}
-                    self._log(Reading(epoch=epoch, step=done.step, validation=scores, seconds=done.seconds))
+                    reading = Reading(epoch=epoch, step=done.step, validation=scores, seconds=done.seconds)
+                    self._log(reading, {})
                 done.rng = self._generators.state_dict()
                 # Only between steps is there a state to save: a signal may come in the middle of an update.
                 if self._stop():
@@ -327,8 +328,8 @@ class Trainer:
         sums["count"] += count
         if done.step % _LOG_EVERY == 0 or done.step == self.steps:
             rate = float(self._schedule.get_last_lr()[0])
-            self._log(Step(step=done.step, epoch=epoch, loss=value, learning_rate=rate, seconds=done.seconds))
-            self._log_scalars({"train/loss": value, "train/learning_rate": rate})
+            step = Step(step=done.step, epoch=epoch, loss=value, learning_rate=rate, seconds=done.seconds)
+            self._log(step, {"train/loss": value, "train/learning_rate": rate})
         if self._progress:
             mean = sums["loss"] / sums["count"]
             self._progress(Progress(epoch, done.step, self.steps, mean, done.validation))
@@ -370,37 +371,34 @@ class Trainer:
         }
         self._evaluate(epoch)
         figures: dict[str, Any] = {}
+        scalars = {f"validation/{name}": value for name, value in done.validation.items()}
         if self.session:
             self.session.validated(done.validation["accuracy"])
             figures = {**self.session.metrics(reset=True), "flops": self.session.flops().to_dict()}
-            self._log_scalars({f"gradients/{name}": figures[name] for name in ("zeros", "own_zeros")})
-        self._log_scalars({f"validation/{name}": value for name, value in done.validation.items()})
-        self._log(
-            Epoch(
-                epoch=epoch,
-                step=done.step,
-                train=seen,
-                validation=dict(done.validation),
-                seconds=done.seconds,
-                step_seconds=median(done.step_seconds) if done.step_seconds else None,
-                **figures,
-            )
+            scalars |= {f"gradients/{name}": figures[name] for name in ("zeros", "own_zeros")}
+        end = Epoch(
+            epoch=epoch,
+            step=done.step,
+            train=seen,
+            validation=dict(done.validation),
+            seconds=done.seconds,
+            step_seconds=median(done.step_seconds) if done.step_seconds else None,
+            **figures,
         )
+        self._log(end, scalars)
         done.step_seconds.clear()
         done.epoch_sums = dict.fromkeys(sums, 0.0)
         done.finished_epochs = epoch
         self.save()
 
-    def _log(self, event: Step | Reading | Epoch) -> None:
+    def _log(self, event: Step | Reading | Epoch, scalars: dict[str, float]) -> None:
+        """Write a line of the metrics, and what TensorBoard shows of it."""
         with files.writing(self.folder / files.METRICS):
             self._metrics.write(files.to_json(event.to_dict()).encode() + b"\n")
             self._metrics.flush()
-
-    def _log_scalars(self, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            with files.writing(self.folder / "tensorboard"):
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, self._done.step)
+        with files.writing(self.folder / "tensorboard"):
+            for name, value in scalars.items() if self._writer is not None else ():
+                self._writer.add_scalar(name, value, event.step)
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         # Everything that the run will ask of its batches is asked here, before anything is written.
