@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from retrograde.errors import DataError, RetrogradeWarning
 from retrograde.host import cache_folder, write_atomically
 
-__all__ = ["fingerprint", "read", "write"]
-
 _FORMAT = 1
 """Raised whenever what is stored changes meaning, so that older files are no longer found."""
 

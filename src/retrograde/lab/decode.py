@@ -29,8 +29,6 @@ from numpy.typing import NDArray
 from retrograde.errors import DataError
 from retrograde.lab.images import one_shape, pixels
 
-__all__ = ["SPLITS", "WINDOW", "Kind", "Raw", "decode"]
-
 Kind = Literal["image", "text", "language", "table"]
 
 WINDOW = 129

@@ -16,8 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from retrograde.lab.decode import Raw
 
-__all__ = ["Rows", "Split", "encode"]
-
 Rows = dict[str, tuple[str, NDArray[np.int64]]]
 """Part (train, validation, test) → official split, row numbers in it."""
 

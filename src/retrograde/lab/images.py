@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from retrograde.errors import DataError
 
-__all__ = ["one_shape", "pixels", "pixels_of_files"]
-
 _SMALLEST, _LARGEST = 8, 64
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # the EXIF tag; from 5 up, width and height change places

@@ -24,8 +24,6 @@ from retrograde.lab import cache
 from retrograde.lab.decode import SPLITS, Raw, decode
 from retrograde.lab.images import one_shape, pixels_of_files
 
-__all__ = ["available", "read"]
-
 _HUB = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
@@ -213,13 +211,16 @@ def _from_images(splits: dict[str, dict[str, list[Path]]], where: str) -> Raw:
 
 def _from_folder(folder: Path, scratch: str) -> dict[str, Any]:
     import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
 
     try:
         return cast("dict[str, Any]", datasets.load_dataset(str(folder), cache_dir=scratch))
     except Exception as error:  # the library wraps what its readers raise in several unrelated classes
         for file in sorted(folder.rglob("*.parquet")):
-            rows = _row_count(file)
-            if rows is None:
+            try:
+                rows = parquet.read_metadata(file).num_rows
+            except (OSError, pa.ArrowException):
                 raise DataError(
                     f"{file} cannot be read as Parquet: the file is cut off or damaged. Copy or fetch it again."
                 ) from error
@@ -279,17 +280,6 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{line.rstrip('.')}."
-
-
-def _row_count(file: Path) -> int | None:
-    """Return the rows of a Parquet file, or None where it cannot be read."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_metadata(file).num_rows
-    except (OSError, pa.ArrowException):
-        return None
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Control(TypedDict, total=False):
     """How a run is watched, stopped and gone on with: arguments of `Trainer`."""
 
     resume: bool
-    progress: Callable[[Progress], None] | None
+    progress: Callable[[Progress], None]
     stop: Callable[[], bool]
     checkpoint_seconds: float
 
@@ -123,7 +123,7 @@ class Trainer:
         data: Data,
         *,
         resume: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Callable[[Progress], None] = lambda now: None,
         stop: Callable[[], bool] = lambda: False,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         group: str | None = None,
@@ -330,9 +330,8 @@ class Trainer:
             rate = float(self._schedule.get_last_lr()[0])
             step = Step(step=done.step, epoch=epoch, loss=value, learning_rate=rate, seconds=done.seconds)
             self._log(step, {"train/loss": value, "train/learning_rate": rate})
-        if self._progress:
-            mean = sums["loss"] / sums["count"]
-            self._progress(Progress(epoch, done.step, self.steps, mean, done.validation))
+        mean = sums["loss"] / sums["count"]
+        self._progress(Progress(epoch, done.step, self.steps, mean, done.validation))
 
     def _pass(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward: the loss, and the logits."""
@@ -396,9 +395,10 @@ class Trainer:
         with files.writing(self.folder / files.METRICS):
             self._metrics.write(files.to_json(event.to_dict()).encode() + b"\n")
             self._metrics.flush()
-        with files.writing(self.folder / "tensorboard"):
-            for name, value in scalars.items() if self._writer is not None else ():
-                self._writer.add_scalar(name, value, event.step)
+        if self._writer is not None:
+            with files.writing(self.folder / "tensorboard"):
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, event.step)
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         # Everything that the run will ask of its batches is asked here, before anything is written.
