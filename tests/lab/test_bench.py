@@ -8,7 +8,7 @@ from torch import nn
 
 from retrograde.errors import OptionError
 from retrograde.lab import bench, contestants, timing
-from retrograde.lab.bench import Limits, Row
+from retrograde.lab.bench import Limits, Measured, Row
 from retrograde.lab.contestants import AFTER_INT8, Contestant, Convolution, Linear, Shape, Workload
 from retrograde.lab.precisions import Precision
 from retrograde.lab.timing import Times
@@ -137,7 +137,7 @@ def nothing_loses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
     seen: list[tuple[float, float]] = []
     limits, note = Limits(2), lambda what, done, total: seen.append((done, total))
-    rows = bench.kernels(SHAPES[:2], (0.8, 0.9), limits, note).rows
+    rows = bench.kernels(SHAPES[:2], (0.8, 0.9), Measured(limits, note)).rows
     wanted = [
         (shape.op, str(shape), sparsity, kernel)
         for shape in SHAPES[:2]
@@ -159,7 +159,7 @@ def test_kernels_have_a_row_for_each_kernel_sparsity_and_shape() -> None:
 
 
 def test_layers_have_a_row_for_each_shape() -> None:
-    rows = bench.layers(SHAPES[:2], Limits(2)).rows
+    rows = bench.layers(SHAPES[:2], Measured(Limits(2))).rows
     assert [(row.op, row.shape, row.kernel) for row in rows] == [(s.op, str(s), "auto") for s in SHAPES[:2]]
     assert all(row.sparsity is not None and 0.5 < row.sparsity < 1 for row in rows)
     assert {(row.chosen, row.method) for row in rows} == {("reference", "dither(scale=2.0)")}
@@ -168,9 +168,8 @@ def test_layers_have_a_row_for_each_shape() -> None:
 def test_steps_have_a_row_for_each_model_and_method() -> None:
     seen: list[tuple[str, float]] = []
     methods = ["dither", "deepfocus"]
-    rows = bench.steps(
-        WORKLOADS, methods, Limits(2), lambda what, done, total: seen.append((what, done))
-    ).rows
+    measured = Measured(Limits(2), lambda what, done, total: seen.append((what, done)))
+    rows = bench.steps(WORKLOADS, methods, measured).rows
     labels = list(bench.settings(methods, 1))
     assert [(row.model, row.method) for row in rows] == list(itertools.product(WORKLOADS, labels))
     assert [row.shape for row in rows[:: len(labels)]] == ["8x20", "4x6"]
@@ -183,17 +182,17 @@ def test_rows_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times({"fp32": [2.0, 4.0, 12.0], "bf16": [1.0, 1.0, 3.0], "auto": mine, "dither": mine})
     monkeypatch.setattr(bench, "interleave", lambda runs, rounds, **more: times)
     monkeypatch.setattr(Dither, "benchmarks", {})
-    (layer,) = bench.layers(SHAPES[:1], Limits(3)).rows
+    (layer,) = bench.layers(SHAPES[:1], Measured(Limits(3))).rows
     # Ratios to fp32: 2, 1, 4; to bf16: 1, 0.25, 1.
     assert (layer.seconds, layer.seconds_fp32, layer.seconds_bf16) == (3.0, 4.0, 1.0)
     assert (layer.speedup_fp32, layer.spread_fp32) == (2.0, (1.5, 3.0))
     assert (layer.speedup_bf16, layer.spread_bf16) == (1.0, (0.625, 1.0))
-    (step,) = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Limits(3)).rows
+    (step,) = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Measured(Limits(3))).rows
     assert (step.speedup_fp32, step.spread_fp32) == (4 / 3, (1.5, 3.0)), "of a step: ratio of medians"
 
 
 def test_rows_are_plain_values() -> None:
-    (row,) = bench.layers(SHAPES[:1], Limits(1)).rows
+    (row,) = bench.layers(SHAPES[:1], Measured(Limits(1))).rows
     assert isinstance(row, Row)
     assert all(isinstance(v, str | float | int | tuple | None) for v in vars(row).values())
 
@@ -207,7 +206,7 @@ def _slow(op: str, name: str, times_as_long: float) -> Precision:
 
 def test_a_precision_that_loses_in_a_small_product_is_not_run() -> None:
     slow = [_slow("linear", "bfloat16", 40), _slow("linear", "int8", 30), _slow("conv", "bfloat16", 6)]
-    found = bench.kernels(SHAPES[:2], (0.8,), Limits(1), slow=slow)
+    found = bench.kernels(SHAPES[:2], (0.8,), Measured(Limits(1), slow=slow))
     assert {row.kernel for row in found.rows if row.op == "linear"} == {
         *("dense", "skip", "skip-bfloat16", "auto", AFTER_INT8)
     }
@@ -226,7 +225,7 @@ def test_a_precision_that_loses_in_a_small_product_is_not_run() -> None:
 
 def test_steps_in_a_precision_that_loses_are_not_run() -> None:
     slow = [_slow("linear", "bfloat16", 40), _slow("linear", "int8", 30)]
-    found = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Limits(1), slow=slow)
+    found = bench.steps({"mlp": WORKLOADS["mlp"]}, ["dither"], Measured(Limits(1), slow=slow))
     assert [row.method for row in found.rows] == ["dither(scale=2.0)", "dither(scale=4.0)", "dither"]
     assert [one.variant for one in found.dropped] == [
         "torch in bfloat16",
@@ -238,7 +237,7 @@ def test_steps_in_a_precision_that_loses_are_not_run() -> None:
 def test_what_loses_in_the_first_round_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times({"fp32": [1.0, 1.0], "bf16": [20.0], "auto": [2.0, 2.0]}, {"bf16": 20.0})
     monkeypatch.setattr(bench, "interleave", lambda runs, rounds, **more: times)
-    found = bench.layers(SHAPES[:1], Limits(2))
+    found = bench.layers(SHAPES[:1], Measured(Limits(2)))
     (row,) = found.rows
     assert (row.speedup_fp32, row.speedup_bf16, row.spread_bf16, row.seconds_bf16) == (0.5, None, None, None)
     assert row.rounds == 2
@@ -257,5 +256,5 @@ def test_cells_share_the_seconds_that_are_left(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(bench, "interleave", lasting)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
-    bench.layers([SHAPES[0]] * 3, Limits(5, 120.0))
+    bench.layers([SHAPES[0]] * 3, Measured(Limits(5, 120.0)))
     assert shares == [40.0, 25.0, 0.0], "a budget that is spent leaves one round"

@@ -289,7 +289,7 @@ def test_unknown_name_lists_what_is_here(tmp_path, hub):
         load("flower", data_dir=tmp_path)
     text = str(caught.value)
     assert str(tmp_path) in text
-    assert "nearest to it: flowers" in text
+    assert "Did you mean 'flowers'?" in text
     assert "digits" in text
     assert "could not be reached" in text
 

@@ -74,7 +74,7 @@ class Bench:
                 show(f"compiling and calibrating the kernels, once for all: {family}")
                 choose.model().complete(family)
             show("measuring the precisions")
-            measured = measure(limits, show, precisions.measure())
+            measured = measure(Measured(limits, show, precisions.measure()))
             if self.what == "layers":
                 show("attaching small layers")
             extra = self._overhead(limits)
@@ -123,8 +123,8 @@ class Bench:
                 f"bench: {self.output} cannot be written: it is a folder, or lies in none. Choose another --output."
             )
 
-    def _choose(self) -> Callable[..., Measured]:
-        """What to time, given the limits."""
+    def _choose(self) -> Callable[[Measured], Measured]:
+        """What to time, and to note there."""
         shapes = bench.QUICK_SHAPES if self.quick else bench.SHAPES
         if self.what == "kernels":
             return functools.partial(bench.kernels, shapes, bench.SPARSITIES)

@@ -144,17 +144,24 @@ class Measured:
     """The cells of a benchmark one after the other: their rows, and what has none.
 
     Args:
-        cells: their number.
         limits: rounds and time.
         progress: told of it.
-        slow: variants whose precision loses by far there are not run.
+        slow: what `precisions.measure` found: variants whose precision loses by far there are not run.
     """
 
-    def __init__(self, cells: int, limits: Limits, progress: Progress, slow: Sequence[Precision]) -> None:
-        self._cells, self._limits, self._progress, self._slow = cells, limits, progress, slow
-        self._cell, self._begun = 0, time.perf_counter()
+    def __init__(
+        self,
+        limits: Limits,
+        progress: Progress = lambda what, done, total: None,
+        slow: Sequence[Precision] = (),
+    ) -> None:
+        self._limits, self._progress, self._slow = limits, progress, slow
         self.rows: list[Row] = []
         self.dropped: list[Dropped] = []
+
+    def begin(self, cells: int) -> None:
+        """So many will follow."""
+        self._cells, self._cell, self._begun = cells, 0, time.perf_counter()
 
     def time(self, what: str, op: str, runs: Mapping[str, Work]) -> Times:
         """All variants of a cell that are worth it."""
@@ -223,23 +230,18 @@ def _precision(name: str) -> str | None:
 # The three benchmarks.
 
 
-def kernels(
-    shapes: Sequence[Shape],
-    sparsities: Sequence[float],
-    limits: Limits,
-    progress: Progress = lambda what, done, total: None,
-    slow: Sequence[Precision] = (),
-) -> Measured:
+def kernels(shapes: Sequence[Shape], sparsities: Sequence[float], measured: Measured) -> Measured:
     """Both backward products of a layer from δ on: every fixed kernel, and what is chosen.
 
     Args:
         shapes: of the layers.
         sparsities: shares of zeros in δ̃.
-        limits: rounds and time.
-        progress: told of it.
-        slow: what `precisions.measure` found: variants whose precision loses by far there are not run.
+        measured: what takes the rows.
+
+    Returns:
+        `measured`.
     """
-    measured = Measured(len(shapes) * len(sparsities), limits, progress, slow)
+    measured.begin(len(shapes) * len(sparsities))
     for shape in shapes:
         layer, x, delta = contestants.operands(shape)
         weight = layer.get_parameter("weight").detach()
@@ -257,14 +259,9 @@ def kernels(
     return measured
 
 
-def layers(
-    shapes: Sequence[Shape],
-    limits: Limits,
-    progress: Progress = lambda what, done, total: None,
-    slow: Sequence[Precision] = (),
-) -> Measured:
+def layers(shapes: Sequence[Shape], measured: Measured) -> Measured:
     """Forward and backward pass of a dithered layer; arguments as of `kernels`."""
-    measured = Measured(len(shapes), limits, progress, slow)
+    measured.begin(len(shapes))
     method = Dither(scale=SCALE)
     label = Recipe(methods={"dither": {"scale": SCALE}}).label
     for shape in shapes:
@@ -275,19 +272,13 @@ def layers(
     return measured
 
 
-def steps(
-    workloads: Mapping[str, Workload],
-    methods: Sequence[str],
-    limits: Limits,
-    progress: Progress = lambda what, done, total: None,
-    slow: Sequence[Precision] = (),
-) -> Measured:
+def steps(workloads: Mapping[str, Workload], methods: Sequence[str], measured: Measured) -> Measured:
     """Whole training steps with Adam, by every method at its defaults and at `Method.benchmarks`.
 
     Methods that warm up do so in the round that does not count. Arguments as of `kernels`.
     """
     chosen = settings(methods, WARMUPS)
-    measured = Measured(len(workloads), limits, progress, slow)
+    measured.begin(len(workloads))
     for name, workload in workloads.items():
         runs, sessions = contestants.steps(workload, chosen)
         # Of a network for images convolutions take most of the time.

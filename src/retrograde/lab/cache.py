@@ -58,8 +58,7 @@ def write(key: str, arrays: dict[str, NDArray[np.generic]]) -> None:
     except OSError as error:
         warnings.warn(
             f"The decoded data was not cached in {path.parent} ({error}): it will be decoded again the next "
-            "time. "
-            "Set RETROGRADE_CACHE to a folder that can be written.",
+            "time. Set RETROGRADE_CACHE to a folder that can be written.",
             RetrogradeWarning,
             stacklevel=2,
         )

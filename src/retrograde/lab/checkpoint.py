@@ -34,7 +34,7 @@ def _of(*names: str, empty: bool = False) -> AfterValidator:
     return AfterValidator(check)
 
 
-_Passes = Annotated[dict[str, float], _of("forward", "backward")]
+_Passes = Annotated[dict[str, float], _of("forward", "backward", "saved_bytes", "samples")]
 _Sums = Annotated[dict[str, float], _of("loss", "correct", "count")]
 _Reading = Annotated[dict[str, float], _of("loss", "accuracy", empty=True)]
 

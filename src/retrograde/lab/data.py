@@ -194,8 +194,7 @@ def _carved(raw: Raw, official: Rows, part: str, share: float, *, seed: int, nam
     if count >= len(index):
         raise DataError(
             f"Data set {name} has no {part} split, and its {len(index)} training rows are too few to take "
-            "one from. Add "
-            f"rows, or a {part} split."
+            f"one from. Add rows, or a {part} split."
         )
     if raw.kind == "language":
         # The end of the text: windows from the middle would be continued by their neighbours in training.

@@ -99,8 +99,7 @@ def decode(dataset: Mapping[str, Any], where: str, root: Path) -> Raw:
     if "train" not in splits:
         raise DataError(
             f"No training split in {where}: the splits found are {', '.join(dataset)}. Name the file "
-            "train.parquet, or "
-            "train-*.parquet where it is in pieces."
+            "train.parquet, or train-*.parquet where it is in pieces."
         )
     for name, split in splits.items():
         if len(split) == 0:
@@ -110,8 +109,7 @@ def decode(dataset: Mapping[str, Any], where: str, root: Path) -> Raw:
         if missing := {content, label} - {"", *split.column_names}:
             raise DataError(
                 f"Split {name} of {where} lacks the column {', '.join(sorted(missing))} that the training "
-                "split has: it "
-                f"has {', '.join(split.column_names)}. Give all splits the same columns."
+                f"split has: it has {', '.join(split.column_names)}. Give all splits the same columns."
             )
     words: dict[str, int] = {}
     decoders: dict[Kind, Callable[[Any, str], _Arrays]] = {
@@ -146,9 +144,8 @@ def _columns(columns: list[str], where: str) -> tuple[Kind, str, str]:
         return "table", "", label
     raise DataError(
         f"No usable columns in {where}: it has {', '.join(columns) or 'none'}. Expected are img or image "
-        "with label, "
-        "text with label, text alone, or any columns of numbers and words with label or target. Rename the "
-        "columns."
+        "with label, text with label, text alone, or any columns of numbers and words with label or target. "
+        "Rename the columns."
     )
 
 
@@ -161,8 +158,7 @@ def _labels(split: Any, label: str, at: str) -> NDArray[np.int64]:
         )
         raise DataError(
             f"The labels of {at} cannot be used: column {label} must hold integers from 0 up, but {found}. "
-            "Number the "
-            "classes from 0."
+            "Number the classes from 0."
         )
     labels = np.asarray(column.to_numpy()).astype(np.int64)
     if labels.min() < 0:
@@ -246,8 +242,7 @@ def _cells(split: Any, label: str, at: str) -> _Arrays:
         else:
             raise DataError(
                 f"Column {column} of {at} cannot be used: it is of type {kind}, and a table holds numbers "
-                "and strings. "
-                "Delete the column or turn it into one of these."
+                "and strings. Delete the column or turn it into one of these."
             )
     empty = (len(split), 0)
     return {

@@ -7,7 +7,6 @@ Nothing is imported, downloaded or written until a data set is asked for.
 """
 
 import contextlib
-import difflib
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from retrograde.errors import DataError, RetrogradeWarning
 from retrograde.lab import cache
 from retrograde.lab.decode import SPLITS, Raw, decode
 from retrograde.lab.images import one_shape, pixels_of_files
+from retrograde.methods.registry import suggest
 
 _HUB = {
     "cifar10": "uoft-cs/cifar10",
@@ -234,11 +234,11 @@ def _from_folder(folder: Path, scratch: str) -> dict[str, Any]:
 
 def _from_hub(name: str, root: Path | None) -> dict[str, Any]:
     names = available(root if root is not None and os.path.isdir(root) else None)
-    near = difflib.get_close_matches(name, [*names, *_HUB], n=3)
     looked = f"in {root}" if root is not None else "(RETROGRADE_DATA is not set)"
-    nearest = f"nearest to it: {', '.join(near)}; " if near else ""
-    here = f"{nearest}here: {', '.join(names)}"
-    missing = f"No data set {name}: no such folder {looked}, nor at that path ({here})."
+    missing = (
+        f"No data set {name}: no such folder {looked}, nor at that path (here: {', '.join(names)})."
+        f"{suggest(name, [*names, *_HUB])}"
+    )
     advice = "Correct the name, or set --data-dir or RETROGRADE_DATA to the folder that holds it."
     if not _IDENTIFIER.fullmatch(name):
         raise DataError(f"{missing} {advice}")

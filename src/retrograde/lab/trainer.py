@@ -135,12 +135,11 @@ class Trainer:
         if (recipe.only or recipe.skip) and not self._methods:
             raise OptionError("`only` and `skip` choose layers for methods, and no method is given. Add one.")
         self._progress, self._stop, self._checkpoint_seconds = progress, stop, checkpoint_seconds
-        self._opened = contextlib.ExitStack()
-        try:
+        with contextlib.ExitStack() as opened:
+            self._opened = opened
             self._set_up(resume, group, label)
-        except BaseException:
-            self.close()
-            raise
+            # Without an error they stay open.
+            self._opened = opened.pop_all()
 
     def _set_up(self, resume: bool, group: str | None, label: str | None) -> None:
         recipe, folder, data = self.recipe, self.folder, self.data
