@@ -72,7 +72,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(self: Trainer, *arguments: Any) -> None:
         step(self, *arguments)
-        made.append(self.step)
+        made.append(self.state.step)
 
     monkeypatch.setattr(Trainer, "_run_step", counted)
     return made

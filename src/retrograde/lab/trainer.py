@@ -183,7 +183,7 @@ class Trainer:
             "selector": self._selector,
         }
         with seeded(recipe.seed, self._cuda):
-            self._done = State(rng=self._generators.state_dict())
+            self.state = State(rng=self._generators.state_dict())
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -194,7 +194,7 @@ class Trainer:
             self._metrics.truncate(0 if checkpoint is None else checkpoint.metrics_bytes)
             self._metrics.seek(0, os.SEEK_END)
             self._writer = open_writer(
-                folder / "tensorboard", purge_step=None if checkpoint is None else self._done.step + 1
+                folder / "tensorboard", purge_step=None if checkpoint is None else self.state.step + 1
             )
             if self._writer is not None:
                 self._opened.callback(self._writer.close)
@@ -207,8 +207,8 @@ class Trainer:
     def epochs(self) -> Iterator[int]:
         """Train; yields the number of each finished epoch."""
         try:
-            while self._done.finished_epochs < math.ceil(self.steps / self._steps_in_epoch):
-                epoch = self._done.finished_epochs + 1
+            while self.state.finished_epochs < math.ceil(self.steps / self._steps_in_epoch):
+                epoch = self.state.finished_epochs + 1
                 self._run_epoch(epoch)
                 self._finish_epoch(epoch)
                 yield epoch
@@ -232,8 +232,8 @@ class Trainer:
 
     def _finish_model(self, measures: Collection[str]) -> dict[str, Any]:
         """Test, fold and write the model; what the result says of that."""
-        if self._done.best_weights is not None:
-            self.model.load_state_dict(self._done.best_weights)
+        if self.state.best_weights is not None:
+            self.model.load_state_dict(self.state.best_weights)
         test = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
         # What must fit is the most: methods keep other things when they have warmed up than in their first step.
         self._saved_bytes = max(
@@ -263,7 +263,7 @@ class Trainer:
 
     def _run_epoch(self, epoch: int) -> None:
         self.model.train()
-        done = self._done
+        done = self.state
         first, last = self._range(epoch - 1)
         parts = self.recipe.evaluations
         readings = {first + round((last - first) * (i + 1) / parts) for i in range(parts - 1)} - {last}
@@ -303,7 +303,7 @@ class Trainer:
         return first, last
 
     def _run_step(self, epoch: int, x: Tensor, y: Tensor) -> None:
-        done, began = self._done, time.perf_counter()
+        done, began = self.state, time.perf_counter()
         x, y = x.to(self.device), y.to(self.device)
         if self._selector is not None:
             index = self._selector.select(partial(self._losses, x, y), len(x))
@@ -339,9 +339,9 @@ class Trainer:
             loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
         began = time.perf_counter()
         loss.backward()
-        self._done.backward_seconds += time.perf_counter() - began
+        self.state.backward_seconds += time.perf_counter() - began
         for part in ("forward", "backward"):
-            self._done.passes[part] += len(x) / self._rows
+            self.state.passes[part] += len(x) / self._rows
         return loss, logits
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> None:
         """Read the validation split; keep the best."""
-        done = self._done
+        done = self.state
         done.validation = measure.evaluate(
             self.model, self.data.validation, self.device, self.recipe.precision
         )
@@ -361,7 +361,7 @@ class Trainer:
                 done.best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
 
     def _finish_epoch(self, epoch: int) -> None:
-        done = self._done
+        done = self.state
         sums = done.epoch_sums
         seen: Scores = {
             "loss": sums["loss"] / sums["count"],
@@ -439,7 +439,7 @@ class Trainer:
         files.save_checkpoint(
             self.folder,
             {
-                **dict(self._done),
+                **dict(self.state),
                 **{k: None if part is None else part.state_dict() for k, part in self._parts.items()},
                 "recipe": self.recipe.model_dump(),
                 "clocked": self._backward_seconds(),
@@ -472,7 +472,7 @@ class Trainer:
                 restore(self.folder, name, part, getattr(state, name))
         with torch.random.fork_rng(self._cuda):
             restore(self.folder, "rng", self._generators, state.rng)
-        self._done = State(**{name: getattr(state, name) for name in State.model_fields})
+        self.state = State(**{name: getattr(state, name) for name in State.model_fields})
 
     def _begin(self, group: str | None, label: str | None) -> None:
         """Make the folder this run's own."""
@@ -499,7 +499,7 @@ class Trainer:
     def _backward_seconds(self) -> dict[str, tuple[float, int]]:
         """Of each attached layer in the whole run, with the steps that they were for."""
         now = self.session.backward_seconds() if self.session else {}
-        before = self._done.clocked
+        before = self.state.clocked
         return {
             name: (seconds + before.get(name, (0.0, 0))[0], steps + before.get(name, (0.0, 0))[1])
             for name, (seconds, steps) in now.items()
@@ -509,7 +509,7 @@ class Trainer:
         self, status: Literal["finished", "interrupted"], model: dict[str, Any]
     ) -> dict[str, Any]:
         """Write what is known; `model` is what `_finish_model` found, nothing where it has not run."""
-        done, passes = self._done, self._done.passes
+        done, passes = self.state, self.state.passes
         again = self._second_pass or self._selector is not None
         flops = measure.whole_flops(
             self.session,
