@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from outcome import Outcome, strict_json
 from torch import nn
 
-from retrograde.kernels import choose
+from retrograde.kernels import rehearse
 from retrograde.lab import bench, overhead, precisions, timing
 from retrograde.lab.bench import Row
 from retrograde.lab.contestants import Convolution, Linear, Workload
@@ -34,9 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(bench, "QUICK_SHAPES", (Linear(48, 32, 24),))
     monkeypatch.setattr(bench, "workloads", workloads)
     monkeypatch.setattr(overhead, "_CALLS", {32: 2, 512: 1})
-    # Whatever the machine is good at, and without a calibration, which the small products do not need.
-    uncalibrated = SimpleNamespace(best=lambda problem, allowed: "dense", complete=lambda family: None)
-    monkeypatch.setattr(choose, "model", lambda: uncalibrated)
+    monkeypatch.setattr(rehearse, "rehearse", lambda tell: [])
     monkeypatch.setattr(precisions, "measure", lambda: [])
     monkeypatch.setattr(timing, "DROPPED_AT", float("inf"))
     return parts

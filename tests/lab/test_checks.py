@@ -7,7 +7,7 @@ import pytest
 
 from retrograde.engine.maps.base import Gradients
 from retrograde.engine.maps.linear import LinearMap
-from retrograde.kernels import choose
+from retrograde.kernels import rehearse
 from retrograde.lab import checks, precisions, tensorboard
 from retrograde.lab.checks import Check, run_checks
 from retrograde.lab.precisions import Precision
@@ -53,13 +53,8 @@ def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("quick")
 def test_each_check_is_told_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(choose, "_models", {})
-    monkeypatch.setattr(choose, "_stored", lambda path: {})
-
-    def calibrated(family: str) -> dict[str, list[float]]:
-        return {name: [1.0] * size for name, size in choose._fits(family).items()}
-
-    monkeypatch.setattr(choose, "_calibrated", calibrated)
+    monkeypatch.setattr(rehearse, "_SIZE", 8)
+    monkeypatch.setattr(rehearse, "_IMAGES", (1, 64, 4, 4))
     found = run_checks(
         None,
         lambda name: told.append(f"begin {name}"),
@@ -68,8 +63,9 @@ def test_each_check_is_told_before_and_after(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert told[:2] == ["begin machine", "end machine"]
     start = told.index("begin kernels")
-    measured = [f"measuring {family}" for family in choose.FAMILIES]
-    assert told[start : start + 2 + len(measured)] == ["begin kernels", *measured, "end kernels"]
+    assert told[start + 1].startswith("linear layer, 8 rows")
+    assert told[start + 2].startswith("3×3 convolution")
+    assert told[start + 3] == "end kernels"
     assert all(check.seconds >= 0 for check in found)
 
 

@@ -14,7 +14,7 @@ from retrograde.cli import output
 from retrograde.cli.flags import Methods, Names, Switch, said
 from retrograde.cli.options import Given, check_names
 from retrograde.errors import OptionError
-from retrograde.kernels import choose
+from retrograde.kernels import compiled
 from retrograde.lab import bench, machine, precisions, timing
 from retrograde.lab.bench import Dropped, Limits, Measured, Row
 from retrograde.lab.files import write_json
@@ -70,9 +70,10 @@ class Bench:
         self._check()
         limits, measure = self._limits(), self._choose()
         with output.progress(f"bench {self.what}") as show:
-            for family in choose.FAMILIES:
-                show(f"compiling and calibrating the kernels, once for all: {family}")
-                choose.model().complete(family)
+            if compiled.usable():
+                from retrograde.kernels.rehearse import rehearse  # a compiler comes with it
+
+                rehearse(lambda layer: show(f"compiling the kernels, once for all: {layer}"))
             show("measuring the precisions")
             measured = measure(Measured(limits, show, precisions.measure()))
             if self.what == "layers":

@@ -148,24 +148,17 @@ def _compile() -> tuple[str, str]:
 
 
 def _kernels(note: Note) -> tuple[str, str]:
-    """Compile and calibrate them, so that no training run has to."""
+    """Compile them, so that no training run has to."""
     if not compiled.usable():
         return "note", "torch's own alone: numba cannot be imported. Install it: pip install numba"
-    from retrograde.kernels import choose, linear  # a compiler comes with them: not for every command's start
+    from retrograde.kernels.rehearse import (
+        rehearse,  # a compiler comes with it: not for every command's start
+    )
 
-    model = choose.model()
-    for family in choose.FAMILIES:
-        note(f"measuring {family}")
-        model.complete(family)
-    size = 512
-    found = [f"linear layer, {size} rows, {size}→{size}, fastest at"]
-    for zeros in (0.5, 0.9, 0.98):
-        nonzeros = round(size * size * (1 - zeros))
-        problem = choose.Problem(size, size, size, nonzeros, levels=True, transposed=False)
-        kernel = model.best(problem, linear.KERNELS)
-        gain = model.seconds("dense", problem) / model.seconds(kernel, problem)
-        found.append(f"{zeros:.0%} zeros: {kernel} (×{gain:.1f} against dense),")
-    return "ok", " ".join(found).rstrip(",")
+    found: dict[str, list[str]] = {}
+    for one in rehearse(note):
+        found.setdefault(one.layer, []).append(f"{one.zeros:.0%} zeros: {one.kernel}")
+    return "ok", "\n".join(f"{layer}, fastest at {', '.join(each)}" for layer, each in found.items())
 
 
 def _accelerator() -> tuple[str, str]:
