@@ -28,9 +28,20 @@ def require(part: str, extra: str, modules: Sequence[str]) -> None:
     Raises:
         MissingPackageError: some of the modules are not installed.
     """
-    missing = [module for module in modules if not is_installed(module)]
-    if missing:
-        raise MissingPackageError(
-            f"{part} needs {', '.join(missing)}, which retrograde does not bring by itself. Install the extra: "
-            f"pip install 'retrograde[{extra}]'."
-        )
+    lacking = [module for module in modules if not is_installed(module)]
+    if lacking:
+        raise missing(part, extra, ", ".join(lacking))
+
+
+def missing(part: str, extra: str, packages: str) -> MissingPackageError:
+    """The error that says how to get what `part` needs.
+
+    Args:
+        part: what needs the packages, as the beginning of a sentence.
+        extra: name of the extra that brings them.
+        packages: what is missing.
+    """
+    return MissingPackageError(
+        f"{part} needs {packages}, which retrograde does not bring by itself. Install the extra: "
+        f"pip install 'retrograde[{extra}]'."
+    )

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from torch import nn
 
 from retrograde.assignment import Given, assign
-from retrograde.errors import AttachError, MissingPackageError, OptionError, RetrogradeWarning
+from retrograde.errors import AttachError, OptionError, RetrogradeWarning
 from retrograde.forecast import Example
 from retrograde.patterns import Choice
 from retrograde.session import Session, attach, session_of
@@ -203,11 +203,3 @@ def _flat(figures: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found.append((f"{prefix}/{name}", float(value)))
     return found
-
-
-def missing(package: str, error: ImportError) -> MissingPackageError:
-    """The error that says how to get the package that a module here is for."""
-    return MissingPackageError(
-        f"retrograde.integrations.{package} is for the package {package}, which cannot be imported ({error}). "
-        f"Install it: pip install 'retrograde[{package}]'."
-    )

@@ -11,7 +11,8 @@ from torch import nn
 
 from retrograde.assignment import Given
 from retrograde.errors import AttachError, NoEffectError, OptionError
-from retrograde.integrations.callback import AttachOptions, SessionCallback, missing
+from retrograde.extras import missing
+from retrograde.integrations.callback import AttachOptions, SessionCallback
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +25,7 @@ else:
         try:
             Callback = importlib.import_module(_packages[1]).Callback
         except ImportError:
-            raise missing("lightning", error) from error
+            raise missing(__name__, "lightning", f"the package lightning ({error})") from error
 
 _LATER = (
     "Attach at the end of the hook that makes them: retrograde.attach(self, …), and give the trainer "

@@ -10,13 +10,14 @@ from torch import nn
 from retrograde import saving
 from retrograde.assignment import Given
 from retrograde.errors import StateError
-from retrograde.integrations.callback import AttachOptions, SessionCallback, missing
+from retrograde.extras import missing
+from retrograde.integrations.callback import AttachOptions, SessionCallback
 
 try:
     from transformers import TrainerCallback
     from transformers.trainer_callback import CallbackHandler
 except ImportError as error:
-    raise missing("transformers", error) from error
+    raise missing(__name__, "transformers", f"the package transformers ({error})") from error
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

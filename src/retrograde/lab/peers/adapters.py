@@ -1,6 +1,5 @@
 """Peers that change the model: low-rank adapters (peft) and int8 matrix products (torchao)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,14 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.errors import OptionError
-from retrograde.lab.peers.base import Peer
-from retrograde.lab.peers.packages import load
-
-_Base = Callable[..., torch.optim.Optimizer]
+from retrograde.lab.peers.base import Base, Peer, trainable
 
 
 @dataclass(frozen=True)
-class Lora(Peer):
+class _Adapters(Peer):
+    """Adapters of peft beside frozen layers."""
+
+    package: ClassVar[str | None] = "peft"
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The original model with the adapters added to its weights."""
+        unwrap: Any = model
+        return unwrap.merge_and_unload()
+
+
+@dataclass(frozen=True)
+class Lora(_Adapters):
     """LoRA: each weight is frozen and W + (α/r)·B·A is trained, B zero at first.
 
     Adapters sit on all `nn.Linear` and ungrouped `nn.Conv2d` layers, the head included; all else is frozen. Layers of
@@ -28,26 +36,19 @@ class Lora(Peer):
         alpha: α.
     """
 
-    package: ClassVar[str | None] = "peft"
-
     rank: int = 8
     alpha: float = 16.0
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """`model` within peft's wrapper, with adapters."""
-        peft = load("peft", "peft")
+        peft = self._load("peft")
         names = _targets(model, (nn.Linear, nn.Conv2d))
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=names)
         return peft.get_peft_model(model, config)
 
-    def finish(self, model: nn.Module) -> nn.Module:
-        """The original model with the adapters added to its weights."""
-        unwrap: Any = model
-        return unwrap.merge_and_unload()
-
 
 @dataclass(frozen=True)
-class AdaLora(Peer):
+class AdaLora(_Adapters):
     """AdaLoRA: adapters P·Λ·Q whose ranks are pruned by importance to an average budget.
 
     Adapters sit on all `nn.Linear` layers; all else is frozen. The recipe's optimizer gets two hooks: before a step the
@@ -67,8 +68,6 @@ class AdaLora(Peer):
         total: steps of the run, which the pruning schedule needs.
         penalty: γ.
     """
-
-    package: ClassVar[str | None] = "peft"
 
     rank: int = 8
     initial: int = 12
@@ -93,7 +92,7 @@ class AdaLora(Peer):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """`model` within peft's wrapper, with adapters."""
-        peft = load("peft", "peft")
+        peft = self._load("peft")
         config = peft.AdaLoraConfig(
             target_r=self.rank,
             init_r=self.initial,
@@ -108,10 +107,10 @@ class AdaLora(Peer):
         return peft.get_peft_model(model, config)
 
     def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
     ) -> torch.optim.Optimizer:
         """The recipe's optimizer, which prunes ranks too."""
-        optimizer = base([p for p in model.parameters() if p.requires_grad])
+        optimizer = base(trainable(model))
         factors = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n]
         wrapped: Any = model
         done = 0
@@ -131,11 +130,6 @@ class AdaLora(Peer):
             optimizer.register_step_pre_hook(penalise)
         optimizer.register_step_post_hook(prune)
         return optimizer
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        """The original model with the adapters added to its weights."""
-        unwrap: Any = model
-        return unwrap.merge_and_unload()
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,7 @@ class Int8(Peer):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """`model` with its linear layers exchanged; parameters and their names stay."""
-        training = load("torchao.prototype.quantized_training", "torchao")
+        training = self._load("torchao.prototype.quantized_training")
         config = training.int8_mixed_precision_training(
             output=self.output,
             grad_input=self.grad_input,
@@ -169,12 +163,12 @@ class Int8(Peer):
             # A subclass of Tensor as weight could not be read back from a checkpoint of plain tensors.
             module_swap=True,
         )
-        load("torchao.quantization", "torchao").quantize_(model, config)
+        self._load("torchao.quantization").quantize_(model, config)
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
         """`model` with ordinary linear layers, in place; it computes what the full-precision weights say."""
-        kind = load("torchao.prototype.quantized_training", "torchao").Int8MixedPrecisionTrainingLinear
+        kind = self._load("torchao.prototype.quantized_training").Int8MixedPrecisionTrainingLinear
         for module in model.modules():
             if isinstance(module, kind):
                 module.__class__ = nn.Linear

@@ -1,5 +1,6 @@
 """What a peer may change of plain training."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.engine.slots import Method
+from retrograde.extras import missing
+
+Base = Callable[..., torch.optim.Optimizer]
+"""Makes the recipe's optimizer from parameters or groups of them."""
 
 
 class Selector(Protocol):
@@ -32,6 +37,11 @@ class Selector(Protocol):
         ...
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer of `model` steps."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 @dataclass(frozen=True)
 class Peer:
     """A rival of the methods, as a frozen config. Every hook leaves training as it is unless a peer says otherwise.
@@ -40,14 +50,14 @@ class Peer:
     """
 
     package: ClassVar[str | None] = None
-    """What `pip install` wants; None for those that are written here."""
+    """The package that it adapts; None for those that are written here."""
 
     second_pass: ClassVar[bool] = False
     """The optimizer's step takes a closure that runs the batch forward and backward again (SAM)."""
 
     def method(self) -> Method | None:
-        """A method for the engine's slots: what a peer does in the backward pass of a layer."""
-        return None
+        """A method for the engine's slots: what a peer does in the backward pass of a layer; itself where it is one."""
+        return self if isinstance(self, Method) else None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: called before the optimizer is made; may change `model` in place."""
@@ -58,11 +68,7 @@ class Peer:
         return model
 
     def make_optimizer(
-        self,
-        model: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        base: Callable[..., torch.optim.Optimizer],
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
     ) -> torch.optim.Optimizer | None:
         """The peer's optimizer; None where it trains with the recipe's.
 
@@ -70,10 +76,22 @@ class Peer:
             model: after `prepare`.
             learning_rate: the recipe's; the schedule moves it in every parameter group.
             weight_decay: the recipe's.
-            base: makes the recipe's optimizer from parameters or groups of them, for peers that wrap one.
+            base: makes the recipe's optimizer, for peers that wrap one.
         """
         return None
 
     def selector(self, seed: int) -> Selector | None:
         """What chooses the examples of each batch; None trains on all."""
         return None
+
+    def _load(self, module: str) -> Any:
+        """The imported `module` of the peer's package, or of one that this needs.
+
+        Raises:
+            MissingPackageError: it is not installed.
+        """
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            part = f"the peer {type(self).__name__}, which comes from the package {self.package},"
+            raise missing(part, "peers", str(error.name)) from error

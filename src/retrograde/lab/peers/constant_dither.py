@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from retrograde.engine.slots import Call, Method, Rule, Site
-from retrograde.errors import OptionError
+from retrograde.errors import check_option
 from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.lab.peers.base import Peer
@@ -54,12 +54,7 @@ class ConstantDither(Peer, Method):
     step: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.step) and self.step > 0):
-            raise OptionError(f"ConstantDither: step={self.step} must be a positive number.")
-
-    def method(self) -> Method:
-        """Itself: it fills the slot `delta`."""
-        return self
+        check_option(self, "step", math.isfinite(self.step) and self.step > 0, "a positive number")
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer."""

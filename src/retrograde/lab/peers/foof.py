@@ -24,7 +24,6 @@ Reference:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +34,7 @@ from retrograde.engine import ranks
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
 from retrograde.errors import OptionError, check_option
 from retrograde.kernels.delta import Delta
-from retrograde.lab.peers.base import Peer
+from retrograde.lab.peers.base import Base, Peer
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,8 @@ class Foof(Peer, Method):
         check_option(self, "optimizer", self.optimizer in ("sgd", "recipe"), "'sgd' or 'recipe'")
         check_option(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
 
-    def method(self) -> Method:
-        """Itself: it fills the slot `grad`."""
-        return self
-
     def make_optimizer(
-        self,
-        model: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        base: Callable[..., torch.optim.Optimizer],
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
     ) -> torch.optim.Optimizer | None:
         """SGD with momentum, or none of its own."""
         if self.optimizer == "recipe":

@@ -54,17 +54,22 @@ def inner_step(
     Raises:
         OptionError: `only` names no parameter, or one that does not exist.
     """
-    moving = _moving(parameters, only)
+    names = parameters if only is None else only
+    missing = [name for name in names if name not in parameters]
+    if missing or not names:
+        raise OptionError(
+            f"maml: `only` names {', '.join(map(repr, missing)) or 'nothing'} to adapt, and the parameters are "
+            f"{', '.join(parameters)}. Name some of these."
+        )
+    moving = {name: parameters[name] for name in names}
 
     def partial_loss(part: dict[str, Tensor]) -> Tensor:
         return loss({**parameters, **part})
 
-    gradients = torch.func.grad(partial_loss)({name: parameters[name] for name in moving})
-    new = dict(parameters)
-    for name in moving:
-        gradient = gradients[name].detach() if first_order else gradients[name]
-        new[name] = parameters[name] - rate * gradient
-    return new
+    gradients = torch.func.grad(partial_loss)(moving)
+    if first_order:
+        gradients = {name: gradient.detach() for name, gradient in gradients.items()}
+    return {**parameters, **{name: p - rate * gradients[name] for name, p in moving.items()}}
 
 
 def adapt(
@@ -113,15 +118,3 @@ def outer_loss(
         x, y = task.query
         losses.append(loss(torch.func.functional_call(model, adapted, (x,)), y))
     return torch.stack(losses).mean()
-
-
-def _moving(parameters: Parameters, only: Collection[str] | None) -> list[str]:
-    if only is None:
-        return list(parameters)
-    missing = [name for name in only if name not in parameters]
-    if missing or not only:
-        raise OptionError(
-            f"maml: `only` names {', '.join(map(repr, missing)) or 'nothing'} to adapt, and the parameters are "
-            f"{', '.join(parameters)}. Name some of these."
-        )
-    return list(only)

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 
 from retrograde.engine.slots import Call, Method, Rule, Site
-from retrograde.errors import OptionError
+from retrograde.errors import check_option
 from retrograde.kernels.delta import Delta
 from retrograde.lab.peers.base import Peer
 
@@ -47,12 +47,7 @@ class MeProp(Peer, Method):
     skip_head: bool = True
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise OptionError(f"MeProp: k={self.k} must be 1 or more.")
-
-    def method(self) -> Method:
-        """Itself: it fills the slot `delta`."""
-        return self
+        check_option(self, "k", self.k >= 1, "1 or more")
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer; the head's rule only counts."""

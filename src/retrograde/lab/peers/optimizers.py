@@ -12,17 +12,41 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from retrograde.errors import OptionError
-from retrograde.lab.peers.base import Peer
-from retrograde.lab.peers.packages import load
-
-_PYTORCH_OPTIMIZER = "pytorch-optimizer"
-
-_Base = Callable[..., torch.optim.Optimizer]
+from retrograde.errors import check_option
+from retrograde.lab.peers.base import Base, Peer, trainable
 
 
 @dataclass(frozen=True)
-class Muon(Peer):
+class _Packaged(Peer):
+    """An optimizer of a package."""
+
+    package: ClassVar[str | None] = "pytorch-optimizer"
+    optimizer: ClassVar[str] = "pytorch_optimizer"
+    """Module and class."""
+
+    def _settings(self) -> dict[str, Any]:
+        """This peer's options, as the package calls them."""
+        raise NotImplementedError
+
+    def _groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[Any]:
+        """Parameters, or groups of them with their own settings."""
+        return trainable(model)
+
+    def make_optimizer(self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base) -> Any:
+        """The package's optimizer, with decoupled weight decay."""
+        module, _, name = self.optimizer.rpartition(".")
+        groups = self._groups(model, learning_rate, weight_decay)
+        return getattr(self._load(module), name)(
+            # A group of nothing is refused.
+            [group for group in groups if not isinstance(group, dict) or group["params"]],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            **self._settings(),
+        )
+
+
+@dataclass(frozen=True)
+class Muon(_Packaged):
     """Muon: momentum, made orthogonal by Newton-Schulz iteration, for the weights of hidden layers.
 
     Hidden weights are those of linear and convolution layers but the last; a convolution's is flattened to (out, in ·
@@ -39,44 +63,39 @@ class Muon(Peer):
             √max(1, out/in), so that AdamW's learning rate fits.
     """
 
-    package: ClassVar[str | None] = _PYTORCH_OPTIMIZER
+    optimizer: ClassVar[str] = "pytorch_optimizer.Muon"
 
     momentum: float = 0.95
     steps: int = 5
     adam_learning_rate: float = 3e-4
     match_rms: bool = False
 
-    def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
-    ) -> torch.optim.Optimizer:
-        """One optimizer with two groups: hidden weights, and the rest."""
-        muon = load("pytorch_optimizer", _PYTORCH_OPTIMIZER).Muon
+    def _settings(self) -> dict[str, Any]:
+        return {"momentum": self.momentum, "ns_steps": self.steps, "use_adjusted_lr": self.match_rms}
+
+    def _groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[Any]:
+        """Hidden weights, and the rest."""
         hidden = hidden_weights(model)
         ids = {id(p) for p in hidden}
-        rest = [p for p in _trainable(model) if id(p) not in ids]
+        rest = [p for p in trainable(model) if id(p) not in ids]
         common = {"lr": learning_rate, "weight_decay": weight_decay}
-        groups = [
+        factor = self.adam_learning_rate / learning_rate
+        return [
             {"params": hidden, "use_muon": True, "factor": 1.0, **common},
-            {
-                "params": rest,
-                "use_muon": False,
-                "factor": self.adam_learning_rate / learning_rate,
-                "eps": 1e-8,
-                **common,
-            },
+            {"params": rest, "use_muon": False, "factor": factor, "eps": 1e-8, **common},
         ]
-        optimizer: torch.optim.Optimizer = muon(
-            [group for group in groups if group["params"]],
-            momentum=self.momentum,
-            ns_steps=self.steps,
-            use_adjusted_lr=self.match_rms,
-        )
+
+    def make_optimizer(
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
+    ) -> torch.optim.Optimizer:
+        """One optimizer with two groups."""
+        optimizer = super().make_optimizer(model, learning_rate, weight_decay, base)
         _apply_factors(optimizer)
         return optimizer
 
 
 @dataclass(frozen=True)
-class Soap(Peer):
+class Soap(_Packaged):
     """SOAP: Adam in the eigenbasis of Shampoo's preconditioner.
 
     The first step only gathers statistics. Biases and other vectors get Adam.
@@ -90,29 +109,23 @@ class Soap(Peer):
         largest: dimensions above it keep the identity as their basis.
     """
 
-    package: ClassVar[str | None] = _PYTORCH_OPTIMIZER
+    optimizer: ClassVar[str] = "pytorch_optimizer.SOAP"
 
     beta1: float = 0.95
     beta2: float = 0.95
     interval: int = 10
     largest: int = 10_000
 
-    def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
-    ) -> torch.optim.Optimizer:
-        """SOAP of all parameters, with decoupled weight decay."""
-        return load("pytorch_optimizer", _PYTORCH_OPTIMIZER).SOAP(
-            _trainable(model),
-            lr=learning_rate,
-            betas=(self.beta1, self.beta2),
-            weight_decay=weight_decay,
-            precondition_frequency=self.interval,
-            max_precondition_dim=self.largest,
-        )
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "betas": (self.beta1, self.beta2),
+            "precondition_frequency": self.interval,
+            "max_precondition_dim": self.largest,
+        }
 
 
 @dataclass(frozen=True)
-class Shampoo(Peer):
+class Shampoo(_Packaged):
     """Shampoo, blocked and grafted: Kronecker factors L⁻¹ᐟ⁴ G R⁻¹ᐟ⁴ with the size of RMSProp's update.
 
     The blocked, grafted form is the one that trains networks; the original has neither momentum nor a decaying memory.
@@ -128,7 +141,7 @@ class Shampoo(Peer):
         graft: whose size the update has: ``"rmsprop"``, ``"sgd"``, ``"adagrad"``, or ``"none"``.
     """
 
-    package: ClassVar[str | None] = _PYTORCH_OPTIMIZER
+    optimizer: ClassVar[str] = "pytorch_optimizer.ScalableShampoo"
 
     beta1: float = 0.9
     beta2: float = 0.99
@@ -138,55 +151,40 @@ class Shampoo(Peer):
     graft: str = "rmsprop"
 
     def __post_init__(self) -> None:
-        if self.graft not in ("rmsprop", "sgd", "adagrad", "none"):
-            raise OptionError(
-                f"shampoo: graft={self.graft!r} is none of 'rmsprop', 'sgd', 'adagrad', 'none'. Choose one of them."
-            )
+        grafts = ("rmsprop", "sgd", "adagrad", "none")
+        check_option(self, "graft", self.graft in grafts, f"one of {', '.join(map(repr, grafts))}")
+
+    def _settings(self) -> dict[str, Any]:
+        grafting = self._load("pytorch_optimizer.optimizer.utils.graft").LayerWiseGrafting
+        return {
+            "betas": (self.beta1, self.beta2),
+            "moving_average_for_momentum": True,
+            "decoupled_weight_decay": True,
+            "start_preconditioning_step": self.start,
+            "preconditioning_compute_steps": self.interval,
+            "block_size": self.block,
+            "graft_type": getattr(grafting, self.graft.upper()),
+            "use_svd": True,
+        }
 
     def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
     ) -> torch.optim.Optimizer:
-        """Shampoo of all parameters, with decoupled weight decay."""
-        package = load("pytorch_optimizer", _PYTORCH_OPTIMIZER)
-        graft = load("pytorch_optimizer.optimizer.utils.graft", _PYTORCH_OPTIMIZER)
-        parts = load("pytorch_optimizer.optimizer.utils.preconditioner", _PYTORCH_OPTIMIZER)
-        optimizer = package.ScalableShampoo(
-            _trainable(model),
-            lr=learning_rate,
-            betas=(self.beta1, self.beta2),
-            moving_average_for_momentum=True,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=True,
-            start_preconditioning_step=self.start,
-            preconditioning_compute_steps=self.interval,
-            block_size=self.block,
-            graft_type=getattr(graft.LayerWiseGrafting, self.graft.upper()),
-            use_svd=True,
-        )
+        """Shampoo, whose state can be saved."""
+        optimizer = super().make_optimizer(model, learning_rate, weight_decay, base)
 
         def rebuild(group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-            return {
-                "pre_conditioner": parts.PreConditioner(
-                    p,
-                    group["betas"][1],
-                    optimizer.inverse_exponent_override,
-                    optimizer.block_size,
-                    optimizer.skip_preconditioning_rank_lt,
-                    optimizer.no_preconditioning_for_layers_with_dim_gt,
-                    optimizer.shape_interpretation,
-                    optimizer.pre_conditioner_type,
-                    optimizer.matrix_eps,
-                    optimizer.use_svd,
-                ),
-                "graft": graft.build_graft(p, optimizer.graft_type, optimizer.diagonal_eps),
-            }
+            kept = optimizer.state.pop(p)
+            optimizer.init_group({**group, "params": [p]})
+            made, optimizer.state[p] = optimizer.state[p], kept
+            return {key: made[key] for key in ("pre_conditioner", "graft")}
 
         _save_plainly(optimizer, rebuild)
         return optimizer
 
 
 @dataclass(frozen=True)
-class Psgd(Peer):
+class Psgd(_Packaged):
     """PSGD with Kronecker factors: a preconditioner fitted by its own gradient descent.
 
     The package's random balancing of the factors (a precaution for low precision, by NumPy's global generator) is off:
@@ -201,28 +199,18 @@ class Psgd(Peer):
         largest: dimensions above it get a diagonal factor.
     """
 
-    package: ClassVar[str | None] = _PYTORCH_OPTIMIZER
+    optimizer: ClassVar[str] = "pytorch_optimizer.Kron"
 
     momentum: float = 0.9
     largest: int = 8192
 
-    def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
-    ) -> torch.optim.Optimizer:
-        """PSGD of all parameters, with decoupled weight decay of matrices."""
-        load("opt_einsum", "opt-einsum")
-        return load("pytorch_optimizer", _PYTORCH_OPTIMIZER).Kron(
-            _trainable(model),
-            lr=learning_rate,
-            momentum=self.momentum,
-            weight_decay=weight_decay,
-            max_size_triangular=self.largest,
-            balance_prob=0.0,
-        )
+    def _settings(self) -> dict[str, Any]:
+        self._load("opt_einsum")
+        return {"momentum": self.momentum, "max_size_triangular": self.largest, "balance_prob": 0.0}
 
 
 @dataclass(frozen=True)
-class Galore(Peer):
+class Galore(_Packaged):
     """GaLore: AdamW whose moments live in the top singular subspace of a matrix's gradient.
 
     Weights of two dimensions are projected; convolution weights, biases and normalisations get plain AdamW, as in the
@@ -236,45 +224,47 @@ class Galore(Peer):
         scale: α, of the projected update.
     """
 
-    package: ClassVar[str | None] = _PYTORCH_OPTIMIZER
+    optimizer: ClassVar[str] = "pytorch_optimizer.GaLore"
 
     rank: int = 128
     interval: int = 200
     scale: float = 0.25
 
-    def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
-    ) -> torch.optim.Optimizer:
-        """One optimizer with two groups: matrices, and the rest."""
-        package = load("pytorch_optimizer", _PYTORCH_OPTIMIZER)
-        utils = load("pytorch_optimizer.optimizer.utils.galore", _PYTORCH_OPTIMIZER)
-        parameters = _trainable(model)
-        low = {
+    def _settings(self) -> dict[str, Any]:
+        return {"eps": 1e-8}
+
+    def _projection(self) -> dict[str, Any]:
+        return {
             "rank": self.rank,
             "update_proj_gap": self.interval,
             "scale": self.scale,
             "projection_type": "std",
         }
-        groups = [
-            {"params": [p for p in parameters if p.ndim == 2], **low},
+
+    def _groups(self, model: nn.Module, learning_rate: float, weight_decay: float) -> list[Any]:
+        """Matrices, and the rest."""
+        parameters = trainable(model)
+        return [
+            {"params": [p for p in parameters if p.ndim == 2], **self._projection()},
             {"params": [p for p in parameters if p.ndim != 2]},
         ]
-        optimizer = package.GaLore(
-            [group for group in groups if group["params"]],
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            eps=1e-8,
-        )
+
+    def make_optimizer(
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
+    ) -> torch.optim.Optimizer:
+        """GaLore, whose state can be saved."""
+        optimizer = super().make_optimizer(model, learning_rate, weight_decay, base)
+        projector = self._load("pytorch_optimizer.optimizer.utils.galore").GaLoreProjector
 
         def rebuild(group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-            return {"projector": utils.GaLoreProjector(**low)} if "rank" in group else {}
+            return {"projector": projector(**self._projection())}
 
         _save_plainly(optimizer, rebuild)
         return optimizer
 
 
 @dataclass(frozen=True)
-class ScheduleFree(Peer):
+class ScheduleFree(_Packaged):
     """Schedule-free AdamW: an average of the iterates instead of a schedule.
 
     The weights are trained at one point and evaluated at another. A hook before the model's forward pass puts there
@@ -290,22 +280,20 @@ class ScheduleFree(Peer):
     """
 
     package: ClassVar[str | None] = "schedulefree"
+    optimizer: ClassVar[str] = "schedulefree.AdamWScheduleFree"
 
     beta1: float = 0.9
     beta2: float = 0.999
     warmup: int = 0
 
+    def _settings(self) -> dict[str, Any]:
+        return {"betas": (self.beta1, self.beta2), "warmup_steps": self.warmup}
+
     def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: _Base
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
     ) -> torch.optim.Optimizer:
         """Schedule-free AdamW, which follows the mode of `model`."""
-        optimizer = load("schedulefree", "schedulefree").AdamWScheduleFree(
-            _trainable(model),
-            lr=learning_rate,
-            betas=(self.beta1, self.beta2),
-            weight_decay=weight_decay,
-            warmup_steps=self.warmup,
-        )
+        optimizer = super().make_optimizer(model, learning_rate, weight_decay, base)
         optimizer.train()
         model.register_forward_pre_hook(_FollowMode(optimizer))
         return optimizer
@@ -354,10 +342,6 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in dict.fromkeys(found) if id(p) not in left_out]
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def _apply_factors(optimizer: torch.optim.Optimizer) -> None:
     """Multiply each group's ``lr`` by its ``factor`` within the step only: schedulers set one rate for all groups."""
     rates: list[Any] = []
@@ -401,7 +385,7 @@ def _save_plainly(
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
                 saved = {k: v for k, v in state.items() if isinstance(v, dict)}
-                if saved:
+                if saved and p.grad is not None:
                     for key, value in rebuild(group, p).items():
                         vars(value).update(saved[key])
                         state[key] = value

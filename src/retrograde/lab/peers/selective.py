@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograde.errors import OptionError
+from retrograde.errors import check_option
 from retrograde.lab.peers.base import Peer, Selector
 
 
@@ -43,10 +43,8 @@ class SelectiveBackprop(Peer):
     history: int = 1024
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise OptionError(f"SelectiveBackprop: beta={self.beta} must be a finite number, 0 or more.")
-        if self.history < 1:
-            raise OptionError(f"SelectiveBackprop: history={self.history} must be 1 or more.")
+        check_option(self, "beta", math.isfinite(self.beta) and self.beta >= 0, "a finite number, 0 or more")
+        check_option(self, "history", self.history >= 1, "1 or more")
 
     def selector(self, seed: int) -> Selector:
         """What draws by equation (1), with random numbers from `seed`."""

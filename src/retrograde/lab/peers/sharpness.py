@@ -1,14 +1,12 @@
 """Sharpness-aware minimisation: the gradient is taken where the loss is worst nearby."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from retrograde.lab.peers.base import Peer
-from retrograde.lab.peers.packages import load
+from retrograde.lab.peers.base import Base, Peer, trainable
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,11 @@ class Sam(Peer):
     rho: float = 0.05
 
     def make_optimizer(
-        self,
-        model: nn.Module,
-        learning_rate: float,
-        weight_decay: float,
-        base: Callable[..., torch.optim.Optimizer],
+        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
     ) -> torch.optim.Optimizer:
         """The recipe's optimizer, wrapped."""
-        optimizer: torch.optim.Optimizer = load("pytorch_optimizer", "pytorch-optimizer").SAM(
-            [p for p in model.parameters() if p.requires_grad], base, rho=self.rho, adaptive=self.adaptive
-        )
-        return optimizer
+        sam = self._load("pytorch_optimizer").SAM
+        return sam(trainable(model), base, rho=self.rho, adaptive=self.adaptive)
 
 
 @dataclass(frozen=True)

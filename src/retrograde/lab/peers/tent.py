@@ -34,37 +34,30 @@ def adapt(model: nn.Module, x: Tensor, lr: float = 1e-3, steps: int = 1) -> Tens
     Raises:
         OptionError: no batch normalisation with γ and β, or fewer than one step.
     """
-    parameters = affine_parameters(model)
-    if not parameters:
+    moved = {id(p) for module in _norms(model) for p in module.parameters()}
+    if not moved:
         raise OptionError(
             f"{type(model).__name__} has no batch normalisation with scale and shift, which is all that TENT moves. "
             "Use a model with nn.BatchNorm layers."
         )
     if steps < 1:
         raise OptionError(f"tent: steps={steps} makes no update. Give 1 or more.")
-    optimizer = torch.optim.Adam(parameters, lr)
+    # They share their storage with the model's, and have gradients of their own.
+    shared = {name: p.detach().requires_grad_(id(p) in moved) for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in shared.values() if p.requires_grad], lr)
     logits = x
-    with batch_statistics(model), _require_only(model, parameters), torch.enable_grad():
+    with batch_statistics(model), torch.enable_grad():
         for _ in range(steps):
-            logits = model(x)
-            gradients = torch.autograd.grad(entropy(logits).mean(), parameters)
-            kept = [p.grad for p in parameters]
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
+            optimizer.zero_grad()
+            logits = torch.func.functional_call(model, shared, (x,))
+            entropy(logits).mean().backward()
             optimizer.step()
-            for p, old in zip(parameters, kept, strict=True):
-                p.grad = old
     return logits.detach()
 
 
 def entropy(logits: Tensor) -> Tensor:
     """H(ŷ) = −Σ_c p(ŷ_c) log p(ŷ_c) of each row of (n, classes), in nats: (n,)."""
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
-
-
-def affine_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """γ and β of all batch normalisations, (channels,) each."""
-    return [p for m in _norms(model) for p in (m.weight, m.bias) if m.affine]
 
 
 @contextlib.contextmanager
@@ -79,19 +72,6 @@ def batch_statistics(model: nn.Module) -> Generator[None]:
     finally:
         for m, training, tracked in kept:
             m.training, m.track_running_stats = training, tracked
-
-
-@contextlib.contextmanager
-def _require_only(model: nn.Module, parameters: list[nn.Parameter]) -> Generator[None]:
-    kept = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, required in kept:
-            p.requires_grad_(required)
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

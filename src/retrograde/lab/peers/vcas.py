@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.maps.base import Map
 from retrograde.engine.slots import Call, Conductor, Method, Rule, Site
-from retrograde.errors import OptionError
+from retrograde.errors import check_option
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.work import Work
@@ -75,17 +75,10 @@ class Vcas(Peer, Method):
     beta: float = 0.95
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise OptionError(f"Vcas: tau={self.tau} must be a finite number, 0 or more.")
-        if self.every < 1:
-            raise OptionError(f"Vcas: every={self.every} must be 1 or more.")
+        check_option(self, "tau", math.isfinite(self.tau) and self.tau >= 0, "a finite number, 0 or more")
+        check_option(self, "every", self.every >= 1, "1 or more")
         for option in ("alpha", "beta"):
-            if not 0 < getattr(self, option) < 1:
-                raise OptionError(f"Vcas: {option}={getattr(self, option)} must lie between 0 and 1.")
-
-    def method(self) -> Method:
-        """Itself: it fills the slots `save`, `delta` and `product`."""
-        return self
+            check_option(self, option, 0 < getattr(self, option) < 1, "between 0 and 1")
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer."""
@@ -185,8 +178,8 @@ class VcasRule(Rule):
         return {"keep": self.keep}
 
     def state_dict(self) -> dict[str, Any]:
-        """ρ."""
-        return {"keep": self.keep}
+        """The same."""
+        return self.metrics()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
@@ -237,15 +230,12 @@ class _LinearRule(VcasRule):
 
     def metrics(self) -> dict[str, float]:
         """ρ and ν."""
-        return {"keep": self.keep, "keep_rows": self._rows_kept}
-
-    def state_dict(self) -> dict[str, Any]:
-        """ρ and ν."""
-        return {"keep": self.keep, "keep_rows": self._rows_kept}
+        return {**super().metrics(), "keep_rows": self._rows_kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.keep, self._rows_kept = float(state["keep"]), float(state["keep_rows"])
+        super().load_state_dict(state)
+        self._rows_kept = float(state["keep_rows"])
 
 
 class _Controller(Conductor):
