@@ -129,11 +129,12 @@ class Recipe(BaseModel):
         return not self.methods and not self.peers
 
 
-def read_recipe(path: Path, *, code: bool = False) -> dict[str, Any]:
+def read_recipe(path: Path, what: str = "recipe", *, code: bool = False) -> dict[str, Any]:
     """The fields that a TOML recipe sets, for `make_recipe`.
 
     Args:
         path: of the file.
+        what: the file is, for messages.
         code: the model may be any ``module:callable``, because the file is trusted or its model not used.
 
     Raises:
@@ -142,11 +143,11 @@ def read_recipe(path: Path, *, code: bool = False) -> dict[str, Any]:
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"recipe {path} cannot be read: {error}. Give the path of a TOML file.") from error
+        raise OptionError(f"{what} {path} cannot be read: {error}. Give the path of a TOML file.") from error
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"recipe {path} is not valid TOML: {error}. Fix that line.") from error
+        raise OptionError(f"{what} {path} is not valid TOML: {error}. Fix that line.") from error
     if not code:
-        refuse_code(fields, f"recipe {path}")
+        refuse_code(fields, f"{what} {path}")
     return fields
 
 

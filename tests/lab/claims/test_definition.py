@@ -83,7 +83,7 @@ def test_choices_keep_their_types(tmp_path: Path) -> None:
     ("before", "after", "message"),
     [
         ('metric = "accuracy"', 'metric = "acuracy"', "no metric 'acuracy'.* 'accuracy'"),
-        ('title = "Dither"', 'title = "D"\ntable = ["zeroes"]', "table: .*'zeroes'.* 'zeros'"),
+        ('title = "Dither"', 'title = "D"\ntable = ["zeroes"]', r"table\.0 is refused: .*'zeroes'.* 'zeros'"),
         ('minus = "plain"', 'minus = "plane"', "no variant 'plane'.* 'plain'"),
         ('of = "dither"', 'of = "diter"', "no variant 'diter'.* 'dither'"),
         ('target = "plain"', 'target = "plian"', "no variant 'plian'.* 'plain'"),
@@ -99,7 +99,7 @@ def test_choices_keep_their_types(tmp_path: Path) -> None:
         ("at_least = -0.01", "at_least = 1\nat_most = 2", "one of at_least and at_most"),
         ('minus = "plain"', 'minus = "plain"\nover = "plain"', "minus or over, not both"),
         ('measures = ["sharpness"]', 'measures = ["sharp"]', r"measures\.0 is refused"),
-        ("title =", "title", r"dither/toy\.toml is no valid TOML"),
+        ("title =", "title", r"dither/toy\.toml is not valid TOML"),
     ],
 )
 def test_refusals_name_the_place_and_the_nearest(

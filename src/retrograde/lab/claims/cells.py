@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from retrograde.lab import files
-from retrograde.lab.claims.jobs import Tell
+from retrograde.lab.claims.jobs import Stop, Tell
 from retrograde.lab.data import Data
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.record import Outcome, read_outcome, read_run
@@ -29,11 +29,15 @@ class Cell:
         name: of the variant.
         recipe: with its seed.
         folder: of the run; its name holds a hash of the recipe, so that another recipe has another folder.
+        group: of the runs that it is compared with, in reports.
+        label: of the variant, in reports.
     """
 
     name: str
     recipe: Recipe
     folder: Path
+    group: str | None = None
+    label: str | None = None
 
     def outcome(self) -> Outcome | None:
         """Of the finished run; None before that."""
@@ -43,12 +47,10 @@ class Cell:
 
 def train_together(
     cells: Sequence[Cell],
-    *,
-    group: str,
-    labels: dict[str, str],
     data_dir: Path | None,
     tell: Tell,
-    stop: Callable[[], bool],
+    stop: Stop,
+    *,
     measures: Sequence[str] = (),
     trial: bool = False,
     sets: DataSets | None = None,
@@ -57,8 +59,6 @@ def train_together(
 
     Args:
         cells: runs that share their seed.
-        group: of the runs, in reports.
-        labels: of the variants, in reports.
         data_dir: where data sets lie.
         tell: told how much is done.
         stop: asked after every step; true writes all checkpoints and raises KeyboardInterrupt.
@@ -87,8 +87,8 @@ def train_together(
                 resume=(cell.folder / files.CHECKPOINT).exists(),
                 progress=progress(cell),
                 stop=stop,
-                group=group,
-                label=labels[cell.name],
+                group=cell.group,
+                label=cell.label,
             )
             trainers.append(trainer)
         _take_turns([trainer.epochs() for trainer in trainers])
@@ -104,7 +104,7 @@ def train_together(
 
 
 def pace(
-    cells: Sequence[Cell], steps: int, data_dir: Path | None, stop: Callable[[], bool]
+    cells: Sequence[Cell], steps: int, data_dir: Path | None, stop: Stop
 ) -> tuple[dict[str, float], int]:
     """Seconds of a step of each variant, and the steps of the first one's whole run.
 

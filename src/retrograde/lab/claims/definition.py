@@ -2,16 +2,26 @@
 
 import hashlib
 import json
-import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from retrograde.errors import OptionError
 from retrograde.lab.claims import metrics
-from retrograde.lab.recipe import Recipe, make_recipe, refuse_code
+from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.methods.registry import suggest
+
+
+def _known(metric: str) -> str:
+    if metric not in metrics.ALL:
+        raise ValueError(
+            f"there is no metric {metric!r}.{suggest(metric, metrics.ALL)} Metrics: {', '.join(metrics.ALL)}"
+        )
+    return metric
+
+
+MetricName = Annotated[str, AfterValidator(_known)]
 
 
 class _Table(BaseModel):
@@ -30,6 +40,9 @@ class Range(_Table):
         if not self.low < self.high or (self.log and self.low <= 0):
             raise ValueError(f"low={self.low} must be below high={self.high}, and above 0 where log is true")
         return self
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
 
 
 Space = Range | list[float] | list[int] | list[str] | list[bool]
@@ -90,7 +103,7 @@ class Check(_Table):
 
     says: str
     of: str
-    metric: str
+    metric: MetricName
     minus: str | None = None
     over: str | None = None
     at_least: float | None = None
@@ -104,11 +117,6 @@ class Check(_Table):
             raise ValueError("give one of at_least and at_most")
         if self.minus is not None and self.over is not None:
             raise ValueError("give minus or over, not both")
-        if self.metric not in metrics.ALL:
-            raise ValueError(
-                f"there is no metric {self.metric!r}.{suggest(self.metric, metrics.ALL)} "
-                f"Metrics: {', '.join(metrics.ALL)}"
-            )
         return self
 
 
@@ -149,7 +157,7 @@ class Claim(_Table):
     measures: list[Literal["sharpness"]] = Field(default_factory=list)
     contestants: dict[str, Contestant] = Field(default_factory=dict)
     checks: list[Check] = Field(default_factory=list)
-    table: list[str] = Field(default=["accuracy", "zeros", "needed", "executed", "seconds"])
+    table: list[MetricName] = Field(default=["accuracy", "zeros", "needed", "executed", "seconds"])
     quick: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -179,12 +187,6 @@ class Claim(_Table):
         for name in named:
             if name is not None and name not in self.contestants:
                 raise ValueError(f"there is no variant {name!r}.{suggest(name, self.contestants)}")
-        for metric in self.table:
-            if metric not in metrics.ALL:
-                raise ValueError(
-                    f"table: there is no metric {metric!r}.{suggest(metric, metrics.ALL)} "
-                    f"Metrics: {', '.join(metrics.ALL)}"
-                )
         if self.target is None and any(check.metric in metrics.TO_TARGET for check in self.checks):
             raise ValueError("a check of the time to a target needs `target`")
         return self
@@ -238,15 +240,7 @@ def read_claim(path: Path, root: Path) -> Claim:
     Raises:
         OptionError: the file is missing, no TOML, no definition, or names code.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(
-            f"the definition {path} cannot be read: {error}. Give the id of a claim."
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"the definition {path} is no valid TOML: {error}. Correct that line.") from error
-    refuse_code(content, f"the definition {path}")
+    content = read_recipe(path, "the definition")
     identity = path.relative_to(root).with_suffix("").as_posix()
     claim = _checked({"id": identity, **content}, str(path))
     for name, one in claim.contestants.items():

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import files, machine
 from retrograde.lab.claims.cells import Cell, pace, train_together
 from retrograde.lab.claims.definition import Claim, content_hash
-from retrograde.lab.claims.jobs import Job, State, Tell, run_all
+from retrograde.lab.claims.jobs import Job, State, Stop, Tell, run_all
 from retrograde.lab.claims.metrics import summary
 from retrograde.lab.claims.result import Entry, Result, Run, Trial
 from retrograde.lab.claims.tuning import Search
@@ -45,35 +46,6 @@ class Places:
     device: str | None = None
 
 
-@dataclass(frozen=True)
-class _RunSearch:
-    search: Search
-    data_dir: Path | None
-
-    def __call__(self, tell: Tell, stop: Callable[[], bool]) -> None:
-        self.search.run(self.data_dir, tell, stop)
-
-
-@dataclass(frozen=True)
-class _RunSeed:
-    cells: tuple[Cell, ...]
-    group: str
-    labels: dict[str, str]
-    data_dir: Path | None
-    measures: tuple[str, ...]
-
-    def __call__(self, tell: Tell, stop: Callable[[], bool]) -> None:
-        train_together(
-            self.cells,
-            group=self.group,
-            labels=self.labels,
-            data_dir=self.data_dir,
-            tell=tell,
-            stop=stop,
-            measures=self.measures,
-        )
-
-
 class Grid:
     """All that a claim needs to be run.
 
@@ -104,7 +76,7 @@ class Grid:
         quick: bool = False,
         command: str = "",
         show: Callable[[State], None] = lambda state: None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Stop = lambda: False,
     ) -> Result:
         """Run what is not there yet, and sum it up; nothing is written of the sum.
 
@@ -115,7 +87,15 @@ class Grid:
             stop: asked after every step; true leaves everything resumable and raises KeyboardInterrupt.
         """
         self.places.folder.mkdir(parents=True, exist_ok=True)
-        tuning = [self._search_job(search) for search in self.searches if search.waiting()]
+        tuning = [
+            Job(
+                f"search for {self.labels[search.name]}",
+                search.waiting() * search.epochs(),
+                partial(search.run, self.places.data_dir),
+            )
+            for search in self.searches
+            if search.waiting()
+        ]
         known = None if tuning else self.changes()
         seeds = self._seed_jobs(known)
         state = State(show, sum(job.weight for job in (*tuning, *seeds)))
@@ -123,7 +103,8 @@ class Grid:
         if known is None:
             state.what = "timing a step of each variant"
             state.show()
-            self._pace(stop)
+            if self.claim.equal == "seconds":
+                self._pace(stop)
             known = self.changes()
             seeds = self._seed_jobs(known)
         run_all(seeds, self.places.jobs, state, stop)
@@ -139,7 +120,8 @@ class Grid:
         whole = recipe.model_dump(mode="json")
         # What is measured of a trained model belongs to its run: another figure is another run.
         key = content_hash({**whole, "measures": self.claim.measures} if self.claim.measures else whole)
-        return Cell(name, recipe, self.places.folder / RUNS / f"{name}-{seed}-{key}")
+        folder = self.places.folder / RUNS / f"{name}-{seed}-{key}"
+        return Cell(name, recipe, folder, self.claim.title, self.labels[name])
 
     def changes(self) -> dict[str, dict[str, Any]] | None:
         """What searches and timing made of each variant's recipe; None while that is not known."""
@@ -151,22 +133,17 @@ class Grid:
         path = self._pace_path(found)
         if not path.is_file():
             return None
-        seconds: dict[str, float] = files.read_json(path)["step_seconds"]
-        steps: int = files.read_json(path)["steps"]
-        first = seconds[self.claim.baseline]
-        return {
-            name: {**one, "steps": max(1, round(steps * first / seconds[name]))}
-            for name, one in found.items()
-        }
+        timed = files.read_json(path)
+        seconds: dict[str, float] = timed["step_seconds"]
+        whole: float = timed["steps"] * seconds[self.claim.baseline]
+        return {name: {**one, "steps": max(1, round(whole / seconds[name]))} for name, one in found.items()}
 
     def _searched(self) -> dict[str, dict[str, Any]]:
         """What the searches found; nothing for variants of a claim without."""
         return {name: {} for name in self.claim.contestants} | {s.name: s.best() for s in self.searches}
 
-    def _pace(self, stop: Callable[[], bool]) -> None:
+    def _pace(self, stop: Stop) -> None:
         """Learn what a step of each variant takes, all in turns."""
-        if self.claim.equal == "steps":
-            return
         found = self._searched()
         cells = [
             Cell(name, self.claim.recipe_of(name, one), self.places.folder / "pace" / name)
@@ -180,10 +157,6 @@ class Grid:
             name: self.claim.recipe_of(name, one).model_dump(mode="json") for name, one in found.items()
         }
         return self.places.folder / f"pace-{content_hash(recipes)}.json"
-
-    def _search_job(self, search: Search) -> Job:
-        weight = search.waiting() * search.epochs()
-        return Job(f"search for {self.labels[search.name]}", weight, _RunSearch(search, self.places.data_dir))
 
     def _seed_jobs(self, changes: dict[str, dict[str, Any]] | None) -> list[Job]:
         """Seeds that are not finished; all of them while their recipes are not known."""
@@ -199,10 +172,8 @@ class Grid:
             jobs += [(f"seed {seed}, {self.labels[cell.name]}", (cell,)) for cell in cells]
         return [Job(what, sum(c.recipe.epochs for c in cells), self._work(cells)) for what, cells in jobs]
 
-    def _work(self, cells: tuple[Cell, ...]) -> _RunSeed:
-        return _RunSeed(
-            cells, self.claim.title, self.labels, self.places.data_dir, tuple(self.claim.measures)
-        )
+    def _work(self, cells: tuple[Cell, ...]) -> Callable[[Tell, Stop], None]:
+        return partial(train_together, cells, self.places.data_dir, measures=self.claim.measures)
 
     def _sum_up(self, changes: dict[str, dict[str, Any]], *, quick: bool, command: str) -> Result:
         claim = self.claim
@@ -217,7 +188,7 @@ class Grid:
             source=claim.source,
             note=claim.note,
             command=command,
-            machine=machine.describe(pick_device(self.claim.recipe_of(claim.baseline).device)),
+            machine=machine.describe(pick_device(claim.recipe_of(claim.baseline).device)),
             jobs=self.places.jobs,
             threads=max(1, torch.get_num_threads() // self.places.jobs),
             seeds=list(range(claim.seeds)),
@@ -227,9 +198,7 @@ class Grid:
             contestants={
                 name: Entry(
                     label=self.labels[name],
-                    recipe=self.claim.recipe_of(name, changes[name]).model_dump(
-                        mode="json", exclude={"seed"}
-                    ),
+                    recipe=claim.recipe_of(name, changes[name]).model_dump(mode="json", exclude={"seed"}),
                     changes=changes[name],
                     trials=[Trial.model_validate(trial) for trial in trials.get(name, [])],
                     source=one.source,
@@ -248,5 +217,5 @@ def run_of(cell: Cell) -> Run:
 
 def default_folder(claim: str, *, quick: bool) -> Path:
     """Where a claim's runs go."""
-    root = Path(os.environ.get("RETROGRADE_RUNS", "runs")) / "repro" / claim
-    return root / "quick" if quick else root / "full"
+    root = os.environ.get("RETROGRADE_RUNS", "runs")
+    return Path(root, "repro", claim, "quick" if quick else "full")

@@ -1,18 +1,18 @@
 """The search for each variant's settings: Optuna on the validation split, as many trials for all."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from retrograde.errors import MissingPackageError, RetrogradeError
+from retrograde.errors import RetrogradeError
+from retrograde.extras import require
 from retrograde.lab import files
 from retrograde.lab.claims.cells import Cell, DataSets, train_together
-from retrograde.lab.claims.definition import Claim, Range, Space, content_hash
-from retrograde.lab.claims.jobs import Tell
+from retrograde.lab.claims.definition import Claim, Range, Space, Tuning, content_hash
+from retrograde.lab.claims.jobs import Stop, Tell
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.record import Outcome
 
@@ -47,11 +47,11 @@ class Search:
     def trials(self) -> list[dict[str, Any]]:
         """What has been tried: ``changes`` to the recipe, ``accuracy`` on the validation split, ``error`` if any."""
         found: list[dict[str, Any]] = files.read_json(self.path)["trials"] if self.path.is_file() else []
-        return found[: self._wanted()]
+        return found[: self._tuning.trials]
 
     def waiting(self) -> int:
         """Trials still to run."""
-        return self._wanted() - len(self.trials())
+        return self._tuning.trials - len(self.trials())
 
     def epochs(self) -> int:
         """Of one trial."""
@@ -62,13 +62,13 @@ class Search:
         best: dict[str, Any] = max(self.trials(), key=lambda trial: trial["accuracy"])["changes"]
         return best
 
-    def run(self, data_dir: Path | None, tell: Tell, stop: Callable[[], bool]) -> None:
+    def run(self, data_dir: Path | None, tell: Tell, stop: Stop) -> None:
         """Run what is waiting. The sampler is led through the known trials again, so a resumed search is the same."""
-        study, known = _study(self._seed()), self.trials()
+        study, known = _study(self._tuning.seed), self.trials()
         study.enqueue_trial(self._start())
         first, share = len(known), 1 / max(1, self.waiting())
         sets: DataSets = {}
-        for number in range(self._wanted()):
+        for number in range(self._tuning.trials):
             trial = study.ask()
             changes = {key: _suggest(trial, key, space) for key, space in self._space().items()}
             if number >= first:
@@ -86,7 +86,7 @@ class Search:
         data_dir: Path | None,
         sets: DataSets,
         tell: Tell,
-        stop: Callable[[], bool],
+        stop: Stop,
     ) -> dict[str, Any]:
         recipe = self._recipe(changes)
         folder = self.folder / f"{self.name}-{content_hash(recipe.model_dump(mode='json'))}"
@@ -94,16 +94,7 @@ class Search:
         folder.parent.mkdir(parents=True, exist_ok=True)
         error = None
         try:
-            train_together(
-                [cell],
-                group="search",
-                labels={self.name: self.name},
-                data_dir=data_dir,
-                tell=tell,
-                stop=stop,
-                trial=True,
-                sets=sets,
-            )
+            train_together([cell], data_dir, tell, stop, trial=True, sets=sets)
             outcome = cell.outcome() or Outcome()
             accuracy = outcome.score("best_validation" if recipe.keep == "best" else "validation") or 0.0
         except (RetrogradeError, ArithmeticError, RuntimeError) as broken:
@@ -115,20 +106,17 @@ class Search:
         shutil.rmtree(folder, ignore_errors=True)
         return {"changes": changes, "accuracy": accuracy, "error": error}
 
+    @property
+    def _tuning(self) -> Tuning:
+        assert self.claim.tuning is not None, "a claim without tuning has no searches"
+        return self.claim.tuning
+
     def _recipe(self, changes: dict[str, Any]) -> Recipe:
-        tuning = self.claim.tuning
-        shorter = {**tuning.recipe, "seed": tuning.seed} if tuning else {}
+        shorter = {**self._tuning.recipe, "seed": self._tuning.seed}
         return self.claim.recipe_of(self.name, {**shorter, **changes})
 
-    def _wanted(self) -> int:
-        return self.claim.tuning.trials if self.claim.tuning else 0
-
-    def _seed(self) -> int:
-        return self.claim.tuning.seed if self.claim.tuning else 0
-
     def _space(self) -> dict[str, Space]:
-        common = self.claim.tuning.space if self.claim.tuning else {}
-        return {**common, **self.claim.contestants[self.name].space}
+        return {**self._tuning.space, **self.claim.contestants[self.name].space}
 
     def _start(self) -> dict[str, Any]:
         """The recipe's own values, as far as they lie within the space."""
@@ -138,22 +126,15 @@ class Search:
             value: Any = recipe
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
-            inside = (
-                space.low <= value <= space.high if isinstance(space, Range) and value is not None else False
-            )
-            if inside or (isinstance(space, list) and value in space):
+            if value is not None and value in space:
                 found[key] = value
         return found
 
 
 def _study(seed: int) -> "optuna.Study":
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingPackageError(
-            "the search needs Optuna, which is not installed. Install it: pip install 'retrograde[repro]', or leave "
-            "the search out."
-        ) from error
+    require("the search for settings, which trials=0 leaves out,", "repro", ["optuna"])
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Random at first; the estimator learns from the third trial on.
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)

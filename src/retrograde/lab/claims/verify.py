@@ -65,15 +65,14 @@ def run_again(
     published = random.choice(result.runs)
     entry = result.contestants[published.contestant]
     cell = Grid(claim, Places(folder)).cell(published.contestant, published.seed, entry.changes)
-    labels = {cell.name: entry.label}
-    train_together([cell], group=claim.title, labels=labels, data_dir=data_dir, tell=tell, stop=stop)
+    train_together([cell], data_dir, tell, stop)
     metrics = run_of(cell).metrics
-    names = [name for name in _COMPARED if metrics[name] is not None and published.metrics[name] is not None]
-    before = {name: float(published.metrics[name] or 0.0) for name in names}
-    after = {name: float(metrics[name] or 0.0) for name in names}
+    pairs = {name: (published.metrics[name], metrics[name]) for name in _COMPARED}
+    known = {name: (old, new) for name, (old, new) in pairs.items() if old is not None and new is not None}
+    before, after = ({name: pair[i] for name, pair in known.items()} for i in (0, 1))
 
     def near(name: str) -> bool:
         spread = result.summaries[cell.name][name].deviation or 0.0
         return abs(after[name] - before[name]) <= max(_ABSOLUTE, _DEVIATIONS * spread)
 
-    return Verified(cell.name, published.seed, before, after, before == after, all(map(near, names)))
+    return Verified(cell.name, published.seed, before, after, before == after, all(map(near, known)))
