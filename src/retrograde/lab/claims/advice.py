@@ -1,6 +1,5 @@
 """A recommendation from short runs: which method pays on this machine, by what, and how sure that is."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +45,14 @@ class Judged:
             return self.to_target
         return self.step if self.as_accurate else None
 
+    @property
+    def beside(self) -> str:
+        """What else it changes, in words."""
+        return (
+            f"a step takes {times(self.step)}, validation accuracy after the same steps differs by "
+            f"{points(self.accuracy)}"
+        )
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -72,13 +79,8 @@ class Advice:
             "contestants": {
                 one.name: {
                     key: value.model_dump() if isinstance(value, Estimate) else None
-                    for key, value in (
-                        ("step", one.step),
-                        ("accuracy", one.accuracy),
-                        ("to_target", one.to_target),
-                        ("memory", one.memory),
-                        ("flops", one.flops),
-                    )
+                    for key, value in vars(one).items()
+                    if key != "name"
                 }
                 for one in self.judged
             },
@@ -92,60 +94,38 @@ def advise(result: Result) -> Advice:
     that is worth a changed line.
     """
     judged = tuple(_judge(result, name) for name in result.contestants if name != BASELINE)
-    timed = [(one, one.time) for one in judged if one.time is not None]
-    faster = [(one, time) for one, time in timed if saves(time)]
-    if faster:
-        best, time = min(faster, key=lambda pair: pair[1].mean)
-        reached = best.to_target is not None
-        what = "plain's best validation accuracy in" if reached else "as accurate after as many steps, in"
-        return Advice(
-            best.name,
-            f"{what} {times(time)} of plain's time; a step takes {times(best.step)}, validation accuracy after the "
-            f"same steps differs by {points(best.accuracy)}",
-            judged,
-            1 - time.mean,
-        )
-    smaller = [one for one in judged if one.as_accurate and saves(one.memory)]
-    if smaller:
-        best = min(smaller, key=lambda one: one.memory.mean)
-        return Advice(
-            best.name,
-            f"no method saves time here, but it keeps {times(best.memory)} of the activations; a step takes "
-            f"{times(best.step)}, validation accuracy after the same steps differs by {points(best.accuracy)}",
-            judged,
-            1 - best.step.mean,
-        )
+    timed = sorted(((one, one.time) for one in judged if one.time is not None), key=lambda pair: pair[1].mean)
+    smaller = sorted((one for one in judged if one.as_accurate), key=lambda one: one.memory.mean)
+    for best, time in timed:
+        if saves(time):
+            reached = best.to_target is not None
+            what = "plain's best validation accuracy in" if reached else "as accurate after as many steps, in"
+            return Advice(
+                best.name, f"{what} {times(time)} of plain's time; {best.beside}", judged, 1 - time.mean
+            )
+    for best in smaller:
+        if saves(best.memory):
+            why = f"no method saves time here, but it keeps {times(best.memory)} of the activations; {best.beside}"
+            return Advice(best.name, why, judged, 1 - best.step.mean)
     why = "no method saves time or memory on this model and machine"
-    return Advice(BASELINE, why + _undecided(timed), judged, 0.0)
-
-
-def _undecided(timed: Sequence[tuple[Judged, Estimate]]) -> str:
-    """Whoever may save time: its mean is a saving, its interval is not."""
-    open_ones = [(one, time) for one, time in timed if time.mean <= 1 - _WORTH]
-    if not open_ones:
-        return ""
-    best, time = min(open_ones, key=lambda pair: pair[1].mean)
-    return (
-        f" for sure. {best.name} may: {times(time)} of plain's time, which these runs leave open; more seeds or longer "
-        "runs decide it"
-    )
+    for best, time in timed[:1]:
+        if time.mean <= 1 - _WORTH:
+            why += (
+                f" for sure. {best.name} may: {times(time)} of plain's time, which these runs leave open; more seeds "
+                "or longer runs decide it"
+            )
+    return Advice(BASELINE, why, judged, 0.0)
 
 
 def _judge(result: Result, name: str) -> Judged:
-    paired = result.against_baseline[name]
-
-    def over(metric: str) -> Estimate:
-        found = paired[metric].over
-        return found if found is not None else paired[metric].minus
-
-    target = paired.get("seconds_to_target")
+    over = result.ratios(name)
     return Judged(
         name=name,
-        step=over("step_seconds"),
-        accuracy=paired["best_validation"].minus,
-        to_target=target.over if target is not None else None,
-        memory=over("saved_bytes"),
-        flops=over("executed"),
+        step=over["step_seconds"],
+        accuracy=result.against_baseline[name]["best_validation"].minus,
+        to_target=over.get("seconds_to_target"),
+        memory=over["saved_bytes"],
+        flops=over["executed"],
     )
 
 

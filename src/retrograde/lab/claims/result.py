@@ -180,6 +180,11 @@ class Result(_Part):
         by_seed = {run.seed: run.metrics.get(metric) for run in self.runs if run.contestant == name}
         return [by_seed.get(seed) for seed in (self.seeds if seeds is None else seeds)]
 
+    def ratios(self, name: str) -> dict[str, Estimate]:
+        """A variant's figures over the baseline's, by metric."""
+        paired = self.against_baseline.get(name, {})
+        return {metric: ratio.over for metric, ratio in paired.items() if ratio.over is not None}
+
 
 def write_result(result: Result, path: Path) -> None:
     """Write the result, whole or not at all."""

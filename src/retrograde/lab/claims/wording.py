@@ -84,8 +84,8 @@ def source(result: Result, name: str) -> str:
 
 def ratio(result: Result, name: str, metric: str) -> str | None:
     """A figure over the baseline's, with half of its interval; None where there is none."""
-    found = result.against_baseline.get(name, {}).get(metric)
-    return None if found is None or found.over is None else times(found.over)
+    found = result.ratios(name).get(metric)
+    return None if found is None else times(found)
 
 
 def outcome(finding: Finding) -> str:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from retrograde.lab.claims.advice import points, saves, times
-from retrograde.lab.claims.result import Ratio, Result
+from retrograde.lab.claims.result import Result
 from retrograde.lab.claims.statistics import Estimate, estimate
 from retrograde.lab.demo.scenarios import BASELINE, Scenario
 
@@ -48,17 +48,15 @@ def advice(shown: Sequence[tuple[Scenario, Result]]) -> str:
     smaller: list[tuple[float, str]] = []
     for scenario, result in shown:
         for verdict in judge(scenario, result):
-            paired = result.against_baseline[verdict.name]
+            over = result.ratios(verdict.name).get(scenario.time or scenario.metric)
+            if over is None or not verdict.gains:
+                continue
             label = f"{verdict.label}, on {scenario.claim.title.rpartition(': ')[2]}"
-            if scenario.time is not None and verdict.gains:
-                over = _over(paired, scenario.time)
-                if over is not None and saves(over):
-                    what = "a step" if scenario.time == "step_seconds" else "the way to plain’s best accuracy"
-                    ranked.append((over.mean, f"{label}: {what} takes {times(over)} of plain’s time"))
-            elif verdict.gains and scenario.metric == "mean_saved_bytes":
-                over = paired[scenario.metric].over
-                if over is not None:
-                    smaller.append((over.mean, f"{label}: it keeps {times(over)} of plain’s bytes"))
+            if scenario.metric == "mean_saved_bytes":
+                smaller.append((over.mean, f"{label}: it keeps {times(over)} of plain’s bytes"))
+            elif scenario.time is not None and saves(over):
+                what = "a step" if scenario.time == "step_seconds" else "the way to plain’s best accuracy"
+                ranked.append((over.mean, f"{label}: {what} takes {times(over)} of plain’s time"))
     if ranked:
         return f"This machine would gain most from {min(ranked)[1]}."
     if smaller:
@@ -69,12 +67,12 @@ def advice(shown: Sequence[tuple[Scenario, Result]]) -> str:
 
 
 def _words(scenario: Scenario, result: Result, name: str) -> tuple[bool, str]:
-    paired = result.against_baseline[name]
-    accuracy = paired["accuracy"].minus
+    accuracy = result.against_baseline[name]["accuracy"].minus
     if scenario.metric == "accuracy":
         gains, words = _of_accuracy(accuracy, scenario.unit)
         return gains, words + _beside(scenario, result, name)
-    over = _over(paired, scenario.metric)
+    ratios = result.ratios(name)
+    over = ratios.get(scenario.metric)
     if over is None:
         return False, f"no gain here: it did not get {scenario.unit} in every seed"
     worse = accuracy.high is not None and accuracy.high < 0
@@ -84,7 +82,7 @@ def _words(scenario: Scenario, result: Result, name: str) -> tuple[bool, str]:
         return False, f"{_gain(scenario, over)}, but less accurate by {points(accuracy)}"
     if over.mean < 1 and over.high is not None and over.high >= 1:
         return False, f"not decided: {times(over)} of plain’s; more seeds would tell, {_accuracy(accuracy)}"
-    return False, f"no gain here: {times(over)} of plain’s; {_reason(scenario, paired)}"
+    return False, f"no gain here: {times(over)} of plain’s; {_reason(scenario, ratios)}"
 
 
 def _of_accuracy(accuracy: Estimate, unit: str) -> tuple[bool, str]:
@@ -120,9 +118,9 @@ def _accuracy(accuracy: Estimate) -> str:
     return f"accuracy {points(accuracy)}"
 
 
-def _reason(scenario: Scenario, paired: dict[str, Ratio]) -> str:
+def _reason(scenario: Scenario, ratios: dict[str, Estimate]) -> str:
     """Why time is not saved, as far as what was measured says."""
-    step, steps, flops = (_over(paired, metric) for metric in ("step_seconds", "steps_to_target", "executed"))
+    step, steps, flops = (ratios.get(metric) for metric in ("step_seconds", "steps_to_target", "executed"))
     if scenario.metric == "seconds_to_target" and steps is not None and step is not None:
         return f"it takes {times(steps)} of the steps, but each takes {times(step)} of the time"
     if scenario.metric.endswith("seconds") and flops is not None:
@@ -130,8 +128,3 @@ def _reason(scenario: Scenario, paired: dict[str, Ratio]) -> str:
             return f"it runs {100 * flops.mean:.0f} % of the FLOPs, but its own work on small layers outweighs that"
         return f"with its own work it runs {100 * flops.mean:.0f} % of plain’s FLOPs"
     return "it keeps no less than plain training does"
-
-
-def _over(paired: dict[str, Ratio], metric: str) -> Estimate | None:
-    ratio = paired.get(metric)
-    return None if ratio is None else ratio.over
