@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from retrograde.engine.branches import Residual
 from retrograde.errors import OptionError
 from retrograde.lab.data import Data, Split, batches, load
-from retrograde.lab.models import Residual, build, names
+from retrograde.lab.models import build, names
 from retrograde.lab.models.text import masked_mean
 from retrograde.lab.models.transformer import SelfAttention
 
@@ -206,7 +207,7 @@ def test_masked_mean_leaves_padding_out():
 
 
 def test_unknown_model():
-    with pytest.raises(OptionError, match=r"No model vgg-smal\. Nearest: vgg-small"):
+    with pytest.raises(OptionError, match=r"No model vgg-smal\. Did you mean 'vgg-small'"):
         build("vgg-smal", IMAGES)
 
 
@@ -269,7 +270,7 @@ def test_options_are_keyword_arguments():
     ("name", "says"),
     [
         ("no_such_module:net", "no module no_such_module"),
-        ("own_models:shape", r"no callable shape\. Nearest: shaped"),
+        ("own_models:shape", r"no callable shape\. Did you mean 'shaped'"),
         ("own_models:constant", "no callable constant"),
         ("own_models:", "no callable after the colon"),
         ("own_models:wrong", "returned a str"),

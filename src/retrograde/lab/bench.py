@@ -8,7 +8,9 @@ from typing import Any
 
 from retrograde.lab import contestants, timing
 from retrograde.lab.contestants import Contestant, Convolution, Linear, Shape, Work, Workload
-from retrograde.lab.models import GPT, MLP, VGG
+from retrograde.lab.models.convolutional import VGG
+from retrograde.lab.models.mlp import MLP
+from retrograde.lab.models.transformer import GPT
 from retrograde.lab.options import make
 from retrograde.lab.precisions import Precision
 from retrograde.lab.recipe import Recipe

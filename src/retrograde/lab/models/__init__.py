@@ -5,7 +5,6 @@
 Any other model can stand in their place as ``package.module:callable``.
 """
 
-import difflib
 import importlib
 import inspect
 import os
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrograde.engine.branches import Residual
 from retrograde.errors import OptionError
 from retrograde.lab.data import Data
 from retrograde.lab.models.convolutional import VGG, LeNet, ResNet
@@ -27,87 +25,57 @@ from retrograde.lab.models.text import TextBag, TextCNN, TextResidual, TextTrans
 from retrograde.lab.models.transformer import GPT, ViT
 from retrograde.methods.registry import suggest
 
-__all__ = [
-    "GPT",
-    "MLP",
-    "VGG",
-    "LeNet",
-    "ResMLP",
-    "ResNet",
-    "Residual",
-    "TextBag",
-    "TextCNN",
-    "TextResidual",
-    "TextTransformer",
-    "ViT",
-    "build",
-    "names",
-]
-
 
 @dataclass(frozen=True)
 class _Entry:
     description: str
     kinds: tuple[str, ...]
     cls: Callable[..., nn.Module]
-    arguments: Callable[[Data], tuple[Any, ...]]
+    """Its arguments without a default are called as what they are of the data."""
     options: dict[str, Any] = field(default_factory=dict)
     smallest: int = 1
     """Fewest pixels a side that the layers can take."""
 
     def build(self, data: Data, options: dict[str, Any]) -> nn.Module:
-        return self.cls(*self.arguments(data), **{**self.options, **options})
-
-
-def _shaped(data: Data) -> tuple[Any, ...]:
-    return data.input_shape, data.classes
-
-
-def _worded(data: Data) -> tuple[Any, ...]:
-    return data.vocabulary or 0, data.classes
-
-
-def _long(data: Data) -> tuple[Any, ...]:
-    return data.vocabulary or 0, data.input_shape[0], data.classes
-
-
-def _spoken(data: Data) -> tuple[Any, ...]:
-    return data.vocabulary or 0, data.input_shape[0]
+        shape = data.input_shape
+        of_data = {
+            "input_shape": shape,
+            "classes": data.classes,
+            "vocabulary": data.vocabulary,
+            "length": shape[0],
+        }
+        known = inspect.signature(self.cls).parameters
+        arguments = {name: value for name, value in of_data.items() if name in known}
+        return self.cls(**{**arguments, **self.options, **options})
 
 
 _DENSE, _IMAGE, _TEXT = ("image", "table"), ("image",), ("text",)
 _MODELS = {
-    "mlp": _Entry("3 hidden layers of 512, ReLU", _DENSE, MLP, _shaped),
-    "mlp-small": _Entry("2 hidden layers of 128, ReLU", _DENSE, MLP, _shaped, {"widths": (128, 128)}),
-    "resmlp": _Entry("4 residual branches Linear-ReLU-Linear, width 256", _DENSE, ResMLP, _shaped),
-    "lenet": _Entry("LeNet-5, ReLU", _IMAGE, LeNet, _shaped, smallest=8),
+    "mlp": _Entry("3 hidden layers of 512, ReLU", _DENSE, MLP),
+    "mlp-small": _Entry("2 hidden layers of 128, ReLU", _DENSE, MLP, {"widths": (128, 128)}),
+    "resmlp": _Entry("4 residual branches Linear-ReLU-Linear, width 256", _DENSE, ResMLP),
+    "lenet": _Entry("LeNet-5, ReLU", _IMAGE, LeNet, smallest=8),
     "vgg-small": _Entry(
         "first three stages of VGG-11: 4 convolutions of 64 to 256 channels, no BatchNorm",
         _IMAGE,
         VGG,
-        _shaped,
         smallest=8,
     ),
-    "vgg-small-bn": _Entry("vgg-small with BatchNorm", _IMAGE, VGG, _shaped, {"batch_norm": True}, 8),
-    "resnet-small": _Entry("ResNet-20 (16, 32, 64 channels), BatchNorm", _IMAGE, ResNet, _shaped, smallest=8),
+    "vgg-small-bn": _Entry("vgg-small with BatchNorm", _IMAGE, VGG, {"batch_norm": True}, 8),
+    "resnet-small": _Entry("ResNet-20 (16, 32, 64 channels), BatchNorm", _IMAGE, ResNet, smallest=8),
     "resnet-small-plain": _Entry(
         "ResNet-20 without BatchNorm, branches that start at zero",
         _IMAGE,
         ResNet,
-        _shaped,
         {"batch_norm": False},
         8,
     ),
-    "vit-small": _Entry("vision transformer, 6 layers of width 192, 3 heads", _IMAGE, ViT, _shaped),
-    "text-bag": _Entry("mean of word vectors, 2 hidden layers", _TEXT, TextBag, _worded),
-    "text-cnn": _Entry("convolutions over 3, 4 and 5 words", _TEXT, TextCNN, _worded),
-    "text-residual": _Entry(
-        "mean of word vectors, 6 residual branches of width 256", _TEXT, TextResidual, _worded
-    ),
-    "text-transformer": _Entry(
-        "transformer encoder, 2 layers of width 128, 4 heads", _TEXT, TextTransformer, _long
-    ),
-    "gpt-small": _Entry("transformer decoder, 4 layers of width 256, 4 heads", ("language",), GPT, _spoken),
+    "vit-small": _Entry("vision transformer, 6 layers of width 192, 3 heads", _IMAGE, ViT),
+    "text-bag": _Entry("mean of word vectors, 2 hidden layers", _TEXT, TextBag),
+    "text-cnn": _Entry("convolutions over 3, 4 and 5 words", _TEXT, TextCNN),
+    "text-residual": _Entry("mean of word vectors, 6 residual branches of width 256", _TEXT, TextResidual),
+    "text-transformer": _Entry("transformer encoder, 2 layers of width 128, 4 heads", _TEXT, TextTransformer),
+    "gpt-small": _Entry("transformer decoder, 4 layers of width 256, 4 heads", ("language",), GPT),
 }
 
 
@@ -162,10 +130,8 @@ def _check_options(name: str, target: Callable[..., Any], options: dict[str, Any
 def _fitting(name: str, data: Data) -> _Entry:
     entry = _MODELS.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, _MODELS, n=3)
-        nearest = f" Nearest: {', '.join(near)}." if near else ""
         raise OptionError(
-            f"No model {name}.{nearest} Known are {', '.join(_MODELS)}; give one of them or "
+            f"No model {name}.{suggest(name, _MODELS)} Known are {', '.join(_MODELS)}; give one of them or "
             "package.module:callable."
         )
     side = min(data.input_shape[1:]) if data.kind == "image" else entry.smallest
@@ -207,10 +173,9 @@ def _imported(name: str) -> Callable[..., Any]:
         sys.path.remove(here)
     target: Any = getattr(module, attribute, None)
     if not callable(target):
-        near = difflib.get_close_matches(attribute, dir(module), n=3)
         raise OptionError(
             f"Model {name} cannot be built: module {path} has no callable {attribute or 'after the colon'}."
-            f"{f' Nearest: {near[0]}.' if near else ''} Name a function or class that returns an nn.Module."
+            f"{suggest(attribute, dir(module))} Name a function or class that returns an nn.Module."
         )
 
     return target

@@ -4,14 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retrograde.engine.branches import Residual
 
-__all__ = ["VGG", "LeNet", "ResNet"]
 
-
-class LeNet(nn.Module):
+class LeNet(nn.Sequential):
     """LeNet-5 with ReLU and max pooling: x (B, C, H, W) → logits (B, classes).
 
     The second convolution is padded where the image is too small for it otherwise.
@@ -36,12 +34,8 @@ class LeNet(nn.Module):
         )
         self.head = nn.Linear(84, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes) of x (B, C, H, W)."""
-        return self.head(self.body(self.features(x)))
 
-
-class VGG(nn.Module):
+class VGG(nn.Sequential):
     """The first three stages of VGG-11 (configuration A): x (B, C, H, W) → logits (B, classes).
 
     3×3 convolutions 64 · pool · 128 · pool · 256 · 256 · pool, then one linear layer. Pooling stops where less than 3
@@ -61,10 +55,7 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         for stage, widths in enumerate(stages):
             for outputs in widths:
-                layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=not batch_norm))
-                if batch_norm:
-                    layers.append(nn.BatchNorm2d(outputs))
-                layers.append(nn.ReLU())
+                layers += [*_convolution(channels, outputs, 3, batch_norm=batch_norm), nn.ReLU()]
                 channels = outputs
             pool = 2 if min(height, width) >= 6 else 1
             if stage == len(stages) - 1:
@@ -76,12 +67,8 @@ class VGG(nn.Module):
         self.head = nn.Linear(channels * height * width, classes)
         _he(self.features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes) of x (B, C, H, W)."""
-        return self.head(self.features(x))
 
-
-class ResNet(nn.Module):
+class ResNet(nn.Sequential):
     """ResNet of 6n + 2 layers for small images (He et al. 2016, §4.2): x (B, C, H, W) → logits (B, classes).
 
     Each block is ``relu(shortcut(x) + branch(x))``, the shortcut a 1×1 convolution where the shape changes.
@@ -104,6 +91,7 @@ class ResNet(nn.Module):
             *_convolution(input_shape[0], channels, 3, batch_norm=batch_norm), nn.ReLU()
         )
         stages: list[nn.Module] = []
+        branches: list[nn.Sequential] = []
         for stage, outputs in enumerate(widths):
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
@@ -117,28 +105,17 @@ class ResNet(nn.Module):
                     shortcut = nn.Sequential(
                         *_convolution(channels, outputs, 1, stride, batch_norm=batch_norm)
                     )
+                branches.append(branch)
                 stages += [Residual(branch, shortcut), nn.ReLU()]
                 channels = outputs
         self.blocks = nn.Sequential(*stages)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, classes)
         _he(self)
-        if not batch_norm:
-            self._start_small(len(widths) * blocks)
-
-    def _start_small(self, blocks: int) -> None:
-        for module in self.blocks:
-            if isinstance(module, Residual):
-                first, *_, last = (
-                    layer for layer in module.branch.children() if isinstance(layer, nn.Conv2d)
-                )
-                with torch.no_grad():
-                    first.weight.div_(math.sqrt(blocks))
-                    last.weight.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes) of x (B, C, H, W)."""
-        return self.head(self.pool(self.blocks(self.stem(x))))
+        with torch.no_grad():
+            for branch in [] if batch_norm else branches:
+                branch[0].get_parameter("weight").div_(math.sqrt(len(branches)))
+                branch[-1].get_parameter("weight").zero_()
 
 
 def _convolution(

@@ -5,14 +5,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retrograde.engine.branches import Residual
 
-__all__ = ["MLP", "ResMLP"]
 
-
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     r"""Linear layers with ReLU between: x (B, \*input_shape) → logits (B, classes)."""
 
     def __init__(
@@ -25,12 +23,8 @@ class MLP(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Return logits (B, classes) of x (B, \*input_shape)."""
-        return self.head(self.body(x))
 
-
-class ResMLP(nn.Module):
+class ResMLP(nn.Sequential):
     r"""Residual branches Linear-ReLU-Linear on one width: x (B, \*input_shape) → logits (B, classes).
 
     The last layer of each branch starts small, by 1/√depth, so that depth does not blow up the activations
@@ -48,7 +42,3 @@ class ResMLP(nn.Module):
         with torch.no_grad():
             for branch in branches:
                 branch[-1].get_parameter("weight").div_(math.sqrt(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Return logits (B, classes) of x (B, \*input_shape)."""
-        return self.head(self.blocks(self.stem(x)))

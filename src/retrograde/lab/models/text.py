@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from retrograde.engine.branches import Residual
 from retrograde.lab.models.transformer import blocks
 
-__all__ = ["TextBag", "TextCNN", "TextResidual", "TextTransformer", "masked_mean"]
-
 
 def masked_mean(x: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean (B, D) of x (B, L, D) over the places where tokens (B, L) are not padding."""

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from retrograde.engine.branches import Residual
 
-__all__ = ["GPT", "SelfAttention", "ViT", "blocks"]
-
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention: x (B, L, D) → (B, L, D); ``causal`` hides what comes later."""
