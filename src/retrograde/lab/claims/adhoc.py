@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from retrograde.errors import OptionError
-from retrograde.lab.claims.definition import Claim, Contestant, Range, Tuning
+from retrograde.lab.claims.definition import Claim, Range, Tuning, Variant
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 
@@ -42,12 +42,12 @@ def comparison(
         raise OptionError(f"seeds={seeds} must be 1 or more, and trials={trials} must be 0 or more.")
     if not methods and not peers:
         raise OptionError("nothing to compare: pass --methods or --peers.")
-    contestants = {BASELINE: Contestant(label="plain")}
+    contestants = {BASELINE: Variant(label="plain")}
     for one, kind in (*((m, "methods") for m in methods), *((p, "peers") for p in peers)):
         name = "+".join(one)
         if name in contestants:
             raise OptionError(f"{name} is named twice. Name each method and peer once.")
-        contestants[name] = Contestant.model_validate({kind: one, "label": name})
+        contestants[name] = Variant.model_validate({kind: one, "label": name})
     fields = recipe.model_dump(mode="json", exclude={"methods", "peers", "seed"}, exclude_unset=True)
     rate = Range(low=recipe.learning_rate / _AROUND, high=recipe.learning_rate * _AROUND)
     fixed = f"all at the learning rate {recipe.learning_rate:g}, which was not searched for"
@@ -68,7 +68,7 @@ def comparison(
     )
 
 
-def _grows(contestants: Iterable[Contestant]) -> bool:
+def _grows(contestants: Iterable[Variant]) -> bool:
     """Whether a model may end with another number of parameters than it began with."""
     known = available()
     return any(known[name].adds_parameters for one in contestants for name in one.methods if name in known)

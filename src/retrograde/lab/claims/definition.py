@@ -65,7 +65,7 @@ class Tuning(_Table):
     seed: int = 1000
 
 
-class Contestant(_Table):
+class Variant(_Table):
     """What is run beside the others.
 
     Attributes:
@@ -155,7 +155,7 @@ class Claim(_Table):
     equal: Literal["steps", "seconds"] = "steps"
     target: str | None = None
     measures: list[Literal["sharpness"]] = Field(default_factory=list)
-    contestants: dict[str, Contestant] = Field(default_factory=dict)
+    contestants: dict[str, Variant] = Field(default_factory=dict)
     checks: list[Check] = Field(default_factory=list)
     table: list[MetricName] = Field(default=["accuracy", "zeros", "needed", "executed", "seconds"])
     quick: dict[str, Any] = Field(default_factory=dict)

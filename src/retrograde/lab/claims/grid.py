@@ -13,7 +13,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import files, machine
 from retrograde.lab.claims.cells import Cell, pace, train_together
 from retrograde.lab.claims.definition import Claim, content_hash
-from retrograde.lab.claims.jobs import Job, State, Stop, Tell, run_all
+from retrograde.lab.claims.jobs import Job, State, Stop, run_all
 from retrograde.lab.claims.metrics import summary
 from retrograde.lab.claims.result import Entry, Result, Run, Trial
 from retrograde.lab.claims.tuning import Search
@@ -96,19 +96,15 @@ class Grid:
             for search in self.searches
             if search.waiting()
         ]
-        known = None if tuning else self.changes()
-        seeds = self._seed_jobs(known)
-        state = State(show, sum(job.weight for job in (*tuning, *seeds)))
+        epochs = sum(self.claim.recipe_of(name).epochs for name in self.claim.contestants)
+        state = State(show, sum(job.weight for job in tuning) + self.claim.seeds * epochs)
         run_all(tuning, self.places.jobs, state, stop)
-        if known is None:
-            state.what = "timing a step of each variant"
-            state.show()
-            if self.claim.equal == "seconds":
-                self._pace(stop)
-            known = self.changes()
-            seeds = self._seed_jobs(known)
+        changes = self._changes(state, stop)
+        seeds = self._seed_jobs(changes)
+        # Some seeds may have run before, and an equal time may make them longer or shorter.
+        state.total = state.finished + sum(job.weight for job in seeds)
         run_all(seeds, self.places.jobs, state, stop)
-        return self._sum_up(known or {}, quick=quick, command=command)
+        return self._sum_up(changes, quick=quick, command=command)
 
     def cells(self, seed: int, changes: dict[str, dict[str, Any]]) -> tuple[Cell, ...]:
         """The runs of one seed, with what the searches found."""
@@ -123,46 +119,31 @@ class Grid:
         folder = self.places.folder / RUNS / f"{name}-{seed}-{key}"
         return Cell(name, recipe, folder, self.claim.title, self.labels[name])
 
-    def changes(self) -> dict[str, dict[str, Any]] | None:
-        """What searches and timing made of each variant's recipe; None while that is not known."""
-        if any(search.waiting() for search in self.searches):
-            return None
-        found = self._searched()
+    def _changes(self, state: State, stop: Stop) -> dict[str, dict[str, Any]]:
+        """What searches, and timing where the time is to be equal, made of each variant's recipe."""
+        found = {name: {} for name in self.claim.contestants} | {s.name: s.best() for s in self.searches}
         if self.claim.equal == "steps":
             return found
-        path = self._pace_path(found)
+        recipes = {name: self.claim.recipe_of(name, one) for name, one in found.items()}
+        key = content_hash({name: recipe.model_dump(mode="json") for name, recipe in recipes.items()})
+        path = self.places.folder / f"pace-{key}.json"
         if not path.is_file():
-            return None
+            state.what = "timing a step of each variant"
+            state.show()
+            cells = [
+                Cell(name, recipe, self.places.folder / "pace" / name) for name, recipe in recipes.items()
+            ]
+            seconds, steps = pace(cells, PACE_STEPS, self.places.data_dir, stop)
+            files.write_json(path, {"step_seconds": seconds, "steps": steps})
         timed = files.read_json(path)
-        seconds: dict[str, float] = timed["step_seconds"]
-        whole: float = timed["steps"] * seconds[self.claim.baseline]
-        return {name: {**one, "steps": max(1, round(whole / seconds[name]))} for name, one in found.items()}
-
-    def _searched(self) -> dict[str, dict[str, Any]]:
-        """What the searches found; nothing for variants of a claim without."""
-        return {name: {} for name in self.claim.contestants} | {s.name: s.best() for s in self.searches}
-
-    def _pace(self, stop: Stop) -> None:
-        """Learn what a step of each variant takes, all in turns."""
-        found = self._searched()
-        cells = [
-            Cell(name, self.claim.recipe_of(name, one), self.places.folder / "pace" / name)
+        whole: float = timed["steps"] * timed["step_seconds"][self.claim.baseline]
+        return {
+            name: {**one, "steps": max(1, round(whole / timed["step_seconds"][name]))}
             for name, one in found.items()
-        ]
-        seconds, steps = pace(cells, PACE_STEPS, self.places.data_dir, stop)
-        files.write_json(self._pace_path(found), {"step_seconds": seconds, "steps": steps})
-
-    def _pace_path(self, found: dict[str, dict[str, Any]]) -> Path:
-        recipes = {
-            name: self.claim.recipe_of(name, one).model_dump(mode="json") for name, one in found.items()
         }
-        return self.places.folder / f"pace-{content_hash(recipes)}.json"
 
-    def _seed_jobs(self, changes: dict[str, dict[str, Any]] | None) -> list[Job]:
-        """Seeds that are not finished; all of them while their recipes are not known."""
-        if changes is None:
-            weight = sum(self.claim.recipe_of(name).epochs for name in self.claim.contestants)
-            return [Job(f"seed {seed}", weight, self._work(())) for seed in range(self.claim.seeds)]
+    def _seed_jobs(self, changes: dict[str, dict[str, Any]]) -> list[Job]:
+        """Seeds that are not finished."""
         seeds = [(seed, self.cells(seed, changes)) for seed in range(self.claim.seeds)]
         waiting = [(seed, cells) for seed, cells in seeds if any(cell.outcome() is None for cell in cells)]
         # Processes that would wait for the last seeds take variants of theirs.
@@ -170,10 +151,14 @@ class Grid:
         jobs = [(f"seed {seed}", cells) for seed, cells in waiting[:whole]]
         for seed, cells in waiting[whole:]:
             jobs += [(f"seed {seed}, {self.labels[cell.name]}", (cell,)) for cell in cells]
-        return [Job(what, sum(c.recipe.epochs for c in cells), self._work(cells)) for what, cells in jobs]
-
-    def _work(self, cells: tuple[Cell, ...]) -> Callable[[Tell, Stop], None]:
-        return partial(train_together, cells, self.places.data_dir, measures=self.claim.measures)
+        return [
+            Job(
+                what,
+                sum(cell.recipe.epochs for cell in cells),
+                partial(train_together, cells, self.places.data_dir, measures=self.claim.measures),
+            )
+            for what, cells in jobs
+        ]
 
     def _sum_up(self, changes: dict[str, dict[str, Any]], *, quick: bool, command: str) -> Result:
         claim = self.claim

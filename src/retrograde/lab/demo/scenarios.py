@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from retrograde.lab.claims.definition import Claim, Contestant
+from retrograde.lab.claims.definition import Claim, Variant
 from retrograde.lab.recipe import Recipe
 
 BASELINE = "plain"
@@ -70,8 +70,8 @@ def _convolutions() -> Scenario:
         "approximation; Dither makes more zeros.",
         recipe,
         {
-            "exact": Contestant(label="exact skipping", methods={"dither": {"scale": 0.0}}),
-            "dither": Contestant(label="Dither(scale=1)", methods={"dither": {"scale": 1.0}}),
+            "exact": Variant(label="exact skipping", methods={"dither": {"scale": 0.0}}),
+            "dither": Variant(label="Dither(scale=1)", methods={"dither": {"scale": 1.0}}),
         },
         ["step_seconds", "accuracy", "zeros", "executed"],
     )
@@ -96,7 +96,7 @@ def _correlated() -> Scenario:
         "Pixels move together, and so do hidden features. Decorrelate learns from coordinates that do not.",
         recipe,
         {
-            "decorrelate": Contestant(
+            "decorrelate": Variant(
                 label="Decorrelate(rank=16)", methods={"decorrelate": {"rank": 16, "every": 16}}
             )
         },
@@ -119,7 +119,7 @@ def _deep() -> Scenario:
         "Skipping whole branches: a deep residual network",
         "DeepFocus leaves out the backward pass of the branches whose error is small.",
         recipe,
-        {"deepfocus": Contestant(label="DeepFocus(q_skip=0.6)", methods={"deepfocus": options})},
+        {"deepfocus": Variant(label="DeepFocus(q_skip=0.6)", methods={"deepfocus": options})},
         ["backward_seconds", "discounted_backward", "step_seconds", "accuracy"],
     )
     return Scenario(claim, "backward_seconds", "backward pass", "step_seconds", least_epochs=2)
@@ -145,13 +145,13 @@ def _tiny() -> Scenario:
         "Perforate grows artificial dendrites on a trained layer. The baseline has as many parameters without any.",
         recipe,
         {
-            "narrow": Contestant(label="4 neurons", recipe=narrow),
-            "perforate": Contestant(
+            "narrow": Variant(label="4 neurons", recipe=narrow),
+            "perforate": Variant(
                 label="4 neurons, Perforate()", methods={"perforate": options}, recipe=narrow
             ),
         },
         ["accuracy", "parameters", "seconds"],
-        baseline=Contestant(label="9 neurons, plain", recipe={"model_options": {"widths": [9]}}),
+        baseline=Variant(label="9 neurons, plain", recipe={"model_options": {"widths": [9]}}),
     )
     return Scenario(claim, "accuracy", "at equal parameters", least_epochs=18, without="narrow")
 
@@ -172,7 +172,7 @@ def _transformer() -> Scenario:
         "Keeping less for the backward pass: a transformer",
         "Spectral keeps the leading directions of each layer’s input in most steps, in place of the whole input.",
         recipe,
-        {"spectral": Contestant(label="Spectral(full_every=4)", methods={"spectral": options})},
+        {"spectral": Variant(label="Spectral(full_every=4)", methods={"spectral": options})},
         ["mean_saved_bytes", "saved_bytes", "step_seconds", "accuracy"],
     )
     return Scenario(claim, "mean_saved_bytes", "kept for the backward pass")
@@ -183,10 +183,10 @@ def _claim(
     title: str,
     sentence: str,
     recipe: Recipe,
-    methods: dict[str, Contestant],
+    methods: dict[str, Variant],
     table: list[str],
     *,
-    baseline: Contestant | None = None,
+    baseline: Variant | None = None,
     target: str | None = None,
 ) -> Claim:
     return Claim(
@@ -195,7 +195,7 @@ def _claim(
         claim=sentence,
         source="",
         recipe=recipe.model_dump(mode="json", exclude_unset=True),
-        contestants={BASELINE: baseline or Contestant(label="plain"), **methods},
+        contestants={BASELINE: baseline or Variant(label="plain"), **methods},
         table=table,
         target=target,
     )
