@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
-from retrograde.kernels import compiled, dispatch
+from retrograde.kernels import compiled, dispatch, reference
 from retrograde.kernels import work as kernel_work
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
@@ -108,11 +108,7 @@ class Convolution:
 
     def plain(self, delta: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """dx and dW, torch's own, in one call."""
-        g = self._geometry()
-        settings = (g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
-        mask = [True, True, False]
-        dx, dw, _ = torch.ops.aten.convolution_backward(delta, x, weight, None, *settings, mask)
-        return dx, dw
+        return reference.convolution_grads(Delta(delta), x, weight, self._geometry())
 
     def fixed(self, kernel: str, delta: Delta, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Both by one kernel."""

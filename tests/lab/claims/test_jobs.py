@@ -87,7 +87,7 @@ def test_a_childs_exception_reaches_the_parent(tmp_path: Path) -> None:
 class Told:
     """A queue of what children told, in an order of the test's own."""
 
-    def __init__(self, *items: tuple[int, float] | Callable[[], None]) -> None:
+    def __init__(self, *items: tuple[str, float] | Callable[[], None]) -> None:
         self.items = list(items)
 
     def get(self, timeout: float) -> Any:
@@ -104,7 +104,7 @@ def test_what_a_finished_job_told_late_is_not_counted() -> None:
     jobs = [job("first", 1.0), job("second", 1.0)]
     futures: list[Future[None]] = [Future(), Future()]
     futures[0].set_result(None)
-    told = Told((1, 0.5), (0, 0.9), lambda: futures[1].set_result(None))
-    jobs_module._watch(dict(zip(futures, jobs, strict=True)), jobs, told, state, never)
+    told = Told(("second", 0.5), ("first", 0.9), lambda: futures[1].set_result(None))
+    jobs_module._watch(dict(zip(futures, jobs, strict=True)), told, state, never)
     assert [done for done, _ in found] == sorted(done for done, _ in found)
     assert (state.done, state.running) == (2.0, {})

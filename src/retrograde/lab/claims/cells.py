@@ -2,8 +2,9 @@
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,12 +72,9 @@ def train_together(
     sets = {} if sets is None else sets
     trainers: list[Trainer] = []
 
-    def progress(cell: Cell) -> Callable[[Progress], None]:
-        def note(now: Progress) -> None:
-            done[cell.name] = now.step / now.steps
-            tell(sum(done.values()) / len(done))
-
-        return note
+    def note(cell: Cell, now: Progress) -> None:
+        done[cell.name] = now.step / now.steps
+        tell(sum(done.values()) / len(done))
 
     try:
         for cell in waiting:
@@ -85,7 +83,7 @@ def train_together(
                 cell.folder,
                 _load(cell.recipe, data_dir, sets),
                 resume=(cell.folder / files.CHECKPOINT).exists(),
-                progress=progress(cell),
+                progress=partial(note, cell),
                 stop=stop,
                 group=cell.group,
                 label=cell.label,

@@ -1,5 +1,6 @@
 """Jobs in this process or in several, with one account of what is done."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -23,7 +24,7 @@ class Job:
     """Something that one process does.
 
     Attributes:
-        what: in words.
+        what: in words; no two jobs share them.
         weight: its share of all work.
         work: called with a function that is told how much is done, 0 to 1, and one that says whether to stop. It is
             sent to another process where there are several.
@@ -88,11 +89,9 @@ def run_all(jobs: Sequence[Job], processes: int, state: State, stop: Stop) -> No
     told: Any = context.Queue()
     halt: Any = context.Event()
     with ProcessPoolExecutor(processes, context, _begin, (told, halt, threads, os.getpid())) as pool:
-        running: dict[Future[None], Job] = {
-            pool.submit(_work, number, job.work): job for number, job in enumerate(jobs)
-        }
+        running = {pool.submit(_work, job.what, job.work): job for job in jobs}
         try:
-            _watch(running, jobs, told, state, stop)
+            _watch(running, told, state, stop)
         except BaseException:
             halt.set()
             for future in running:
@@ -100,22 +99,18 @@ def run_all(jobs: Sequence[Job], processes: int, state: State, stop: Stop) -> No
             raise
 
 
-def _watch(
-    running: dict[Future[None], Job], jobs: Sequence[Job], told: Any, state: State, stop: Stop
-) -> None:
-    waiting = set(running)
-    while waiting:
-        try:
-            number, share = told.get(timeout=_TELL_SECONDS)
+def _watch(running: dict[Future[None], Job], told: Any, state: State, stop: Stop) -> None:
+    """See all jobs to their ends; what has ended is taken out of `running`."""
+    while running:
+        with contextlib.suppress(queue.Empty):
+            what, share = told.get(timeout=_TELL_SECONDS)
             # A child's last word may come after the news of its end.
-            if any(running[future] is jobs[number] for future in waiting):
-                state.tell(jobs[number], share)
-        except queue.Empty:
-            pass
-        for future in [future for future in waiting if future.done()]:
+            for job in running.values():
+                if job.what == what:
+                    state.tell(job, share)
+        for future in [future for future in running if future.done()]:
             future.result()
-            waiting.discard(future)
-            state.finish(running[future])
+            state.finish(running.pop(future))
         if stop():
             raise KeyboardInterrupt
 
@@ -136,7 +131,7 @@ def _begin(told: Any, halt: Any, threads: int, parent: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def _work(number: int, work: Callable[[Tell, Stop], None]) -> None:
+def _work(what: str, work: Callable[[Tell, Stop], None]) -> None:
     last = 0.0
 
     def tell(share: float) -> None:
@@ -144,7 +139,7 @@ def _work(number: int, work: Callable[[Tell, Stop], None]) -> None:
         now = time.monotonic()
         if now - last > _TELL_SECONDS:
             last = now
-            _told.put((number, share))
+            _told.put((what, share))
 
     # A parent that was killed sets no event.
     work(tell, lambda: bool(_halt.is_set()) or os.getppid() != _parent)

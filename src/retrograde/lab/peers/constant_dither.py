@@ -86,11 +86,8 @@ class _ConstantRule(Rule):
 
     def metrics(self) -> dict[str, float]:
         """Last Δ, largest level so far and the bits that it needs with its sign."""
-        return {
-            "step": self._step_size,
-            "largest_level": self._largest_level,
-            "bits": self._largest_level.bit_length() + 1 if self._largest_level else 0,
-        }
+        bits = self._largest_level.bit_length() + 1 if self._largest_level else 0
+        return {**self.state_dict(), "bits": bits}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step_size, "largest_level": self._largest_level}
