@@ -11,23 +11,21 @@ saved relative to plain divided by the backward FLOPs saved, is 0.8 or more.
 Results: results/deepfocus-backward-time.json
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from reports import arguments, head
 from torch import nn
 
 import retrograde as rg
 from retrograde.engine.branches import Residual
-from retrograde.lab import files, machine
+from retrograde.lab import files
 from retrograde.lab.models import transformer
 from retrograde.methods.deepfocus import DeepFocus
 
-RESULT = Path(__file__).parent.parent / "results" / "deepfocus-backward-time.json"
 DEPTH = 16
 
 
@@ -108,26 +106,19 @@ def measure(make: Any, rounds: int, device: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure both models, and print."""
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__, "deepfocus-backward-time.json")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    commit = machine.commit()
     torch.set_num_threads(options.threads)
+    report = head(
+        "DeepFocus: backward time and counted FLOPs at about half of the calls skipped", options.device
+    )
     models = {"residual_mlp": residual_mlp, "transformer": small_transformer}
     found = {name: measure(make, options.rounds, options.device) for name, make in models.items()}
-    report = {
-        "schema": 1,
-        "what": "DeepFocus: backward time and counted FLOPs at about half of the calls skipped",
-        "command": "python repro/deepfocus_backward_time.py",
-        "machine": machine.describe(torch.device(options.device)),
-        "commit": commit,
-        **found,
-    }
     print(json.dumps(found, indent=2))
-    files.write_json(options.out, report)
+    files.write_json(options.out, {**report, **found})
 
 
 if __name__ == "__main__":

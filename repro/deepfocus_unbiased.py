@@ -8,11 +8,11 @@ unbiased estimate).
 Results: printed
 """
 
-import argparse
 import json
 import warnings
 
 import torch
+from reports import arguments
 from torch import nn
 
 import retrograde as rg
@@ -44,7 +44,7 @@ def gradient(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Draw, and print."""
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__)
     parser.add_argument("--draws", type=int, default=20_000)
     parser.add_argument("--low", default="none", choices=("none", "int8", "bfloat16"))
     options = parser.parse_args()

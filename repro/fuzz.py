@@ -11,9 +11,7 @@ on after its last chunk, as long as the library is the same. `--only` runs one c
 Results: results/fuzz.json
 """
 
-import argparse
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -23,11 +21,11 @@ from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from reports import arguments, head
 
-from retrograde.lab import files, machine
+from retrograde.lab import files
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "results" / "fuzz.json"
 CHUNK = 100
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -70,24 +68,17 @@ def unchanged(commit: str | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "fuzz.json")
     parser.add_argument("--cases", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run this chunk alone, and print what is wrong")
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only is not None:
         print(files.to_json(run(options.only, CHUNK, options.seed), indent=2))
         return
     report: dict[str, Any] = {
-        "schema": 1,
-        "what": "generated programs, attached against plain",
-        "command": shlex.join(["python", "repro/fuzz.py", *sys.argv[1:]]),
-        "machine": machine.describe(torch.device("cpu")),
-        "commit": machine.commit(),
+        **head("generated programs, attached against plain"),
         "seed": options.seed,
         "chunk": CHUNK,
         "chunks": 0,

@@ -15,25 +15,22 @@ no time there: the question is how little it takes. Writes ``results/gpu-kernels
 Results: results/gpu-kernels.json
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
+from reports import arguments, head
 from torch import Tensor, nn
 
 import retrograde as rg
 from retrograde.kernels import reference
-from retrograde.lab import files, machine
+from retrograde.lab import files
 from retrograde.maths import dither
 from retrograde.maths.philox import mix_key
 
-RESULT = Path(__file__).parent.parent / "results" / "gpu-kernels.json"
 SHAPES = ((4096, 4096, 4096), (8192, 1024, 4096), (512, 1024, 1024))
 """(rows, outputs, inputs) of the layers."""
 DTYPES = (torch.float32, torch.bfloat16)
@@ -171,23 +168,10 @@ def measure(shapes: Sequence[tuple[int, int, int]], rounds: int, device: str) ->
     return found
 
 
-def described() -> dict[str, Any]:
-    """The machine, also where retrograde is a source folder on the path rather than installed."""
-    device = torch.device("cuda")
-    try:
-        found = machine.describe(device)
-    except PackageNotFoundError:
-        found = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    import triton
-
-    return {**found, "cuda": torch.version.cuda, "triton": triton.__version__}
-
-
 def main() -> None:
     """Check, measure, print and write."""
-    parser = argparse.ArgumentParser()
+    parser = arguments(__doc__, "gpu-kernels.json")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_kernels: torch sees no CUDA device here; this script measures one.")
@@ -198,18 +182,20 @@ def main() -> None:
     if not cuda.supports(torch.ones(1, device="cuda")):
         sys.exit("gpu_kernels: the kernels need an NVIDIA GPU of compute capability 8.0 or later.")
     torch.manual_seed(0)
-    commit = machine.commit()
+    report = head("Dithering beside a linear layer's products, and such a layer plain and attached", "cuda")
     checks = check("cuda", (1, 3, 4099, 5_000_001)) | check_silence("cuda")
     failed = [name for name, passed in checks.items() if not passed]
     print(f"{len(checks) - len(failed)} of {len(checks)} checks passed")
     if failed:
         sys.exit("gpu_kernels: wrong results, so nothing was measured: " + ", ".join(failed))
-    report = {
-        "schema": 1,
-        "what": "Dithering beside a linear layer's products, and such a layer plain and attached",
-        "command": "python repro/gpu_kernels.py",
-        "machine": described(),
-        "commit": commit,
+    import triton
+
+    report["machine"] |= {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+    report |= {
         "checks": len(checks),
         "rounds": options.rounds,
         "calls": CALLS,

@@ -16,8 +16,6 @@ Writes ``results/kernel-growth.json``, from which ``docs/make_performance.py`` m
 Results: results/kernel-growth.json
 """
 
-import argparse
-import shlex
 import sys
 import time
 from collections import Counter
@@ -32,14 +30,15 @@ from llvmlite import ir
 from numba import njit, prange, set_num_threads, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from reports import RESULTS, arguments, head
 from torch import Tensor
 
 from retrograde.kernels import choose, linear
-from retrograde.lab import contestants, files, machine
+from retrograde.lab import contestants, files
 from retrograde.lab.contestants import Convolution, Linear, Shape
 from retrograde.lab.timing import interleave
 
-RESULT = Path(__file__).parent.parent / "results" / "kernel-growth.json"
+RESULT = RESULTS / "kernel-growth.json"
 ROUNDS, QUICK_ROUNDS = 25, 2
 USUAL = 0.92
 """Zeros where something else is varied."""
@@ -95,7 +94,7 @@ def measure(sweep: str, point: Point, rounds: int) -> list[dict[str, Any]]:
     levels = contestants.dithered(delta, scale)
     everything = delta.numel() * weight[0].numel()
     needed = (delta.numel() - levels.zeros) * weight[0].numel()
-    chosen = [how for _, how in shape.chosen(levels, x, weight)]
+    chosen = shape.chosen(levels, x, weight)
     # δ, x and the weight are read, gradients of the latter two written.
     numbers = delta.numel() + 2 * x.numel() + 2 * weight.numel()
 
@@ -104,7 +103,7 @@ def measure(sweep: str, point: Point, rounds: int) -> list[dict[str, Any]]:
         if name == "auto":
             counts: Counter[str] = Counter()
             for how in chosen:
-                counts[precision(how.kernel)] += needed if how.skips_zeros else everything
+                counts[precision(how.kernel)] += round(how.executed / 2)
             return dict(counts)
         return {precision(name): 2 * (needed if name in linear.SKIPPING else everything)}
 
@@ -269,9 +268,7 @@ def caches() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure all, and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -279,8 +276,8 @@ def main() -> None:
     options = parser.parse_args()
     rounds: int = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     out: Path | None = options.out or (None if options.quick else RESULT)
-    commit = machine.commit()
     torch.set_num_threads(options.threads)
+    report = head("kernels of a backward pass against batch, width, channels and zeros; roofs of the machine")
     began = time.perf_counter()
 
     def say(what: str) -> None:
@@ -299,13 +296,8 @@ def main() -> None:
     say("roofs")
     roofs.measure()
     say("done")
-    report = {
-        "schema": 1,
-        "what": "kernels of a backward pass against batch, width, channels and zeros; roofs of the machine",
-        "command": shlex.join(["python", "repro/kernel_growth.py", *sys.argv[1:]]),
+    report |= {
         "rounds": rounds,
-        "machine": machine.describe(torch.device("cpu")),
-        "commit": commit,
         "seconds": time.perf_counter() - began,
         "caches": list(caches()),
         "roofs": roofs.found(),

@@ -11,11 +11,9 @@ method, and the phases and moments in which the kills fell.
 Results: results/kills.json
 """
 
-import argparse
 import mmap
 import os
 import random
-import shlex
 import signal
 import sys
 import tempfile
@@ -26,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import arguments, head
 from torch import Tensor, nn
 
 import retrograde as rg
 from retrograde.engine.slots import Method
 from retrograde.host import write_atomically
-from retrograde.lab import files, machine
+from retrograde.lab import files
 
-RESULT = Path(__file__).parent.parent / "results" / "kills.json"
 STEPS, SAVE_EVERY, REPORT_EVERY = 240, 3, 4
 MOMENTS = ("starting", "forward and backward", "optimizer step", "saving")
 
@@ -196,15 +194,13 @@ def kill(name: str, kills: int, folder: Path, dice: random.Random) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "kills.json")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    commit, dice, began = machine.commit(), random.Random(options.seed), time.perf_counter()
+    what = f"runs of {STEPS} steps, killed at random moments and resumed, against runs that nobody killed"
+    report, dice, began = head(what), random.Random(options.seed), time.perf_counter()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         # What is loaded late is loaded now, once for all processes. Dither alone starts no threads, which do not fork.
@@ -212,12 +208,7 @@ def main() -> None:
         for name in METHODS:
             rows.append(kill(name, -(-options.kills // len(METHODS)), Path(folder), dice))
             print(name, {k: v for k, v in rows[-1].items() if k != "method"}, file=sys.stderr, flush=True)
-    report = {
-        "schema": 1,
-        "what": f"runs of {STEPS} steps, killed at random moments and resumed, against runs that nobody killed",
-        "command": shlex.join(["python", "repro/kills.py", *sys.argv[1:]]),
-        "machine": machine.describe(torch.device("cpu")),
-        "commit": commit,
+    report |= {
         "seed": options.seed,
         "seconds": time.perf_counter() - began,
         **{key: sum(row[key] for row in rows) for key in ("kills", "runs", "lost", "different")},

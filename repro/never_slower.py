@@ -10,20 +10,19 @@ About 6 minutes on two cores.
 Results: results/never-slower.json
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from reports import arguments, head
 from torch import Tensor, nn
 
 from retrograde import attach, make_plan
 from retrograde.kernels import choose, cpu, linear
-from retrograde.lab import contestants, machine
+from retrograde.lab import contestants
 from retrograde.lab.contestants import Convolution, Linear, Shape
 from retrograde.lab.files import write_json
 from retrograde.lab.timing import interleave
@@ -49,16 +48,11 @@ SHAPES: tuple[Shape, ...] = (*(Linear(*shape) for shape in LINEAR), *CONVOLUTION
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "never-slower.json")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only so many, for a trial")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parents[1] / "results" / "never-slower.json"
-    )
     options = parser.parse_args()
-    commit = machine.commit()
+    report = head("attached layers against plain ones, and forecasts against what was measured")
     choose.model()
     rows: list[dict[str, Any]] = []
     products: list[dict[str, Any]] = []
@@ -74,19 +68,12 @@ def main() -> None:
                 f"measured {r['measured_seconds'] * 1e3:.3f} ms",
                 flush=True,
             )
-    result = {
-        "schema": 1,
-        "what": "attached layers against plain ones, and forecasts against what was measured",
-        "command": "python repro/never_slower.py",
-        "rounds": options.rounds,
-        "machine": machine.describe(torch.device("cpu")),
-        "commit": commit,
-        "summary": summary(rows, products),
-        "rows": rows,
-        "products": products,
-    }
-    print(result["summary"])
-    write_json(options.out, result)
+    found = summary(rows, products)
+    print(found)
+    write_json(
+        options.out,
+        {**report, "rounds": options.rounds, "summary": found, "rows": rows, "products": products},
+    )
 
 
 def layer_row(shape: Shape, sparsity: float, rounds: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ the end ``results/public-scripts.json`` is written. About half an hour on one co
 Results: results/public-scripts.json
 """
 
-import argparse
 import copy
 import functools
 import itertools
@@ -26,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import arguments, head
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrograde as rg
 from retrograde.engine.slots import Method
-from retrograde.lab import data, files, machine
+from retrograde.lab import data, files
 
-RESULT = Path(__file__).parent.parent / "results" / "public-scripts.json"
 ROWS = Path("runs/public-scripts.jsonl")
 
 METHODS: dict[str, Method] = {
@@ -776,13 +775,12 @@ def train(script: str, method: Method | None, steps: int, seed: int) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__, "public-scripts.json")
     parser.add_argument("--scripts", nargs="+", choices=[*SCRIPTS], default=[*SCRIPTS])
     parser.add_argument("--methods", nargs="+", choices=["plain", *METHODS], default=["plain", *METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the methods")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=Path, default=ROWS)
-    parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -801,18 +799,8 @@ def main() -> None:
                 with given.rows.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
     rows = [row for row in done if row["steps"] == given.steps]
-    files.write_json(
-        given.out,
-        {
-            "schema": 1,
-            "what": f"{given.steps} steps of training scripts in their public form, plain and with each method",
-            "command": "python repro/public_scripts.py",
-            "machine": machine.describe(torch.device("cpu")),
-            "commit": machine.commit(),
-            "summary": _summary(rows),
-            "rows": rows,
-        },
-    )
+    what = f"{given.steps} steps of training scripts in their public form, plain and with each method"
+    files.write_json(given.out, {**head(what), "summary": _summary(rows), "rows": rows})
 
 
 def _row(key: dict[str, Any]) -> dict[str, Any]:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import RESULTS, arguments, head
 from torch import nn
 from torch.nn import functional as F
 
 import retrograde as rg
-from retrograde.lab import data, files, machine, models
+from retrograde.lab import data, files, models
 from retrograde.methods.spectral import Spectral
-
-RESULTS = Path(__file__).parent.parent / "results"
 
 
 def arms(rank: int, full_every: int) -> dict[str, Spectral | None]:
@@ -89,9 +88,7 @@ def run(
 
 def main() -> None:
     """Run the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--data", default="fashion_mnist")
     parser.add_argument("--model", default="mlp-small")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
@@ -112,8 +109,8 @@ def main() -> None:
     options.lr = options.lr or {"sgd": 0.05, "adamw": 1e-3}[options.optimizer]
     out: Path = options.out or RESULTS / f"spectral-ablation-{options.optimizer}.json"
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "arms")}
-    commit = machine.commit()
     torch.set_num_threads(1)
+    report = head(f"Spectral's subspaces, {options.data}, {options.model}, {options.optimizer}")
     images = data.load(options.data, limit=options.limit)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     table: dict[str, Any] = {}
@@ -129,16 +126,7 @@ def main() -> None:
         last = [r["accuracy"][-1] for r in runs]
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
         table[name] = {"mean": round(statistics.mean(last), 4), "std": round(spread, 4), "runs": runs}
-        report = {
-            "schema": 1,
-            "what": f"Spectral's subspaces, {options.data}, {options.model}, {options.optimizer}",
-            "command": f"python repro/spectral_ablation.py --optimizer {options.optimizer}",
-            "machine": machine.describe(torch.device("cpu")),
-            "commit": commit,
-            "options": asked,
-            "results": table,
-        }
-        files.write_json(out, report)
+        files.write_json(out, {**report, "options": asked, "results": table})
     for name, row in table.items():
         print(f"{name:18} {row['mean']:.4f} ± {row['std']:.4f}")
 

@@ -16,13 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from reports import RESULTS, arguments, head
 
-from retrograde.lab import files, machine
+from retrograde.lab import files
 from retrograde.methods.registry import available
 from retrograde.report import write
-
-RESULT = Path(__file__).parent.parent / "results" / "two-epochs.json"
 
 TASKS = {"fashion_mnist": "mlp", "cifar10": "resnet-small", "imdb": "text-cnn"}
 
@@ -39,7 +37,7 @@ ALLOWED = 0.03
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--data", nargs="+", choices=[*TASKS], default=[*TASKS])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -58,15 +56,8 @@ def main() -> None:
         )
     write([given.runs], given.runs / "report.html", "Two epochs of every method")
     if set(given.data) == set(TASKS):
-        content = {
-            "schema": 1,
-            "what": f"{given.epochs} epochs of every method through `retrograde train`, seed {given.seed}",
-            "command": "python repro/two_epochs.py",
-            "machine": machine.describe(torch.device("cpu")),
-            "commit": machine.commit(),
-            "rows": rows,
-        }
-        files.write_json(RESULT, content)
+        what = f"{given.epochs} epochs of every method through `retrograde train`, seed {given.seed}"
+        files.write_json(RESULTS / "two-epochs.json", {**head(what), "rows": rows})
 
 
 def _train(given: argparse.Namespace, data: str, method: str) -> Path:

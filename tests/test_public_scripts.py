@@ -29,7 +29,12 @@ def _scripts() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[FILE.stem] = module
-    spec.loader.exec_module(module)
+    # As when it is run: what the scripts share lies beside them.
+    sys.path.insert(0, str(FILE.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FILE.parent))
     return module
 
 
