@@ -50,48 +50,45 @@ def find(check: Check, result: Result) -> Finding:
     least = check.at_least is not None
     limit = check.at_least if check.at_least is not None else check.at_most
     assert limit is not None
-    other = check.minus or check.over
-    finding = Finding(
+    paired = check.minus or check.over
+    by = check.by or ("interval" if paired else "mean")
+    found, remark = _figure(check, result)
+
+    def beyond(threshold: float) -> bool:
+        if found is None:
+            return False
+        end = found.low if least else found.high
+        decides = found.mean if by == "mean" or end is None else end
+        return decides >= threshold if least else decides <= threshold
+
+    return Finding(
         says=check.says,
         metric=check.metric,
         kind="difference" if check.minus else "ratio" if check.over else "figure",
-        value=None,
-        low=None,
-        high=None,
+        value=found and found.mean,
+        low=found and found.low,
+        high=found and found.high,
         bound=limit,
         direction="at least" if least else "at most",
-        by=check.by or ("interval" if other else "mean"),
-        holds=False,
-        exceeds=None if check.exceeds is None else False,
+        by=by,
+        holds=beyond(limit),
+        exceeds=None if check.exceeds is None else beyond(check.exceeds),
+        remark=remark,
     )
-    ours = result.figures(check.of, check.metric)
+
+
+def _figure(check: Check, result: Result) -> tuple[Estimate | None, str]:
+    """What a check looks at; None where seeds have no figure; and what a reader must know of it."""
+    ours, other = result.figures(check.of, check.metric), check.minus or check.over
     values = _known(ours)
     if values is None:
-        finding.remark = f"{check.of} has no figure for {ours.count(None)} of {len(ours)} seeds"
-        return finding
-    if other is not None:
-        rival, finding.remark = _rival(result, other, check.metric)
-        theirs = _known(rival)
-        if theirs is None or (check.over and not all(theirs)):
-            finding.remark = f"{other} has no figure to compare with"
-            return finding
-        values = [a - b if check.minus else a / b for a, b in zip(values, theirs, strict=True)]
-    found = estimate(values)
-    decides = _decisive(found, finding.by, least)
-
-    def beyond(threshold: float) -> bool:
-        return decides >= threshold if least else decides <= threshold
-
-    finding.value, finding.low, finding.high = found.mean, found.low, found.high
-    finding.holds = beyond(limit)
-    if check.exceeds is not None:
-        finding.exceeds = beyond(check.exceeds)
-    return finding
-
-
-def _decisive(found: Estimate, by: str, least: bool) -> float:
-    end = found.low if least else found.high
-    return found.mean if by == "mean" or end is None else end
+        return None, f"{check.of} has no figure for {ours.count(None)} of {len(ours)} seeds"
+    if other is None:
+        return estimate(values), ""
+    theirs, remark = _rival(result, other, check.metric)
+    paired = _ratio(ours, theirs)
+    found = paired and (paired.minus if check.minus else paired.over)
+    return (found, remark) if found else (None, f"{other} has no figure to compare with")
 
 
 def _rival(result: Result, name: str, metric: str) -> tuple[list[float | None], str]:

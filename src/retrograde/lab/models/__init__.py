@@ -134,14 +134,11 @@ def _fitting(name: str, data: Data) -> _Entry:
             f"No model {name}.{suggest(name, _MODELS)} Known are {', '.join(_MODELS)}; give one of them or "
             "package.module:callable."
         )
-    side = min(data.input_shape[1:]) if data.kind == "image" else entry.smallest
-    if data.kind in entry.kinds and side >= entry.smallest:
+    # Other data have no sides, and every model of theirs takes one.
+    side = min(data.input_shape[1:]) if data.kind == "image" else 1
+    fitting = {n: one for n, one in _MODELS.items() if data.kind in one.kinds and side >= one.smallest}
+    if name in fitting:
         return entry
-    fitting = [
-        other
-        for other, known in _MODELS.items()
-        if data.kind in known.kinds and (data.kind != "image" or side >= known.smallest)
-    ]
     why = (
         f"it takes {' and '.join(entry.kinds)}, and this is {data.kind}"
         if data.kind not in entry.kinds
