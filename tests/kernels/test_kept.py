@@ -44,13 +44,13 @@ def holed(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("shape", [(1, 1), (5, 70), (300, 3), (64, 65), (7, 5, 4, 6), (2, 3, 1, 1)], ids=str)
 @pytest.mark.parametrize("last", [False, True])
 def test_what_is_found(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
-    for values in (
+    for given in (
         holed(*shape, dtype=dtype),
         torch.zeros(shape, dtype=dtype),
         torch.ones(shape, dtype=dtype),
     ):
-        if last and values.dim() == 4:
-            values = values.contiguous(memory_format=torch.channels_last)
+        turned = last and given.dim() == 4
+        values = given.contiguous(memory_format=torch.channels_last) if turned else given
         other = tuple(range(2, values.dim()))
         assert torch.equal(cpu_kept.rows(values), (values != 0).sum((1, *other)) > 0)
         assert torch.equal(cpu_kept.columns(values), (values != 0).sum((0, *other)) > 0)
