@@ -33,7 +33,8 @@ from numba.extending import intrinsic
 from reports import RESULTS, arguments, head
 from torch import Tensor
 
-from retrograde.kernels import choose, linear
+from retrograde.kernels import linear
+from retrograde.kernels.rehearse import rehearse
 from retrograde.lab import contestants, files
 from retrograde.lab.contestants import Convolution, Linear, Shape
 from retrograde.lab.timing import interleave
@@ -283,8 +284,8 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {what}", file=sys.stderr, flush=True)
 
-    say("the cost model: calibrated now if it is not yet")
-    choose.model()
+    say("the kernels: compiled now if they are not yet")
+    rehearse()
     say("roofs")
     roofs = Roofs(options.quick)
     roofs.measure()

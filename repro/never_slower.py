@@ -21,7 +21,9 @@ from reports import arguments, head
 from torch import Tensor, nn
 
 from retrograde import attach, make_plan
-from retrograde.kernels import choose, cpu, linear
+from retrograde.kernels import choose, linear
+from retrograde.kernels.dispatch import Products
+from retrograde.kernels.rehearse import rehearse
 from retrograde.lab import contestants
 from retrograde.lab.contestants import Convolution, Linear, Shape
 from retrograde.lab.files import write_json
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only so many, for a trial")
     options = parser.parse_args()
     report = head("attached layers against plain ones, and forecasts against what was measured")
-    choose.model()
+    rehearse()
     rows: list[dict[str, Any]] = []
     products: list[dict[str, Any]] = []
     for shape in SHAPES[: options.shapes]:
@@ -128,15 +130,19 @@ def run(model: nn.Module, x: Tensor, delta: Tensor) -> Callable[[], object]:
 
 
 def product_rows(shape: Linear, sparsity: float) -> list[dict[str, Any]]:
-    """dx = δ̃ W by every kernel, with its own index lists."""
+    """dx = δ̃ W by every kernel that was tried when it was first met, and again now."""
     layer, x, _ = contestants.operands(shape)
     delta = normal_delta(layer, x)
     quantised = contestants.dithered(delta, contestants.scale_for(delta, sparsity))
     weight = layer.get_parameter("weight").detach()
-    nonzeros = delta.numel() - cpu.count_zeros(quantised.values)
-    problem = choose.Problem(shape.rows, shape.outputs, shape.inputs, nonzeros, levels=True, transposed=False)
+    before = set(choose.chooser().answers)
+    Products(quantised, "int8").linear_input_grad(weight, x.shape)
+    tried: dict[str, float] = {}
+    for key, answer in choose.chooser().answers.items():
+        if key not in before and not key.startswith("precision"):
+            tried |= answer["seconds"]
     found: list[dict[str, Any]] = []
-    for kernel in linear.KERNELS:
+    for kernel, seconds in tried.items():
         times: list[float] = []
         for _ in range(7):
             start = time.perf_counter()
@@ -147,7 +153,7 @@ def product_rows(shape: Linear, sparsity: float) -> list[dict[str, Any]]:
                 "shape": str(shape),
                 "sparsity": sparsity,
                 "kernel": kernel,
-                "predicted_seconds": choose.model().seconds(kernel, problem),
+                "predicted_seconds": seconds,
                 "measured_seconds": median(times[1:]),
             }
         )

@@ -25,6 +25,7 @@ from retrograde.kernels.work import Work as Work
 from retrograde.methods.decorrelate import Decorrelate as Decorrelate
 from retrograde.methods.deepfocus import DeepFocus as DeepFocus
 from retrograde.methods.dither import Dither as Dither
+from retrograde.methods.exact import Exact as Exact
 from retrograde.methods.perforate import Perforate as Perforate
 from retrograde.methods.spectral import Spectral as Spectral
 from retrograde.plan import Plan as Plan

@@ -46,10 +46,10 @@ def register_kernel(
     precision: Literal["bfloat16", "int8"] | None = None,
     skips: bool = False,
 ) -> None:
-    """Add a kernel: it is calibrated beside the others, and takes the products for which it should be fastest.
+    """Add a kernel: it is tried beside the others, and takes the products for which it is the fastest.
 
     Args:
-        name: of the kernel, in figures and benchmarks; a calibration is kept by it, so a faster one needs another.
+        name: of the kernel, in figures and benchmarks; what it took is kept by it, so a faster one needs another.
         run: ``(levels, dense) → levels @ dense`` for int8 levels (a, m), which may be a transposed view, and float32
             (m, i); the result is float32, and its own to be overwritten.
         precision: what it rounds `dense` to: it then takes only the products whose method allows that.
@@ -73,8 +73,8 @@ def register_kernel(
         SKIPPING.add(name)
     if not compiled.installed():
         warnings.warn(
-            f"register_kernel: {name!r} takes no product here, since kernels are chosen by a calibration of all of "
-            "them, which needs numba. Install it: pip install numba",
+            f"register_kernel: {name!r} takes no product here, since kernels are chosen among all of them, "
+            "which needs numba. Install it: pip install numba",
             RetrogradeWarning,
             stacklevel=2,
         )

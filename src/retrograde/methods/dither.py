@@ -55,7 +55,7 @@ class Dither(Method):
     """Dithered backpropagation; `retrograde methods dither` prints its equations, cost and source.
 
     Args:
-        scale: s, the quantisation step in standard deviations of δ; 0 leaves δ exact.
+        scale: s, the quantisation step in standard deviations of δ; 0 leaves δ as it is, as `Exact` does.
         target_sparsity: hold this share of zeros, in (0, 1), by adapting `scale` layer by layer after every step;
             `scale` is then the start.
         products: the least precision that the other operand of a product may be rounded to where that is faster: to

@@ -12,7 +12,7 @@ from retrograde.lab.claims.result import Result
 from retrograde.lab.demo.scenarios import Scenario
 
 _TRIED_STEPS = 10
-"""Of each run beforehand: the first ones compile and calibrate kernels, the others tell how long a step takes."""
+"""Of each run beforehand: the first ones compile and choose kernels, the others tell how long a step takes."""
 
 _OVERHEAD = 1.3
 """Time of a run over that of its steps: setting up, reading the validation split, writing checkpoints."""
