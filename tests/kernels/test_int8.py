@@ -206,6 +206,13 @@ def test_convolutions_say_that_their_forward_pass_is_exact() -> None:
     assert [("8 bits are for linear" in row.why) for row in plan.rows] == [True, False]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_plan_says_where_8_bits_are_slow(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "fast_precision", lambda name: fast)
+    (row,) = rg.make_plan(_layer(), rg.Dither(forward="int8")).rows
+    assert ("longer for it than in float32" in row.why) is not fast
+
+
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(OptionError, match="forward='int4'"):
         rg.Dither(forward="int4")  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ from torch import Tensor
 from retrograde.accounting.counters import Counters
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
 from retrograde.errors import OptionError, RetrogradeWarning, check_option
-from retrograde.kernels import dispatch
+from retrograde.kernels import choose, dispatch
 from retrograde.kernels.delta import Delta
 
 _FLOPS_PER_ENTRY = 28
@@ -113,8 +113,15 @@ class Dither(Method):
         rule = _DitherRule(site.name, self)
         if self.forward == "int8":
             rule.int8_forward = site.map.plain_rows
-            rule.remark = "" if rule.int8_forward else "forward pass exact: 8 bits are for linear layers"
+            if not rule.int8_forward:
+                rule.remark = "forward pass exact: 8 bits are for linear layers"
+            elif _is_on_cpu(site) and not choose.fast_precision("int8"):
+                rule.remark = "forward pass in 8 bits: this machine takes longer for it than in float32"
         return rule
+
+
+def _is_on_cpu(site: Site) -> bool:
+    return site.weight is None or site.weight.device.type == "cpu"
 
 
 class _DitherRule(Rule):

@@ -1,15 +1,15 @@
 r"""Exact skipping: the zeros of a gradient are not multiplied, and nothing else changes.
 
-ReLU, max pooling, dropout, padding and masked losses leave zeros in the gradient δ at a layer's output. They add nothing
-to either backward product:
+ReLU, max pooling, dropout, padding and masked losses leave zeros in the gradient δ at a layer's output. They add
+nothing to either backward product:
 
     dx_n = Σ_{o: δ_no ≠ 0} δ_no W_o       (1)   the non-zeros alone, one by one,
     dW_o = Σ_{n: δ_no ≠ 0} δ_no x_n       (2)   where these are few
     dx_R = δ_RC W_C,  dW_C = δ_RCᵀ x_R    (3)   or rows R and columns C that are not zero throughout, densely
 
-for a linear layer; for a convolution likewise, with images and channels for rows and columns. (1) and (2) run in float32
-on a CPU; (3) in any precision, under autocast too. Which of them computes a product, or torch's own dense kernel, is
-measured when a product of its shape and share of zeros is first met.
+for a linear layer; for a convolution likewise, with images and channels for rows and columns. (1) and (2) run in
+float32 on a CPU; (3) in any precision, under autocast too. Which of them computes a product, or torch's own dense
+kernel, is measured when a product of its shape and share of zeros is first met.
 
 Deviations: none, since there is no approximation. Sums are taken in another order, so gradients differ from plain
 training's by rounding alone. A zero of δ that meets an infinite or undefined number gives zero here, and NaN there.
