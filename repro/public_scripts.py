@@ -36,6 +36,7 @@ from retrograde.lab import data, files
 ROWS = Path("runs/public-scripts.jsonl")
 
 METHODS: dict[str, Method] = {
+    "exact": rg.Exact(),
     "dither": rg.Dither(),
     "deepfocus": rg.DeepFocus(),
     "decorrelate": rg.Decorrelate(),
