@@ -171,7 +171,7 @@ class Machine:
 
 
 def problem(nonzeros: float, kept: float = 1.0, size: int = 64) -> Problem:
-    return Problem("linear/input", "float32 float32", (size, size, size), nonzeros, kept)
+    return Problem.of("linear/input", "float32 float32", (size, size), 64, nonzeros, kept)
 
 
 def test_the_fastest_has_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +213,19 @@ def test_what_is_known_of_other_zeros_is_not_tried(monkeypatch: pytest.MonkeyPat
     assert machine.runs == ["compact"] * 4
     assert machine.met(chooser, problem(1 / 4, 1 / 4), "dense", "skip", "compact") == "compact"
     assert not machine.runs
+
+
+def test_batches_of_every_size_are_few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are as long as they are; what was tried on fewer rows holds for a few more."""
+    machine, chooser = Machine(monkeypatch, dense=0.02, skip=0.01), Chooser()
+    trials = 0
+    for rows in range(1000, 3000):
+        one = Problem.of("linear/input", "float32 float32", (64, 64), rows, 0.1 + 1e-5 * rows)
+        machine.met(chooser, one, "dense", "skip")
+        trials += len(machine.runs) > 0
+    assert trials <= 6
+    assert len(chooser.answers) == len(chooser._taken) <= 16
+    assert chooser.seconds(one, "skip") == pytest.approx(0.01, rel=0.25)
 
 
 @pytest.fixture

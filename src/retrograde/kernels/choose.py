@@ -2,9 +2,9 @@
 
 A product's time depends on its shape, on how its operands lie in memory, on the zeros of the gradient and on the
 machine, and no formula of these holds for all kernels. So a product that was not met before is computed by every kernel
-that may take it, a few times in turns, on the operands themselves. Shares of zeros are distinguished in steps of √2. A
-kernel is not tried where what is known of other shares decides: dense ones do not depend on them, and what skips zeros
-takes no less time for more of the others.
+that may take it, a few times in turns, on the operands themselves. Shares of zeros and numbers of rows, which change
+from batch to batch, are distinguished in steps of √2. A kernel is not tried where what is known of other shares
+decides: dense ones do not depend on them, and what skips zeros takes no less time for more of the others.
 
 The answers are kept in ``$RETROGRADE_CACHE/kernels``, or ``~/.cache/retrograde/kernels``, by processor, threads,
 versions and torch's settings of precision, and in the state of a session, so that a run that is resumed goes on with
@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from retrograde.errors import RetrogradeWarning
 from retrograde.kernels import int8, linear
 from retrograde.kernels.kept import COMPACT
 
-_VERSION = 11
+_VERSION = 12
 """Raised with every change of a kernel, so that what was measured of older ones is no longer found."""
 
 _PATIENCE = 3.0
@@ -60,25 +60,36 @@ class Problem:
     Attributes:
         product: which one of which layer kind.
         form: how its operands come: dtypes, memory order.
-        shape: all sizes.
-        nonzeros: share of the gradient's entries that are not zero.
-        kept: share of the gradient that is left without its zero rows and columns.
+        shape: all sizes but the rows.
+        size: the number of rows, in steps of √2.
+        nonzeros: share of the gradient's entries that are not zero, in steps of 1/√2.
+        kept: share of the gradient that is left without its zero rows and columns, likewise.
+        rows: their number.
     """
 
     product: str
     form: str
     shape: tuple[int, ...]
-    nonzeros: float
-    kept: float = 1.0
+    size: int
+    nonzeros: int
+    kept: int
+    rows: int = field(compare=False)
+
+    @classmethod
+    def of(
+        cls, product: str, form: str, shape: tuple[int, ...], rows: int, nonzeros: float, kept: float = 1.0
+    ) -> "Problem":
+        """From numbers and shares as they are."""
+        return cls(product, form, shape, round(2 * math.log2(rows)), _step(nonzeros), _step(kept), rows)
 
     @property
     def name(self) -> str:
         """All but the zeros."""
-        return f"{self.product} {self.form} {'x'.join(map(str, self.shape))}"
+        return f"{self.product} {self.form} {'x'.join(map(str, self.shape))} {self.size}"
 
     def key(self, allowed: Sequence[str]) -> str:
         """By which the answer is kept."""
-        return f"{self.name} {_step(self.nonzeros)} {_step(self.kept)}: {' '.join(allowed)}"
+        return f"{self.name} {self.nonzeros} {self.kept}: {' '.join(allowed)}"
 
 
 def _step(share: float) -> int:
@@ -89,7 +100,7 @@ class Chooser:
     """The kernels of one machine.
 
     Args:
-        answers: what is known: for each key the kernel, and the seconds of those that were tried.
+        answers: what is known: for each key the kernel, and the seconds for a row of those that were tried.
         keep: is called with every new answer.
     """
 
@@ -101,7 +112,7 @@ class Chooser:
         self.answers = answers or {}
         self._keep = keep
         self._points: dict[tuple[str, str], dict[int, float]] = {}
-        """Seconds by product and kernel, for each step of the share that they depend on."""
+        """Seconds for a row by product and kernel, for each step of the share that they depend on."""
         for key, answer in self.answers.items():
             self._learn(key, answer["seconds"])
         self._taken: dict[tuple[Problem, tuple[str, ...]], str] = {}
@@ -129,9 +140,9 @@ class Chooser:
         return found
 
     def seconds(self, problem: Problem, kernel: str) -> float:
-        """What a kernel is expected to take; NaN where nothing is known, 0 where it was never slow enough to tell."""
+        """What a kernel is expected to take; NaN where too little is known."""
         _, expected = self._expected(problem, kernel)
-        return math.nan if expected is None else expected
+        return math.nan if expected is None else expected * problem.rows
 
     def adopt(self, answers: dict[str, dict[str, Any]]) -> bool:
         """Take other answers for what was not asked yet; False, and nothing is taken, where they contradict."""
@@ -150,9 +161,9 @@ class Chooser:
             self._points.setdefault((name, kernel), {})[step] = value
 
     def _expected(self, problem: Problem, kernel: str) -> tuple[float, float | None]:
-        """Seconds that a kernel takes at least, and those that it should take, where enough is known."""
+        """Seconds for a row that a kernel takes at least, and those that it should take, where enough is known."""
         points = self._points.get((problem.name, kernel), {})
-        step = (0, _step(problem.nonzeros), _step(problem.kept))[_depends(kernel)]
+        step = (0, problem.nonzeros, problem.kept)[_depends(kernel)]
         if step in points:
             return points[step], points[step]
         # Time is a fixed part and one that is proportional to the share, 2 ** (-step / 2).
@@ -172,7 +183,7 @@ class Chooser:
         best = min(known.values(), default=math.inf)
         untried = tuple(k for k in allowed if k not in known and expected[k][0] < best)
         with _announced(problem.product), torch.no_grad():
-            tried = self._try(untried, compute)
+            tried = {k: seconds / problem.rows for k, seconds in self._try(untried, compute).items()}
         known |= tried
         key = problem.key(allowed)
         answer = {"kernel": min(known, key=known.__getitem__), "seconds": tried}
@@ -237,7 +248,7 @@ def fast_precision(name: str) -> bool:
         a = operands[kind]
         return int8.int_product(a, a) if kind == "int8" else a @ a
 
-    problem = Problem("precision", name, (size,) * 3, 1.0)
+    problem = Problem.of("precision", name, (size, size), size, 1.0)
     return chooser().best(problem, ("float32", name), compute) == name
 
 

@@ -211,11 +211,12 @@ class Products:
         from retrograde.kernels import choose
 
         form = f"{_name(self._delta.values)} {_name(bare)}{'' if bare.is_contiguous() else ' turned'}"
-        shape = self._delta.values.numel() // dense.shape[0], *dense.shape
-        problem = choose.Problem(
+        outputs = self._delta.values.shape[-1]
+        problem = choose.Problem.of(
             "linear/weight" if transposed else "linear/input",
             form,
-            shape,
+            (outputs, dense.shape[1]),
+            self._delta.values.numel() // outputs,
             self._delta.nonzero_share,
             1.0 if kept is None else kept.share,
         )
@@ -318,10 +319,13 @@ class Products:
             return None
         order = "contiguous" if values.is_contiguous() else "channels last"
         numbers = (*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups)
-        problem = choose.Problem(
+        places = math.prod(values.shape[2:])
+        problem = choose.Problem.of(
             f"convolution/{product}",
             f"{_name(values)} {_name(dense)} {order}",
-            (*values.shape, *weight.shape[1:], *x_shape[2:], *numbers),
+            # Images of about one size take about as long for each place.
+            (*weight.shape, *numbers, places.bit_length()),
+            values.shape[0] * places,
             self._delta.nonzero_share,
             1.0 if kept is None else kept.share,
         )
