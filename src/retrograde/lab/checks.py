@@ -81,7 +81,8 @@ def run_checks(
 
 def _machine() -> tuple[str, str]:
     m = machine.describe(torch.device("cpu"))
-    return "ok", f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB, {m['threads']} torch threads"
+    cpu = f"{m['cpu']} ({m['instructions']})"
+    return "ok", f"{cpu}, {m['cores']} cores, {m['memory_gib']} GiB, {m['threads']} torch threads"
 
 
 def _versions() -> tuple[str, str]:

@@ -16,6 +16,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Processor, cores, memory, versions: plain values for JSON."""
     found: dict[str, Any] = {
         "cpu": host.processor(),
+        "instructions": instructions(),
         "cores": _cores(),
         "memory_gib": _memory_gib(),
         "os": platform.system(),
@@ -31,6 +32,19 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def instructions() -> str:
+    """The widest vectors that torch uses here, and what multiplies bfloat16 and 8-bit integers: ``"AVX512 + bf16"``.
+
+    Masks in the environment (``ATEN_CPU_CAPABILITY``, ``ONEDNN_MAX_CPU_ISA``) count.
+    """
+    widest = torch.backends.cpu.get_cpu_capability()
+    flags = host.instructions().split()
+    if "AVX512" not in widest or "ONEDNN_MAX_CPU_ISA" in os.environ:
+        return widest
+    units = {"bf16": "avx512_bf16", "int8": "avx512_vnni", "AMX": "amx_tile"}
+    return " + ".join([widest, *(name for name, flag in units.items() if flag in flags)])
 
 
 def flushes_denormals() -> bool:
