@@ -117,8 +117,8 @@ def when() -> str:
     other = claim("exact/cifar10-vgg").machine
     return (
         f"{made}\n\n*{machine['cores']} cores ({machine['cpu']}; `Exact`: {other['cpu']}, {other['instructions']}), "
-        f"torch {machine['torch']}. Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with the "
-        "same number of trials, but for `Exact`, whose gradients are plain training's.*"
+        f"torch {machine['torch']}. Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with "
+        "the same number of trials, but for `Exact`, whose gradients are plain training's.*"
     )
 
 
