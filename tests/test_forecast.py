@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import retrograde as rg
 from retrograde import forecast
-from retrograde.errors import NoEffectError, OptionError
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.forecast import LayerForecast, Trials
 
 
@@ -230,3 +230,36 @@ def test_backward_seconds_count_steps() -> None:
         optimizer.step()
     assert {steps for _, steps in session.backward_seconds().values()} == {3}
     assert all(seconds > 0 for seconds, _ in session.backward_seconds().values())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_tried(padded: bool) -> None:
+    """It returns its weights beside its output, and may be given masks."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(4, 6, 32)
+    mask = (torch.arange(6) > torch.tensor([[5], [2], [3], [4]])) if padded else None
+
+    def loss() -> torch.Tensor:
+        real = 1.0 if mask is None else (~mask)[..., None]
+        return (model(x, src_key_padding_mask=mask) * real).square().mean()
+
+    plan = rg.make_plan(model, rg.Exact(), example=loss, decline=False)
+    tried = [row for row in plan.rows if row.forecast is not None]
+    assert any("attn" in row.name for row in tried)
+    if padded:
+        assert all(row.forecast.zeros > 0.2 for row in tried if row.forecast is not None)
+
+
+def test_where_nothing_pays_a_script_may_go_on() -> None:
+    """Strict, it is an error; otherwise the plain model trains, and the user is told."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    with pytest.raises(NoEffectError, match="save less than 5 % of their time"):
+        rg.attach(model, rg.Dither(), example=(x,))
+    with pytest.warns(RetrogradeWarning, match="nothing is attached"):
+        session = rg.attach(model, rg.Dither(), example=(x,), strict=False)
+    assert type(model[0]) is nn.Linear
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters()).step()
+    session.summary()
+    session.metrics()
+    assert session.fold()(x).shape == (2, 4)

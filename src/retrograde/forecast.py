@@ -187,15 +187,17 @@ def _time_steps(model: nn.Module, loss: Callable[[], Tensor]) -> float:
 def _see(layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, list[_Seen]]:
     found: list[tuple[str, tuple[Any, ...], dict[str, Any], torch.dtype | None, Tensor]] = []
 
-    def watch(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor) -> Tensor:
+    def watch(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            z = _differentiable(output)
+            if z is None:
+                return output
             kind = z.device.type
             precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            if not z.requires_grad:
-                return z
             found.append((name, args, kwargs, precision, z))
             # What follows may change its input in place; the gradient wanted is that of the layer's own output.
-            return z.clone()
+            copied = z.clone()
+            return tree.tree_map_only(Tensor, lambda tensor: copied if tensor is z else tensor, output)
 
         return hook
 
@@ -286,26 +288,41 @@ def _compare(
 
 def _pass(layer: nn.Module, seen: _Seen) -> Callable[[], float]:
     """A forward and backward pass, which returns its seconds."""
-    args, kwargs = tree.tree_map_only(Tensor, _fresh, (seen.args, seen.kwargs))
+    made: dict[int, Tensor] = {}
+    # One input that is given several times stays one: attention asks whether query, key and value are the same.
+    args, kwargs = tree.tree_map_only(
+        Tensor, lambda t: made.setdefault(id(t), _fresh(t)), (seen.args, seen.kwargs)
+    )
     leaves = [t for t in tree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     wanted = [t for t in (*layer.parameters(), *leaves) if t.requires_grad]
     device = seen.delta.device
 
     def forward() -> Tensor:
         if seen.precision is None:
-            return layer(*args, **kwargs)
+            return _output(layer(*args, **kwargs))
         with torch.autocast(device.type, seen.precision):
-            return layer(*args, **kwargs)
+            return _output(layer(*args, **kwargs))
 
     def run() -> float:
         _wait(device)
         start = time.perf_counter()
-        z = forward()
-        torch.autograd.grad(z, wanted, seen.delta, allow_unused=True)
+        torch.autograd.grad(forward(), wanted, seen.delta, allow_unused=True)
         _wait(device)
         return time.perf_counter() - start
 
     return run
+
+
+def _differentiable(output: Any) -> Tensor | None:
+    """What of a layer's output has a gradient: attention returns its weights as well, or None in their place."""
+    tensors = (leaf for leaf in tree.tree_leaves(output) if isinstance(leaf, Tensor))
+    return next((tensor for tensor in tensors if tensor.requires_grad), None)
+
+
+def _output(output: Any) -> Tensor:
+    found = _differentiable(output)
+    assert found is not None
+    return found
 
 
 def _fresh(tensor: Tensor) -> Tensor:

@@ -440,9 +440,12 @@ def _shape(layer: nn.Module, kind: LayerKind | str | None) -> str:
 
 def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> None:
     acting = {name for row in plan.rows for name in row.methods}
+    declined = any(row.status == "declined" for row in plan.rows)
     for method in methods:
-        if method.name not in acting and (strict or not acting):
+        if method.name not in acting and (strict or not (acting or declined)):
             reasons = "; ".join(f"{row.name} ({row.type}): {row.why}" for row in plan.rows[:8])
+            if len(plan.rows) > 8:
+                reasons += f"; and {len(plan.rows) - 8} more"
             raise NoEffectError(
                 f"{method.name} would touch no layer of the model, so it would have no effect. Layers: "
                 f"{reasons or 'none with parameters'}. {_remedy(plan)}"
@@ -452,7 +455,7 @@ def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> No
 def _remedy(plan: Plan) -> str:
     if any(row.status == "declined" for row in plan.rows):
         return (
-            "The layers were declined because attaching would make them slower on this machine: train the plain model, "
-            "or attach anyway with decline=False."
+            "Layers were declined because attaching would save less than 5 % of their time on this machine: train the "
+            "plain model, attach anyway with decline=False, or let a script go on with strict=False, which only warns."
         )
     return "Check `only` and `skip`, or register a layer type with retrograde.register_layer."

@@ -115,6 +115,13 @@ def attached(
     """`attach`, for methods that are assigned to layers already."""
     _check_model(model)
     decision = decide(model, assignment, only, skip, strict, example, decline)
+    if not decision.layers:
+        warnings.warn(
+            "nothing is attached: the example shows that no layer would become faster on this machine, so the plain "
+            "model trains. attach(…, decline=False) attaches all the same.",
+            RetrogradeWarning,
+            stacklevel=3,
+        )
     if _on_cpu(place.site.layer for place in decision.layers):
         compiled.announce()
     seed = torch.initial_seed() if seed is None else seed

@@ -256,7 +256,12 @@ def test_answers_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[1, 2]", '{"dense": [1.0]}', '{"a b 1 2: dense skip": {"kernel": "int8", "seconds": {}}}'],
+    [
+        *("", "[1, 2]", '{"dense": [1.0]}', "[" * 100_000),
+        *('{"a 1 2: b c": {"kernel": "d", "seconds": {}}}', '{"a 1 2: b c": {"kernel": [], "seconds": {}}}'),
+        '{"a 1 2: b c": {"kernel": "b", "seconds": {"c": NaN}}}',
+    ],
+    ids=["empty", "list", "other", "deep", "unknown kernel", "no kernel", "no number"],
 )
 def test_damaged_answers_are_found_again(content: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, dense=2e-3, skip=1e-3)

@@ -1,5 +1,6 @@
 """The forward pass in 8 bits: its rounding, its product, and what its operands are good for afterwards."""
 
+import copy
 import math
 
 import pytest
@@ -198,6 +199,31 @@ def test_composes_with_what_observes_x_and_not_with_what_keeps_something_else() 
     assert layer.weight.grad is not None
     with pytest.raises(OptionError, match="keeps something other than the layer's input"):
         rg.attach(_layer(), [rg.Dither(forward="int8"), rg.Spectral(rank=4)])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 64), (64, 1), (1, 1), (48, 32)])
+def test_layers_of_one_feature(inputs: int, outputs: int) -> None:
+    """torch's own 8-bit product misreads operands of one row or column."""
+    torch.manual_seed(0)
+    plain, x = nn.Linear(inputs, outputs), matrix((64, inputs))
+    layer = copy.deepcopy(plain)
+    rg.attach(layer, rg.Dither(scale=0, forward="int8"))
+    z, expected = layer(x), plain(x)
+    torch.testing.assert_close(z, expected, rtol=0.05, atol=0.05)
+    z.sin().sum().backward()
+    expected.sin().sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=0.1, atol=1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 30), (20, 1, 30), (20, 40, 1), (1, 1, 1)], ids=str)
+def test_products_of_one_row_or_column(shape: tuple[int, int, int]) -> None:
+    a, m, i = shape
+    levels, dense = (matrix((a, m)) * 3).round().to(torch.int8), matrix((m, i), 1)
+    found = linear.run("int8", levels, 0.5, dense)
+    torch.testing.assert_close(found, 0.5 * levels.float() @ dense, rtol=0.05, atol=0.5)
+    found = linear.run("int8", levels.T.contiguous(), 0.5, dense, transposed=True)
+    torch.testing.assert_close(found, 0.5 * levels.float() @ dense, rtol=0.05, atol=0.5)
 
 
 def test_convolutions_say_that_their_forward_pass_is_exact() -> None:

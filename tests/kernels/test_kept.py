@@ -143,3 +143,13 @@ def test_a_gradient_without_anything() -> None:
     assert torch.equal(
         products.convolution_weight_grad(images, kernel, geometry).value, torch.zeros_like(kernel)
     )
+
+
+def test_a_gradient_that_is_negated_lazily() -> None:
+    values = torch._neg_view(holed(64, 65))
+    assert values.is_neg()
+    assert torch.equal(cpu_kept.rows(values), (values != 0).any(1))
+    assert torch.equal(cpu_kept.columns(values), (values != 0).any(0))
+    weight = random(65, 8)
+    work = Products(Delta(values)).linear_input_grad(weight, (64, 8))
+    torch.testing.assert_close(work.value, values @ weight)

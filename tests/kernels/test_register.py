@@ -123,3 +123,5 @@ def test_refusals() -> None:
         linear.register_kernel("skip", sparse)
     with pytest.raises(OptionError, match="precision='int4' of 'other'"):
         linear.register_kernel("other", sparse, precision="int4")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="one word without spaces"):
+        linear.register_kernel("my kernel", sparse)

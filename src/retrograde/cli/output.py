@@ -77,7 +77,13 @@ def progress(title: str, note: str = "", *, counted: bool = True) -> Generator[C
     if counted:
         columns = (MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     else:
-        columns = (TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("so far,"),
+            TimeRemainingColumn(),
+            TextColumn("to go"),
+        )
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

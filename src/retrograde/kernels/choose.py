@@ -101,7 +101,7 @@ class Chooser:
 
     Args:
         answers: what is known: for each key the kernel, and the seconds for a row of those that were tried.
-        keep: is called with every new answer.
+        keep: is called with all answers after every new one.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Chooser:
         self.answers[key] = answer
         self._learn(key, tried)
         if self._keep is not None:
-            self._keep({key: answer})
+            self._keep(self.answers)
 
     def _try(self, kernels: tuple[str, ...], compute: Callable[[str], object]) -> dict[str, float]:
         """The least of a few runs in turns: whatever else the machine does only ever adds.
@@ -232,7 +232,7 @@ def chooser() -> Chooser:
     known = _choosers.get(which)
     if known is None:
         path = _path()
-        known = _choosers[which] = Chooser(_stored(path), lambda answer: _store(path, answer))
+        known = _choosers[which] = Chooser(_stored(path), lambda answers: _store(path, answers))
     return known
 
 
@@ -263,7 +263,7 @@ def state_dict() -> dict[str, Any] | None:
     known = _choosers.get(_which())
     if known is None or not known.answers:
         return None
-    return {"for": list(_which()), "answers": dict(known.answers)}
+    return {"for": _machine(), "answers": dict(known.answers)}
 
 
 def load_state_dict(state: dict[str, Any]) -> None:
@@ -275,7 +275,7 @@ def load_state_dict(state: dict[str, Any]) -> None:
         given = _valid(state["answers"])
         if given != state["answers"]:
             raise ValueError("damaged answers")
-        if list(_which()) == state["for"] and chooser().adopt(given):
+        if _machine() == state["for"] and chooser().adopt(given):
             return
     warnings.warn(
         "kernels are chosen by a calibration other than the one that this run started with (another number of threads, "
@@ -307,15 +307,15 @@ def _announced(key: str) -> Generator[None]:
 def _stored(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return _valid(json.loads(path.read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
-def _store(path: Path, answer: dict[str, Any]) -> None:
+def _store(path: Path, answers: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may have met other products in the meantime.
-        text = json.dumps({**answer, **_stored(path)})
+        text = json.dumps({**answers, **_stored(path)})
         host.write_atomically(path, lambda file: file.write(text.encode()), shared=True)
     except OSError as error:
         _LOG.warning("which kernels are fastest cannot be stored in %s: %s", path, error)
@@ -329,15 +329,20 @@ def _valid(given: Any) -> dict[str, dict[str, Any]]:
         key: answer
         for key, answer in given.items()
         if isinstance(answer, dict)
+        and isinstance(answer.get("kernel"), str)
         and isinstance(answer.get("seconds"), dict)
-        and all(isinstance(second, float) for second in answer["seconds"].values())
+        and all(isinstance(second, float) and 0 < second < math.inf for second in answer["seconds"].values())
         and _KEY.fullmatch(key)
-        and {answer.get("kernel"), *answer["seconds"]} <= {*key.partition(": ")[2].split()}
+        and {answer["kernel"], *answer["seconds"]} <= {*key.partition(": ")[2].split()}
     }
 
 
-def _path() -> Path:
+def _machine() -> str:
+    """All that answers depend on."""
     versions = (torch.__version__, np.__version__)
     facts = (_VERSION, host.processor(), host.instructions(), *_which(), versions, host.settings())
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return host.cache_folder("kernels") / f"{digest}.json"
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _path() -> Path:
+    return host.cache_folder("kernels") / f"{_machine()}.json"

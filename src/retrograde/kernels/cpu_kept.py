@@ -69,7 +69,7 @@ def _columns(bits: Any, mask: Any, kept: Any) -> None:
 
 def _bits(values: Tensor) -> tuple[Any, Any]:
     kind, mask = _BITS[values.dtype]
-    bits = array(values.view(kind))
+    bits = array(values.resolve_neg().view(kind))
     return bits, bits.dtype.type(mask)
 
 

@@ -49,7 +49,7 @@ def array(tensor: Tensor) -> Any:
 
     ``Tensor.numpy`` would forbid for ever to resize the memory, which FSDP does with every weight.
     """
-    tensor = tensor.contiguous()
+    tensor = tensor.resolve_neg().contiguous()
     kind: Any = _TYPES[tensor.dtype]
     if not tensor.numel():
         return np.empty(tensor.shape, kind)
@@ -83,7 +83,8 @@ def _memory(size: int) -> Any:
     if size < _HUGE_PAGE // 4 or advice is None:
         return np.empty(size, np.uint8)
     whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    pages = mmap.mmap(-1, whole + _HUGE_PAGE)
+    # Private: a process that is forked from this one writes to its own.
+    pages = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(advice)
     memory = np.frombuffer(pages, np.uint8)

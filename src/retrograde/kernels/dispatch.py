@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -221,8 +222,19 @@ class Products:
             1.0 if kept is None else kept.share,
         )
         compute = functools.partial(self._linear, dense=dense, transposed=transposed)
-        kernel = choose.chooser().best(problem, allowed, compute)
+        kernel = choose.chooser().best(problem, allowed, self._anew(compute))
         return None if kernel == "dense" else kernel
+
+    def _anew(self, compute: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """With what both products share made again: each kernel's time is that of a call."""
+
+        def run(kernel: str) -> Tensor:
+            self._lists = self._compacted = None
+            if self._found is not None:
+                self._found = replace(self._found)
+            return compute(kernel)
+
+        return run
 
     def _allowed_for(self, dense: Tensor | Quantised, dtype: torch.dtype) -> tuple[str, ...]:
         """Kernels for elements of a linear layer's products; what has been rounded to 8 bits loses nothing by any."""
@@ -245,7 +257,9 @@ class Products:
         elif operand == "bfloat16":
             names = ("dense", "skip-bfloat16", *(("int8",) if "int8" in self._allowed else ()))
         else:
-            names = linear.KERNELS
+            # Of 8 bits bfloat16 loses nothing, but its result is rounded.
+            rounds = "bfloat16" in self._allowed
+            names = tuple(name for name in linear.KERNELS if rounds or name != "bfloat16")
         return tuple(name for name in names if self._is_likely(name, linear))
 
     def _is_likely(self, kernel: str, kernels: ModuleType) -> bool:
@@ -329,7 +343,7 @@ class Products:
             self._delta.nonzero_share,
             1.0 if kept is None else kept.share,
         )
-        kernel = choose.chooser().best(problem, allowed, compute)
+        kernel = choose.chooser().best(problem, allowed, self._anew(compute))
         return None if kernel == "dense" else kernel
 
     def _sparse(self, kernel: str, geometry: Geometry) -> "Sparse | None":

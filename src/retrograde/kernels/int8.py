@@ -64,7 +64,7 @@ def int_product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Ten
     """``first · second`` in int32, of int8 (a, m) and (m, i); into `out` where it is given, on the CPU."""
     if min(first.shape[0], *second.shape) == 0:
         return torch.zeros(first.shape[0], second.shape[1], dtype=torch.int32, device=first.device)
-    if first.device.type == "cpu":
+    if first.device.type == "cpu" and 1 not in (*first.shape, *second.shape):  # whose strides torch misreads
         product: Any = torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         return product(first, second) if out is None else product(first, second, out=out)
     # Elsewhere it takes only some shapes. Sums in float64 are exact.

@@ -58,6 +58,8 @@ def register_kernel(
     Raises:
         OptionError: the name is taken, or the precision is none that a product can be rounded to.
     """
+    if not name or any(letter.isspace() or letter == ":" for letter in name):
+        raise OptionError(f"register_kernel: the name {name!r} must be one word without spaces and colons.")
     if name in KERNELS or _registered.get(name, run) is not run:
         raise OptionError(
             f"register_kernel: a kernel named {name!r} is registered already. Choose another name."

@@ -237,7 +237,7 @@ def _from_hub(name: str, root: Path | None) -> dict[str, Any]:
     looked = f"in {root}" if root is not None else "(RETROGRADE_DATA is not set)"
     missing = (
         f"No data set {name}: no such folder {looked}, nor at that path (here: {', '.join(names)})."
-        f"{suggest(name, {*names, *_HUB} - {name})}"
+        f"{'' if name in _HUB else suggest(name, [*names, *_HUB])}"
     )
     advice = "Correct the name, or set --data-dir or RETROGRADE_DATA to the folder that holds it."
     if not _IDENTIFIER.fullmatch(name):

@@ -14,7 +14,7 @@ kernel, is measured when a product of its shape and share of zeros is first met.
 Deviations: none, since there is no approximation. Sums are taken in another order, so gradients differ from plain
 training's by rounding alone. A zero of δ that meets an infinite or undefined number gives zero here, and NaN there.
 
-Cost: a pass over δ where its zeros are counted, in few steps; the first non-zero of each row.
+Cost: counting δ's zeros, in a few steps only, and finding the first non-zero of each of its rows.
 
 Suggested settings: there are none. It pays for layers that are followed by ReLU or max pooling and by no BatchNorm,
 whose gradients have 80 to 99 % zeros, and for padded or masked batches. BatchNorm's backward pass makes δ dense, and so

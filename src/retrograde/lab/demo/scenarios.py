@@ -60,7 +60,7 @@ def _convolutions() -> Scenario:
         model="vgg-small",
         model_options={"stages": [[64], [128], [256]]},
         batch_size=16,
-        limit=480,
+        limit=320,
         epochs=2,
     )
     claim = _claim(

@@ -75,7 +75,8 @@ def _words(scenario: Scenario, result: Result, name: str) -> tuple[bool, str]:
     over = ratios.get(scenario.metric)
     if over is None:
         return False, f"no gain here: it did not get {scenario.unit} in every seed"
-    worse = accuracy.high is not None and accuracy.high < 0
+    # One seed has no interval: a point is then more than it may cost.
+    worse = (accuracy.mean + 0.01 if accuracy.high is None else accuracy.high) < 0
     if saves(over) and not worse:
         return True, f"{_gain(scenario, over)}, {_accuracy(accuracy)}"
     if saves(over):
