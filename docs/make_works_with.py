@@ -18,7 +18,7 @@ from retrograde.report.table import make_table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "works-with.md"
-METHODS = ("dither", "decorrelate", "deepfocus", "perforate", "spectral")
+METHODS = ("exact", "dither", "decorrelate", "deepfocus", "perforate", "spectral")
 CONFORMANCE = "tests/conformance/test_conformance.py::test_conformance"
 CHECKS = "src/retrograde/testing/method.py"
 ADAPTERS = "tests/test_low_rank_adapters.py::test_peft_model"
@@ -162,7 +162,7 @@ def page(ids: Sequence[str]) -> str:
     held = "\n".join(f"- [{way.name}](../{way.check.replace('::', '#')}): {way.holds}." for way in WAYS)
     parts = [
         INTRODUCTION.strip(),
-        make_table(["", *names], rows, texts=6).markdown(literal=False),
+        make_table(["", *names], rows, texts=1 + len(METHODS)).markdown(literal=False),
         f"What each row demands:\n\n{held}",
         END.strip(),
     ]

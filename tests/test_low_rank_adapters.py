@@ -16,6 +16,7 @@ from retrograde.errors import NoEffectError
 
 STEPS = 6
 METHODS: dict[str, Method] = {
+    "exact": rg.Exact(),
     "dither": rg.Dither(),
     "decorrelate": rg.Decorrelate(rank=2, every=2),
     "deepfocus": rg.DeepFocus(warmup=1),
@@ -51,7 +52,9 @@ def test_peft_model(method: str) -> None:
     expected, found = trained(plain, None), trained(model, session)
     changed = {name for name, value in found.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in found if "lora_" in name}
-    assert any(not torch.equal(found[name], expected[name]) for name in changed)
+    # These layers are too small for anything but torch's own products.
+    differs = any(not torch.equal(found[name], expected[name]) for name in changed)
+    assert differs is (method != "exact")
     x = batch((5, 8), seed=99)
     model.eval()
     with torch.no_grad():

@@ -143,7 +143,7 @@ def test_advise_recommends_a_recipe_that_trains(run: Run) -> None:
     assert recipe.steps is None
     told = run(*command, "--json").json
     assert told["recommended"] == ("+".join(recipe.methods) or "plain")
-    assert set(told["contestants"]) == {"decorrelate", "deepfocus", "dither", "spectral"}
+    assert set(told["contestants"]) == {"decorrelate", "deepfocus", "dither", "exact", "spectral"}
     assert told["recipe"]["methods"] == recipe.methods
 
 

@@ -105,7 +105,7 @@ def test_help_lists_the_options_of_what_is_chosen(run: Run, command: str, flags:
     assert outcome.code == 0
     shown = words(outcome.out)
     assert "--scale FLOAT, --dither.scale FLOAT s, the quantisation step" in shown
-    assert "0 leaves δ exact. (default: 1.0)" in shown
+    assert "0 leaves δ as it is, as Exact does. (default: 1.0)" in shown
     assert "--dither.bits none|INT" in shown
     assert "--dither.forward {exact,int8}" in shown
     assert "--method NAME[+NAME] ..." in shown, "what was read stays on the page"

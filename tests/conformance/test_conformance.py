@@ -46,6 +46,7 @@ class Entry:
 
 
 METHODS = [
+    Entry("exact", rg.Exact, rg.Exact),
     Entry("dither", rg.Dither, lambda: rg.Dither(scale=0)),
     Entry(
         "dither-target", lambda: rg.Dither(1.0, target_sparsity=0.8), lambda: rg.Dither(scale=1e-7, bits=None)

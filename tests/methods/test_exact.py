@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrograde as rg
-from retrograde.testing import check_method
 
 
 class Pooled(nn.Module):
@@ -28,10 +27,6 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     F.cross_entropy(model(x), torch.arange(len(x)) % 10).backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def test_it_is_a_method() -> None:
-    check_method(rg.Exact, neutral=rg.Exact)
 
 
 @pytest.mark.parametrize("last", [False, True])
