@@ -12,6 +12,7 @@ the same kernels.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -242,10 +243,13 @@ def fast_precision(name: str) -> bool:
     int8 stands for torch's product with sums in int32.
     """
     size = 256
-    operands = {kind: torch.ones(size, size, dtype=getattr(torch, kind)) for kind in ("float32", name)}
+
+    @functools.cache
+    def operand(kind: str) -> torch.Tensor:
+        return torch.ones(size, size, dtype=getattr(torch, kind))
 
     def compute(kind: str) -> object:
-        a = operands[kind]
+        a = operand(kind)  # made where it is tried: this is asked in every call
         return int8.int_product(a, a) if kind == "int8" else a @ a
 
     problem = Problem.of("precision", name, (size, size), size, 1.0)

@@ -11,12 +11,11 @@ from retrograde.kernels.cpu_elementwise import (
     nsd,
     statistics,
 )
-from retrograde.kernels.cpu_linear import TILE, pack, product
+from retrograde.kernels.cpu_linear import pack, product
 from retrograde.kernels.cpu_lists import Lists, lists
 from retrograde.kernels.cpu_threads import use_threads
 
 __all__ = [
-    "TILE",
     "Levels",
     "Lists",
     "Statistics",

@@ -251,9 +251,8 @@ class Products:
             # Unbounded levels are no whole numbers of 8 bits.
             names: tuple[str, ...] = ("dense", "skip")
         elif operand == "float32":
-            fine = [linear.PRECISION.get(name) in self._allowed for name in linear.KERNELS]
-            names = tuple(name for name, may in zip(linear.KERNELS, fine, strict=True) if may)
-            names += tuple(k for k in linear.registered() if linear.PRECISION.get(k) in self._allowed)
+            every = (*linear.KERNELS, *linear.registered())
+            names = tuple(name for name in every if linear.PRECISION.get(name) in self._allowed)
         elif operand == "bfloat16":
             names = ("dense", "skip-bfloat16", *(("int8",) if "int8" in self._allowed else ()))
         else:
