@@ -341,16 +341,20 @@ def _compare(case: Program, run: Run, plain: Run) -> None:
         if counted and not torch.equal(found, expected):
             raise AssertionError(f"The {name} is another.")
     for name, value in run.ends.items():
-        # In float16 the backward pass of torch's orthogonal matrices is 0/0 for some gradients and 0 for others.
-        if case.dtype == torch.float16 and "parametrizations.weight.original" in name and not case.neutral:
+        if _arbitrary(case) and "parametrizations.weight.original" in name:
             continue
         fine = (plain.ends[name],) if name in plain.ends else plain.ends.values()
         if not value.isfinite().all() and all(other.isfinite().all() for other in fine):
             raise AssertionError(f"{name} is not finite.")
-    if case.neutral:
+    if case.neutral and not _arbitrary(case):
         found = {name: value.nan_to_num() for name, value in run.ends.items() if "dendrite_" not in name}
         expected = {name: value.nan_to_num() for name, value in plain.ends.items()}
         _require_near(found, expected, _tolerance(case))
+
+
+def _arbitrary(case: Program) -> bool:
+    """Whether plain training computes nothing itself: in 16 bits `torch.matrix_exp` gives infinities, NaN and 2^100."""
+    return case.dtype in (torch.bfloat16, torch.float16) and "orthogonal" in repr(case.parts)
 
 
 def _compare_uninterrupted(case: Program, run: Run) -> None:
