@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from retrograde import host
 from retrograde.assignment import Assignment, Given, assign
 from retrograde.engine.layers import AttachedLayer, find_kind
 from retrograde.engine.maps.base import LayerKind
@@ -103,6 +104,7 @@ def decide(
     decline: bool,
 ) -> Decision:
     """`make_plan`, with the rules that attaching puts in place."""
+    host.keep_freed_memory()
     # To read a computed weight is to compute it, which may step a power iteration or draw a random number.
     with untouched(model):
         return _decide(model, assignment, only, skip, strict, example, decline)

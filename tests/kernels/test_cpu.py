@@ -55,6 +55,17 @@ def test_levels_of_zeros_and_of_views() -> None:
     assert torch.equal(cpu.nsd(turned, 0.5, KEY, 8).values, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (3, 70, 8, 8), (5, 16, 1, 4), (2, 9, 7, 7)], ids=str)
+def test_levels_of_channels_last(shape: tuple[int, ...]) -> None:
+    """Every entry has the noise that it has channels first, and nothing is copied on the way where pixels allow it."""
+    delta = normal(shape)
+    found = cpu.nsd(delta.contiguous(memory_format=torch.channels_last), 0.5, KEY, 8)
+    expected = cpu.nsd(delta, 0.5, KEY, 8)
+    assert found.values.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found.values, expected.values)
+    assert (found.zeros, found.largest) == (expected.zeros, expected.largest)
+
+
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("factor", [1e-36, 1e-6, 1.0, 1e30])
 def test_statistics(shape: tuple[int, ...], factor: float) -> None:

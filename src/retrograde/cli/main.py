@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union
 import torch
 import tyro
 
+from retrograde import host
 from retrograde.cli import output
 from retrograde.cli.bench import Bench
 from retrograde.cli.compare import Advise, Compare
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     # Sparse gradients let Adam's moments decay to denormal numbers, which slow every product with them threefold.
     flushed = machine.flushes_denormals()
+    host.keep_freed_memory()
     torch.set_flush_denormal(True)
     try:
         with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retrograde.kernels.cpu_convolution_lists import Sparse
 from retrograde.kernels.cpu_lanes import LANES, address, turn
-from retrograde.kernels.cpu_memory import array, in_memory_order
+from retrograde.kernels.cpu_memory import array, in_memory_order, lent
 from retrograde.kernels.cpu_rows import accumulate
 from retrograde.kernels.cpu_threads import jit, serial, use_threads
 from retrograde.kernels.geometry import Geometry
@@ -160,7 +160,7 @@ def convolution_weight_grad(
     split = min(outputs // groups, -(-2 * threads // (chunks * groups)))
     inside = (h + 2 * geometry.padding[0]) * (w + 2 * geometry.padding[1]) * c
     together = max(1, min(-(-n // chunks), CACHE // (4 * inside)))
-    partial = np.empty((chunks, outputs, segments, width), np.float32)
+    partial = lent((chunks, outputs, segments, width), np.float32)
     _weight_grad(
         lists.start,
         lists.index,

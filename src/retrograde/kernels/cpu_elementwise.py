@@ -13,7 +13,7 @@ from numba import prange
 from numba.np.numpy_support import carray
 from torch import Tensor
 
-from retrograde.kernels.cpu_memory import flat, in_memory_order
+from retrograde.kernels.cpu_memory import flat, in_memory_order, lent, lies_channels_last
 from retrograde.kernels.cpu_threads import address, inlined, jit, serial, use_threads
 from retrograde.kernels.delta import Levels
 
@@ -75,7 +75,7 @@ class Statistics:
 
 def statistics(delta: Tensor) -> Statistics:
     """Standard deviation (biased), largest magnitude and number of zeros of a float32 gradient, in one pass."""
-    entries = flat(delta)
+    _, entries = in_memory_order(delta)
     use_threads(entries.size)
     blocks = -(-entries.size // _BLOCK)
     sums, squares = np.empty(blocks), np.empty(blocks)
@@ -105,24 +105,36 @@ def count_zeros(tensor: Tensor) -> int:
 
 
 @inlined
-def _levels(block: Any, b: Any, step: Any, limit: Any, key0: Any, key1: Any, levels: Any) -> Any:
-    """Levels of block number `b`, as float32; the number that are 0, and the largest magnitude."""
+def _random(counter: Any, key0: Any, key1: Any) -> Any:
+    """Four random numbers of 24 bits (Philox4x32-10: see `retrograde.maths.philox`)."""
     half, eighth = np.uint64(32), np.uint32(8)
-    # Philox4x32-10, one counter for four entries: see retrograde.maths.philox.
-    for i in range((block.size + 3) // 4):
-        counter = np.uint64(b * (_BLOCK // 4) + i)
-        c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
-        k0, k1 = np.uint32(key0), np.uint32(key1)
-        for _ in range(10):
-            # Products of 32-bit words: one instruction, where 64-bit ones take three.
-            p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
-            c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
-            c1, c3 = np.uint32(p1), np.uint32(p0)
-            k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
-        levels[4 * i] = np.float32(np.int32(c0 >> eighth))
-        levels[4 * i + 1] = np.float32(np.int32(c1 >> eighth))
-        levels[4 * i + 2] = np.float32(np.int32(c2 >> eighth))
-        levels[4 * i + 3] = np.float32(np.int32(c3 >> eighth))
+    c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
+    k0, k1 = np.uint32(key0), np.uint32(key1)
+    for _ in range(10):
+        # Products of 32-bit words: one instruction, where 64-bit ones take three.
+        p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
+        c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1
+        c1, c3 = np.uint32(p1), np.uint32(p0)
+        k0, k1 = np.uint32(k0 + np.uint32(0x9E3779B9)), np.uint32(k1 + np.uint32(0xBB67AE85))
+    return (
+        np.float32(np.int32(c0 >> eighth)),
+        np.float32(np.int32(c1 >> eighth)),
+        np.float32(np.int32(c2 >> eighth)),
+        np.float32(np.int32(c3 >> eighth)),
+    )
+
+
+@inlined
+def _noise(b: Any, size: Any, key0: Any, key1: Any, noise: Any) -> None:
+    """Of block number `b` of a gradient: one counter for four entries side by side."""
+    for i in range((size + 3) // 4):
+        found = _random(np.uint64(b * (_BLOCK // 4) + i), key0, key1)
+        noise[4 * i], noise[4 * i + 1], noise[4 * i + 2], noise[4 * i + 3] = found
+
+
+@inlined
+def _levels(block: Any, step: Any, limit: Any, levels: Any) -> Any:
+    """Levels of a block, as float32, in place of their noise; the number that are 0, and the largest magnitude."""
     for j in range(block.size):
         ratio = block[j] / step
         whole = np.floor(ratio)
@@ -143,9 +155,35 @@ def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any
         block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
         out = q[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
         levels = np.empty(_BLOCK, np.float32)
-        zeros[b], largest[b] = _levels(block, b, step, limit, key0, key1, levels)
+        _noise(b, block.size, key0, key1, levels)
+        zeros[b], largest[b] = _levels(block, step, limit, levels)
         for j in range(block.size):
             out[j] = np.int8(np.int32(levels[j]))
+
+
+@jit
+def _nsd_last(
+    x: Any, q: Any, pixels: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any, largest: Any
+) -> None:
+    """`_nsd` of x (four pixels, channels), channels last, with the noise that each entry has channels first."""
+    channels = x.shape[1] // 4
+    quarter = pixels // 4
+    for b in prange(zeros.size):
+        levels = np.empty(x.shape[1], np.float32)
+        first, second = levels[:channels], levels[channels : 2 * channels]
+        third, fourth = levels[2 * channels : 3 * channels], levels[3 * channels :]
+        none, most = np.int64(0), np.int32(0)
+        for four in range(b * x.shape[0] // zeros.size, (b + 1) * x.shape[0] // zeros.size):
+            counter = np.uint64(four // quarter * channels * quarter + four % quarter)
+            for i in range(channels):
+                first[i], second[i], third[i], fourth[i] = _random(counter, key0, key1)
+                counter += np.uint64(quarter)
+            zero, peak = _levels(x[four], step, limit, levels)
+            none, most = none + zero, max(most, peak)
+            out = q[four]
+            for j in range(levels.size):
+                out[j] = np.int8(np.int32(levels[j]))
+        zeros[b], largest[b] = none, most
 
 
 @serial
@@ -176,7 +214,8 @@ def _dither(source: Any, target: Any, size: Any, scale: Any, limit: Any, key0: A
     levels = np.empty(min(size + 3, _BLOCK), np.float32)
     for b in range(blocks):
         block = x[b * _BLOCK : min(size, (b + 1) * _BLOCK)]
-        zero, peak = _levels(block, b, step, np.float32(limit), key0, key1, levels)
+        _noise(b, block.size, key0, key1, levels)
+        zero, peak = _levels(block, step, np.float32(limit), levels)
         for j in range(block.size):
             out[b * _BLOCK + j] = levels[j] * step
         none, most = none + zero, max(most, peak)
@@ -199,20 +238,22 @@ def dither(delta: Tensor, scale: float, key: int, bits: int) -> tuple[Tensor, fl
 
 
 def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:
-    """Integer levels of the dithered float32 gradient; the noise is `retrograde.maths.philox.uniform`'s."""
+    """Integer levels of the dithered float32 gradient, in its memory order; the noise is `philox.uniform`'s."""
     use_threads(delta.numel())
-    values = torch.empty(delta.shape, dtype=torch.int8)
+    levels = lent((delta.numel(),), np.int8)
     blocks = -(-delta.numel() // _BLOCK)
     zeros, largest = np.empty(blocks, np.int64), np.empty(blocks, np.int32)
     limit = np.float32(2 ** (bits - 1) - 1)
-    _nsd(
-        flat(delta),
-        flat(values),
-        np.float32(step),
-        np.int64(key & 0xFFFFFFFF),
-        np.int64(key >> 32),
-        limit,
-        zeros,
-        largest,
-    )
+    rest = (np.float32(step), np.int64(key & 0xFFFFFFFF), np.int64(key >> 32), limit, zeros, largest)
+    last, values = lies_channels_last(delta), torch.from_numpy(levels)
+    if last and delta.shape[2:].numel() % 4 == 0:
+        n, c, h, w = delta.shape
+        entries = flat(delta.permute(0, 2, 3, 1)).reshape(-1, 4 * c)
+        _nsd_last(entries, levels.reshape(-1, 4 * c), h * w, *rest)
+        values = values.view(n, h, w, c).permute(0, 3, 1, 2)
+    else:
+        # Four entries that share a random number are not side by side for every channel.
+        _nsd(flat(delta), levels, *rest)
+        values = values.view(delta.shape)
+        values = values.contiguous(memory_format=torch.channels_last) if last else values
     return Levels(values, int(zeros.sum()), int(largest.max(initial=0)))

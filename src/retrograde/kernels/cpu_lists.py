@@ -34,7 +34,7 @@ from retrograde.kernels.cpu_lanes import (
     store,
     vector,
 )
-from retrograde.kernels.cpu_memory import flat
+from retrograde.kernels.cpu_memory import flat, lent
 from retrograde.kernels.cpu_threads import inlined, jit, serial, use_threads
 
 _LINE = 64
@@ -306,8 +306,8 @@ class Lists:
         """The same column by column."""
         planes, rows = self.start.shape[0], self.start.shape[1] - 1
         counts = np.empty((planes, _parts(planes, rows, 4 * self.size), self.columns), np.int32)
-        start = np.empty((planes, self.columns + 1), np.int64)
-        index, value = np.empty_like(self.index), np.empty_like(self.value)
+        start = lent((planes, self.columns + 1), np.int64)
+        index, value = lent(self.index.shape, np.int32), lent(self.value.shape, np.float32)
         _transpose(self.start, self.index.view(np.uint32), self.value, counts, start, index, value)
         return Lists(start, index, value, rows)
 
@@ -331,8 +331,8 @@ def plane_lists(values: Any, first: Any, shape: tuple[int, int], stride: int) ->
     counts = np.empty((planes, _parts(planes, rows, values.size)), np.int64)
     _count(values, first, rows, columns, stride, counts)
     ends = np.cumsum(counts)
-    start = np.empty((planes, rows + 1), np.int64)
-    index, value = np.empty(ends[-1] + LANES, np.int32), np.empty(ends[-1], np.float32)
+    start = lent((planes, rows + 1), np.int64)
+    index, value = lent((int(ends[-1]) + LANES,), np.int32), lent((int(ends[-1]),), np.float32)
     _list(values, first, columns, stride, ends, start, index, value)
     return Lists(start, index, value, columns)
 

@@ -24,6 +24,13 @@ _TYPES = {
 }
 _scratch = threading.local()
 
+_LENT = 1 << 17
+"""Bytes from which on memory is kept: the allocator keeps less than that itself."""
+_KEPT = 4
+"""Arrays of one size that are kept while no call uses them: index and value of a list, by rows and by columns."""
+_returned: dict[int, list[Any]] = {}
+"""By size, what `lent` gave and got back."""
+
 _HUGE_PAGE = 1 << 21
 """Bytes of a huge page. Rows of an operand are read in no order: among pages of 4096 bytes each address would have to
 be looked up anew, which takes a third of a product's time."""
@@ -75,6 +82,38 @@ def room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         held = _memory(size * np.dtype(dtype).itemsize).view(dtype)
         setattr(_scratch, name, held)
     return held[:size].reshape(shape)
+
+
+def lent(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array whose memory is kept for the next call that asks for as much, once no view of it is left.
+
+    The system takes back large arrays that are freed, and gives fresh pages for each new one: with lists of non-zeros
+    made in every step, that took a quarter of a convolutional network's step. What it holds is anyone's guess.
+    """
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    if size < _LENT:
+        return np.empty(shape, kind)
+    # The number of non-zeros differs from step to step; pages that are never touched cost nothing.
+    whole = np.asarray(_Loan(1 << (size - 1).bit_length())).view(kind)
+    return whole[: math.prod(shape)].reshape(shape)
+
+
+class _Loan:
+    """Memory that numpy keeps alive as the base of an array, and that goes back when the array is gone."""
+
+    def __init__(self, size: int) -> None:
+        kept = _returned.get(size)
+        try:
+            self.memory = kept.pop() if kept else _memory(size)
+        except IndexError:  # another thread took the last one
+            self.memory = _memory(size)
+        self.__array_interface__ = self.memory.__array_interface__
+
+    def __del__(self) -> None:
+        kept = _returned.setdefault(self.memory.size, [])
+        if len(kept) < _KEPT:
+            kept.append(self.memory)
 
 
 def _memory(size: int) -> Any:

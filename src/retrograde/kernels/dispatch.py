@@ -520,19 +520,17 @@ def nsd(delta: Tensor, step: float, key: int, bits: int | None) -> tuple[Delta, 
         from retrograde.kernels import cuda
 
         found = cuda.nsd(delta, step, key, bits)
-    elif bits is not None and _numba_takes(delta):
+        order = torch.channels_last if lies_channels_last(delta) else torch.contiguous_format
+        return Delta(found.values.contiguous(memory_format=order), step, found.zeros), found.largest
+    if bits is not None and _numba_takes(delta):
         from retrograde.kernels import cpu
 
         found = cpu.nsd(delta.float(), step, key, bits)
-    else:
-        quantised = Delta(reference.nsd(delta, step, key, bits), step)
-        # Whoever holds a share of zeros goes by every count.
-        quantised.count()
-        return quantised, int(quantised.values.abs().max())
-    values = found.values
-    if lies_channels_last(delta):
-        values = values.contiguous(memory_format=torch.channels_last)
-    return Delta(values, step, found.zeros), found.largest
+        return Delta(found.values, step, found.zeros), found.largest
+    quantised = Delta(reference.nsd(delta, step, key, bits), step)
+    # Whoever holds a share of zeros goes by every count.
+    quantised.count()
+    return quantised, int(quantised.values.abs().max())
 
 
 def _numba_takes(delta: Tensor) -> bool:
