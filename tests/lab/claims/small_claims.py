@@ -33,6 +33,7 @@ _TIMED = (
     "backward_seconds",
     "seconds",
     "step_seconds",
+    "late_step_seconds",
     "seconds_to_target",
     "peak_memory_bytes",
     "jobs",

@@ -15,11 +15,12 @@ SCENARIOS = {one.name: one for one in scenarios()}
 PLAIN: dict[str, list[float | None]] = {
     "accuracy": [0.9, 0.91, 0.9],
     "step_seconds": [1.0, 1.02, 1.0],
+    "late_step_seconds": [1.0, 1.02, 1.0],
     "backward_seconds": [0.6, 0.61, 0.6],
     "executed": [1.0, 1.0, 1.0],
     "mean_saved_bytes": [100.0, 100.0, 100.0],
 }
-FAST = {"step_seconds": [0.5, 0.52, 0.5], "accuracy": [0.9, 0.9, 0.91]}
+FAST = {"late_step_seconds": [0.5, 0.52, 0.5], "accuracy": [0.9, 0.9, 0.91]}
 
 
 def measured(**methods: dict[str, Any]) -> Result:
@@ -59,7 +60,7 @@ def test_a_loser_gets_its_reason(executed: float, reason: str) -> None:
 
 
 def test_noise_decides_nothing() -> None:
-    verdict = of(SCENARIOS["dither"], step_seconds=[0.5, 1.3, 0.8])
+    verdict = of(SCENARIOS["dither"], late_step_seconds=[0.5, 1.3, 0.8])
     assert not verdict.gains
     assert verdict.words.startswith("not decided: ×0.86")
 
@@ -93,7 +94,7 @@ def test_accuracy_at_equal_parameters_and_over_the_same_network_alone() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     plain = {name: values[:1] for name, values in PLAIN.items()}
-    result = complete(made_up({"plain": plain, "it": {**plain, "step_seconds": [0.5]}}), [])
+    result = complete(made_up({"plain": plain, "it": {**plain, "late_step_seconds": [0.5]}}), [])
     (verdict,) = judge(SCENARIOS["dither"], result)
     assert verdict.words == "2.0× faster a step, accuracy 0.00 points with one seed"
 

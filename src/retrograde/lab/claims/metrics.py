@@ -42,6 +42,7 @@ ALL = {
     "mean_saved_bytes": Metric("saved activations on average", "MiB"),
     "seconds": Metric("training time", "s"),
     "step_seconds": Metric("time of a step", "s"),
+    "late_step_seconds": Metric("time of a step, last epoch", "s"),
     "backward_seconds": Metric("backward pass of a step", "s"),
     "steps": Metric("steps"),
     "sharpness": Metric("λ_max of the Hessian"),
@@ -80,7 +81,8 @@ def summary(record: RunRecord, variant: str) -> Run:
         contestant=variant,
         seed=record.seed,
         commit=record.description.commit,
-        metrics=of_run(outcome),
+        # Most steps that compile or try kernels are over by then.
+        metrics={**of_run(outcome), "late_step_seconds": number(record.epochs[-1].step_seconds)},
         flops={name: value for name, value in counts.items() if value is not None},
         peak_memory_bytes=outcome.peak_memory_bytes,
         curve=[

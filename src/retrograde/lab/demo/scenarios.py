@@ -30,7 +30,7 @@ class Scenario:
     claim: Claim
     metric: str
     unit: str
-    time: Literal["step_seconds", "seconds_to_target"] | None = None
+    time: Literal["step_seconds", "late_step_seconds", "seconds_to_target"] | None = None
     least_epochs: int = 1
     without: str | None = None
 
@@ -58,9 +58,10 @@ def _convolutions() -> Scenario:
     recipe = Recipe(
         data="digits-32",
         model="vgg-small",
-        model_options={"stages": [[64], [128], [256]]},
-        batch_size=16,
-        limit=320,
+        # The memory format in which plain training is faster.
+        model_options={"stages": [[32], [256], [512]], "channels_last": True},
+        batch_size=32,
+        limit=800,
         epochs=2,
     )
     claim = _claim(
@@ -73,9 +74,9 @@ def _convolutions() -> Scenario:
             "exact": Variant(label="Exact()", methods={"exact": {}}),
             "dither": Variant(label="Dither(scale=1)", methods={"dither": {"scale": 1.0}}),
         },
-        ["step_seconds", "accuracy", "zeros", "executed"],
+        ["late_step_seconds", "step_seconds", "accuracy", "zeros", "executed"],
     )
-    return Scenario(claim, "step_seconds", "a step", "step_seconds")
+    return Scenario(claim, "late_step_seconds", "a step", "late_step_seconds", least_epochs=2)
 
 
 def _correlated() -> Scenario:
@@ -109,19 +110,19 @@ def _correlated() -> Scenario:
 
 def _deep() -> Scenario:
     """Many residual branches, each of which may be left out of a backward pass."""
-    options = {"q_skip": 0.6, "q_full": 0.2, "p_max": 0.05, "low": None, "warmup": 10}
+    options = {"q_skip": 0.7, "q_full": 0.1, "p_max": 0.05, "low": None, "warmup": 20}
     recipe = Recipe(
-        data="digits", model="resmlp", model_options={"depth": 12, "width": 256}, batch_size=64, epochs=4
+        data="digits", model="resmlp", model_options={"depth": 12, "width": 256}, batch_size=64, epochs=10
     )
     claim = _claim(
         "deepfocus",
         "Skipping whole branches: a deep residual network",
         "DeepFocus leaves out the backward pass of the branches whose error is small.",
         recipe,
-        {"deepfocus": Variant(label="DeepFocus(q_skip=0.6)", methods={"deepfocus": options})},
+        {"deepfocus": Variant(label="DeepFocus(q_skip=0.7)", methods={"deepfocus": options})},
         ["backward_seconds", "discounted_backward", "step_seconds", "accuracy"],
     )
-    return Scenario(claim, "backward_seconds", "backward pass", "step_seconds", least_epochs=2)
+    return Scenario(claim, "backward_seconds", "backward pass", "step_seconds", least_epochs=5)
 
 
 def _tiny() -> Scenario:
@@ -130,51 +131,51 @@ def _tiny() -> Scenario:
         data="digits",
         model="mlp",
         batch_size=64,
-        epochs=24,
+        epochs=30,
         learning_rate=1e-2,
         validation=0.2,
         schedule="constant",
         keep="best",
     )
     options = {"max_dendrites": 1, "patience": 3, "limit": 8}
-    narrow: dict[str, Any] = {"model_options": {"widths": [4]}}
+    narrow: dict[str, Any] = {"model_options": {"widths": [6]}}
     claim = _claim(
         "perforate",
         "More from few neurons: a tiny network",
         "Perforate grows artificial dendrites on a trained layer. The baseline has as many parameters without any.",
         recipe,
         {
-            "narrow": Variant(label="4 neurons", recipe=narrow),
+            "narrow": Variant(label="6 neurons", recipe=narrow),
             "perforate": Variant(
-                label="4 neurons, Perforate()", methods={"perforate": options}, recipe=narrow
+                label="6 neurons, Perforate()", methods={"perforate": options}, recipe=narrow
             ),
         },
         ["accuracy", "parameters", "seconds"],
-        baseline=Variant(label="9 neurons, plain", recipe={"model_options": {"widths": [9]}}),
+        baseline=Variant(label="13 neurons, plain", recipe={"model_options": {"widths": [13]}}),
     )
     return Scenario(claim, "accuracy", "at equal parameters", least_epochs=18, without="narrow")
 
 
 def _transformer() -> Scenario:
     """What a linear layer reads is kept for its own gradient alone, where no ReLU before it keeps the same."""
-    options = {"warmup": 5, "every": 20, "full_every": 4}
+    options = {"rank": 16, "warmup": 5, "every": 20, "full_every": 4}
     recipe = Recipe(
         data="digits",
         model="vit-small",
-        model_options={"layers": 2, "width": 96},
-        batch_size=16,
-        limit=640,
-        epochs=2,
+        model_options={"layers": 1, "width": 96},
+        batch_size=32,
+        epochs=10,
+        learning_rate=4e-3,
     )
     claim = _claim(
         "spectral",
         "Keeping less for the backward pass: a transformer",
         "Spectral keeps the leading directions of each layer’s input in most steps, in place of the whole input.",
         recipe,
-        {"spectral": Variant(label="Spectral(full_every=4)", methods={"spectral": options})},
+        {"spectral": Variant(label="Spectral(rank=16)", methods={"spectral": options})},
         ["mean_saved_bytes", "saved_bytes", "step_seconds", "accuracy"],
     )
-    return Scenario(claim, "mean_saved_bytes", "kept for the backward pass")
+    return Scenario(claim, "mean_saved_bytes", "kept for the backward pass", least_epochs=5)
 
 
 def _claim(

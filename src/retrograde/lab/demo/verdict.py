@@ -55,7 +55,9 @@ def advice(shown: Sequence[tuple[Scenario, Result]]) -> str:
             if scenario.metric == "mean_saved_bytes":
                 smaller.append((over.mean, f"{label}: it keeps {times(over)} of plain’s bytes"))
             elif scenario.time is not None and saves(over):
-                what = "a step" if scenario.time == "step_seconds" else "the way to plain’s best accuracy"
+                what = (
+                    "a step" if scenario.time != "seconds_to_target" else "the way to plain’s best accuracy"
+                )
                 ranked.append((over.mean, f"{label}: {what} takes {times(over)} of plain’s time"))
     if ranked:
         return f"This machine would gain most from {min(ranked)[1]}."

@@ -39,7 +39,8 @@ class VGG(nn.Sequential):
     """The first three stages of VGG-11 (configuration A): x (B, C, H, W) → logits (B, classes).
 
     3×3 convolutions 64 · pool · 128 · pool · 256 · 256 · pool, then one linear layer. Pooling stops where less than 3
-    pixels a side would be left, and the last one takes large images down to about 4.
+    pixels a side would be left, and the last one takes large images down to about 4. With ``channels_last`` the
+    weights lie so in memory, and with them what the convolutions return.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class VGG(nn.Sequential):
         stages: Sequence[Sequence[int]] = ((64,), (128,), (256, 256)),
         *,
         batch_norm: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
@@ -66,6 +68,8 @@ class VGG(nn.Sequential):
         self.features = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Linear(channels * height * width, classes)
         _he(self.features)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 class ResNet(nn.Sequential):
