@@ -70,7 +70,7 @@ def _train(given: argparse.Namespace, data: str, method: str) -> Path:
             *("--epochs", str(given.epochs), "--seed", str(given.seed)),
         ]
         if method:
-            command += ["--method", method]
+            command += ["--no-decline", "--method", method]
             for name, value in METHODS[method].items():
                 command += [f"--{method}.{name.replace('_', '-')}", str(value)]
         if (folder / files.CHECKPOINT).exists():

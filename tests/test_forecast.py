@@ -114,6 +114,9 @@ def test_nothing_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, {"0": 2.0, "5": 2.0})
     with pytest.raises(NoEffectError, match="decline=False"):
         rg.attach(model(), rg.Dither(), example=X)
+    plan = rg.make_plan(model(), rg.Dither(), example=X)
+    assert {row.status for row in plan.rows if row.forecast} == {"declined"}
+    assert "Nothing is attached: no layer would become faster" in str(plan)
 
 
 def test_methods_that_are_not_there_for_speed_are_never_declined(monkeypatch: pytest.MonkeyPatch) -> None:

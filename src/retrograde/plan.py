@@ -11,6 +11,7 @@ from retrograde.patterns import PatternRow
 
 Status = Literal["attached", "declined", "left", "bypassed"]
 
+_NOTHING = "Nothing is attached: no layer would become faster on this machine. Train the plain model."
 _TIMES = "ms a step, plain → attached"
 _WIDTH = 140
 _CELL = 40
@@ -126,6 +127,7 @@ class Plan:
         parts: list[_Table | str] = [_layer_table(self.rows)]
         if self.step:
             parts += ["", _step_line(self.step)]
+            parts += [] if self.attached else [_NOTHING]
         if self.blocks:
             parts += ["", _block_table(self.blocks)]
         if self.patterns:

@@ -86,7 +86,8 @@ def make_plan(
 
     Raises:
         PatternError: a pattern is empty or, when strict, matches no layer.
-        NoEffectError: a method would touch no layer (when strict), or nothing would be attached at all.
+        NoEffectError: a method can act on no layer (when strict), or none can. A method whose layers are all declined
+            is not an error here: the plan says so.
         OptionError: the example is not a batch, or the model is attached already.
     """
     # Without a method every layer is left, which the plan may well say.
@@ -199,12 +200,12 @@ def _decide(
                 why,
             )
         )
+    refuse_no_effect(rows, methods, strict)
     step = None
     if example is not None:
         step = _forecast(model, rows, placements, example, decline)
     block_rows, blocks = _plan_blocks(model, methods, placements)
     plan = Plan(tuple(rows), block_rows, step, tuple(patterns))
-    _refuse_no_effect(plan, methods, strict)
     return Decision(plan, tuple(placements), blocks)
 
 
@@ -440,22 +441,22 @@ def _shape(layer: nn.Module, kind: LayerKind | str | None) -> str:
     return "×".join(map(str, weight.shape)) if isinstance(weight, Tensor) else ""
 
 
-def _refuse_no_effect(plan: Plan, methods: Sequence[Method], strict: bool) -> None:
-    acting = {name for row in plan.rows for name in row.methods}
-    declined = any(row.status == "declined" for row in plan.rows)
+def refuse_no_effect(rows: Sequence[PlanRow], methods: Sequence[Method], strict: bool) -> None:
+    """Refuse methods that act on no layer; those that act beside others only when strict."""
+    acting = {name for row in rows for name in row.methods}
     for method in methods:
-        if method.name not in acting and (strict or not (acting or declined)):
-            reasons = "; ".join(f"{row.name} ({row.type}): {row.why}" for row in plan.rows[:8])
-            if len(plan.rows) > 8:
-                reasons += f"; and {len(plan.rows) - 8} more"
+        if method.name not in acting and (strict or not acting):
+            reasons = "; ".join(f"{row.name} ({row.type}): {row.why}" for row in rows[:8])
+            if len(rows) > 8:
+                reasons += f"; and {len(rows) - 8} more"
             raise NoEffectError(
                 f"{method.name} would touch no layer of the model, so it would have no effect. Layers: "
-                f"{reasons or 'none with parameters'}. {_remedy(plan)}"
+                f"{reasons or 'none with parameters'}. {_remedy(rows)}"
             )
 
 
-def _remedy(plan: Plan) -> str:
-    if any(row.status == "declined" for row in plan.rows):
+def _remedy(rows: Sequence[PlanRow]) -> str:
+    if any(row.status == "declined" for row in rows):
         return (
             "Layers were declined because attaching would save less than 5 % of their time on this machine: train the "
             "plain model, attach anyway with decline=False, or let a script go on with strict=False, which only warns."

@@ -38,7 +38,7 @@ from retrograde.forecast import Example
 from retrograde.kernels import compiled
 from retrograde.patterns import ROOT, Choice
 from retrograde.plan import Plan
-from retrograde.planning import BlockPlacement, Decision, decide
+from retrograde.planning import BlockPlacement, Decision, decide, refuse_no_effect
 
 _STATE_FORMAT = 2
 _CHOOSE = "retrograde.kernels.choose"
@@ -111,14 +111,21 @@ def attached(
     seed: int | None,
     example: Example | None,
     decline: bool,
+    plain: bool = False,
 ) -> "Session":
-    """`attach`, for methods that are assigned to layers already."""
+    """`attach`, for methods that are assigned to layers already.
+
+    With `plain`, a model all of whose layers are declined trains plain after a warning, strict or not.
+    """
     _check_model(model)
     decision = decide(model, assignment, only, skip, strict, example, decline)
+    if strict and not plain:
+        refuse_no_effect(decision.plan.rows, assignment.methods, strict)
     if not decision.layers:
+        names = "+".join(method.name for method in assignment.methods)
         warnings.warn(
-            "nothing is attached: the example shows that no layer would become faster on this machine, so the plain "
-            "model trains. attach(…, decline=False) attaches all the same.",
+            f"{names}: nothing is attached. The example shows that no layer would become faster on this machine, so "
+            "the plain model trains. decline=False (--no-decline on the command line) attaches all the same.",
             RetrogradeWarning,
             stacklevel=3,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-QUICK = ("--limit", "64", "--epochs", "1", "--batch-size", "16")
+QUICK = ("--limit", "64", "--epochs", "1", "--batch-size", "16", "--no-decline")
 
 _TIMES = (
     "seconds",

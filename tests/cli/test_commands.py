@@ -142,7 +142,9 @@ def test_bad_input_with_json_gives_json(run: Run) -> None:
 
 
 def test_plan_trains_nothing_and_explains_each_layer(run: Run) -> None:
-    outcome = run("plan", "--method", "dither", "--only", "1", "--model", "toy_models:dropout", "--json")
+    outcome = run(
+        "plan", "--method", "dither", "--only", "1", "--model", "toy_models:dropout", "--json", "--no-decline"
+    )
     assert (outcome.code, outcome.err) == (0, "")
     layers = outcome.json["layers"]
     assert {layer["name"]: layer["status"] for layer in layers} == {"1": "attached", "2": "left", "5": "left"}
@@ -151,7 +153,7 @@ def test_plan_trains_nothing_and_explains_each_layer(run: Run) -> None:
 
 
 def test_plan_follows_only_and_skip(run: Run) -> None:
-    arguments = ("plan", "--method", "dither", "--model", "toy_models:dropout", "--json")
+    arguments = ("plan", "--method", "dither", "--model", "toy_models:dropout", "--json", "--no-decline")
     status = {r["name"]: r["status"] for r in run(*arguments, "--skip", "1").json["layers"]}
     assert (status["1"], status["5"]) == ("left", "attached")
     status = {r["name"]: r["status"] for r in run(*arguments, "--only", "1").json["layers"]}
@@ -159,7 +161,7 @@ def test_plan_follows_only_and_skip(run: Run) -> None:
 
 
 def test_plan_is_readable_without_a_terminal(run: Run) -> None:
-    outcome = run("plan", "--method", "dither", "--model", "vgg-small-bn")
+    outcome = run("plan", "--method", "dither", "--model", "vgg-small-bn", "--no-decline")
     assert outcome.code == 0
     assert "\x1b" not in outcome.out
     assert "attached" in outcome.out
@@ -175,7 +177,7 @@ def test_plan_names_the_layers_that_are_forecast_slower(run: Run, monkeypatch: p
     monkeypatch.setattr(plan_command, "make_plan", lambda *arguments, **options: Plan(rows))
     shown = run("plan", "--method", "dither").out
     assert "2 layers are forecast slower attached than plain: body.3, head." in shown
-    assert "Add --decline to leave them plain, or name layers: --skip body.3 head" in shown
+    assert "Leave them plain with --decline, the default, or by name: --skip body.3 head" in shown
     assert run("plan", "--method", "dither", "--json").json["slower"] == ["body.3", "head"]
     monkeypatch.setattr(plan_command, "make_plan", lambda *arguments, **options: Plan(rows[:1]))
     assert "slower" not in run("plan", "--method", "dither").out

@@ -19,7 +19,7 @@ from retrograde.methods.registry import available
 
 Run = Callable[..., Outcome]
 
-SMALL = ("--epochs", "1", "--batch-size", "16", "--seeds", "1")
+SMALL = ("--epochs", "1", "--batch-size", "16", "--seeds", "1", "--no-decline")
 
 
 @pytest.fixture

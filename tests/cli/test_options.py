@@ -247,7 +247,18 @@ def test_flags_win_over_the_recipe(run: Run) -> None:
 
 
 def test_a_flag_that_restates_the_default_wins_too(run: Run) -> None:
-    run("train", "--recipe", recipe(), "--model", "mlp-small", "--batch-size", "128", "--out", "a")
+    run(
+        "train",
+        "--recipe",
+        recipe(),
+        "--model",
+        "mlp-small",
+        "--batch-size",
+        "128",
+        "--no-decline",
+        "--out",
+        "a",
+    )
     found = read_description(Path("a")).recipe
     assert (found["batch_size"], found["model"], found["limit"]) == (128, "mlp-small", 64)
 

@@ -19,7 +19,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 LONG = (
     *("--model", "toy_models:dropout", "--limit", "640", "--batch-size", "32", "--epochs", "30"),
-    *("--method", "dither", "--target-sparsity", "0.9"),
+    *("--method", "dither", "--target-sparsity", "0.9", "--no-decline"),
 )
 
 

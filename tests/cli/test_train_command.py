@@ -17,7 +17,7 @@ from retrograde.lab import data as lab_data
 from retrograde.lab import measure, models, trainer
 
 Run = Callable[..., Outcome]
-DITHER = ("--method", "dither", "--scale", "1")
+DITHER = ("--method", "dither", "--scale", "1", "--no-decline")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_resume_takes_the_runs_own_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = (
         *("--model", "toy_models:dropout", "--limit", "100", "--batch-size", "16", "--epochs", "2"),
-        *("--seed", "3", "--method", "dither", "--target-sparsity", "0.9", "--bits", "none"),
+        *("--seed", "3", "--method", "dither", "--target-sparsity", "0.9", "--bits", "none", "--no-decline"),
     )
     assert run("train", *recipe, "--out", "whole").code == 0
     with monkeypatch.context() as patch:

@@ -20,6 +20,7 @@ SMALL = Recipe(
     methods={"dither": {}},
     peers={"selective-backprop": {}},
     optimizer="adam",
+    decline=False,
 )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrograde import forecast
-from retrograde.errors import CheckpointError, OptionError, PatternError
+from retrograde.errors import CheckpointError, OptionError, PatternError, RetrogradeWarning
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, measure, models
 from retrograde.lab.data import Data
@@ -76,6 +76,7 @@ SMALL = Recipe(
     optimizer="sgd",
     learning_rate=0.05,
     seed=5,
+    decline=False,
 )
 
 
@@ -201,6 +202,28 @@ def test_a_run_that_declined_layers_goes_on_with_the_others(
     assert layer["seconds"] > 0
     rows = {row.name: row for row in read_description(tmp_path / "run").plan.layers}
     assert rows["5"].status == "declined"
+
+
+def test_a_run_whose_layers_are_all_declined_is_plain_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, as with `attach`; misspelt patterns are errors all the same."""
+    slower = forecast.LayerForecast(1.0, 2.0, 0.1, 0.5, {"skip": 1.0})
+    monkeypatch.setattr(forecast.Trials, "run", lambda *given: slower)
+    assert Recipe().decline
+    recipe = SMALL.model_copy(update={"decline": True, "epochs": 2})
+    with pytest.warns(RetrogradeWarning, match="dither: nothing is attached"):
+        train(recipe, tmp_path / "whole")
+    with pytest.warns(RetrogradeWarning), pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", **stopped_at(7))
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    train(recipe.model_copy(update={"methods": {}}), tmp_path / "plain")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "plain")
+    rows = read_description(tmp_path / "run").plan.layers
+    assert {row.status for row in rows} == {"declined", "left"}
+    with pytest.raises(PatternError):
+        train(recipe.model_copy(update={"skip": ["hiden"]}), tmp_path / "misspelt")
 
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(tmp_path: Path, whole: Path) -> None:
@@ -467,6 +490,7 @@ def test_a_table_trains(tmp_path: Path) -> None:
         batch_size=16,
         epochs=10,
         learning_rate=0.01,
+        decline=False,
     )
     result = train(recipe, tmp_path / "run")
     assert result["test"]["accuracy"] == 1.0
@@ -488,6 +512,7 @@ def test_a_language_model_trains_and_resumes(tmp_path: Path) -> None:
         batch_size=8,
         epochs=4,
         learning_rate=0.01,
+        decline=False,
     )
     result = train(recipe, tmp_path / "run")
     assert result["test"]["accuracy"] > 0.3, "one guess in eleven characters is 0.09"
@@ -500,7 +525,7 @@ def test_a_language_model_trains_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.data
 def test_a_real_table_trains(tmp_path: Path, data_dir: Path) -> None:
-    recipe = Recipe(data="adult", methods={"dither": {}}, limit=2000, epochs=2)
+    recipe = Recipe(data="adult", methods={"dither": {}}, limit=2000, epochs=2, decline=False)
     assert train(recipe, tmp_path / "run", data_dir=data_dir)["test"]["accuracy"] > 0.75
 
 

@@ -35,7 +35,14 @@ def noisy(data: Data) -> nn.Module:
 
 
 SMALL = Recipe(
-    model=f"{__name__}:noisy", limit=160, batch_size=16, epochs=2, optimizer="sgd", learning_rate=0.05, seed=3
+    model=f"{__name__}:noisy",
+    limit=160,
+    batch_size=16,
+    epochs=2,
+    optimizer="sgd",
+    learning_rate=0.05,
+    seed=3,
+    decline=False,
 )
 
 

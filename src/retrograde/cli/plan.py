@@ -67,5 +67,5 @@ def _warning(slower: list[str]) -> list[str]:
     names = " ".join(map(shlex.quote, slower[:3])) + (" …" if len(slower) > 3 else "")
     return [
         f"\n{layers} forecast slower attached than plain: {', '.join(slower)}.",
-        f"Add --decline to leave {them} plain, or name layers: --skip {names}",
+        f"Leave {them} plain with --decline, the default, or by name: --skip {names}",
     ]

@@ -17,7 +17,8 @@ from retrograde.methods.registry import suggest
 
 
 class Recipe(BaseModel):
-    """What to train, on what, and how. The same recipe on the same machine gives the same run, bit for bit.
+    """What to train, on what, and how. The same recipe on the same machine gives the same run, bit for bit, as long as
+    forecasts decline the same layers.
 
     Attributes:
         data: Data set: `digits`, a folder in the data folder, a path, or a hub id.
@@ -45,7 +46,7 @@ class Recipe(BaseModel):
         device: Device: `cpu`, `cuda`, or `auto`, which takes a GPU if there is one.
         precision: Precision of training. `bfloat16` means autocast.
         compile: Run the model through `torch.compile`.
-        decline: Leave plain the layers that are forecast slower with methods that are there to save time.
+        decline: Leave plain the layers that are not forecast faster with methods that are there to save time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,7 +76,7 @@ class Recipe(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-    decline: bool = False
+    decline: bool = True
 
     @property
     def label(self) -> str:

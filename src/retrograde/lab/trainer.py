@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from retrograde.assignment import assign
 from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, machine, measure, models
@@ -38,7 +39,7 @@ from retrograde.lab.record import (
 from retrograde.lab.tensorboard import open_writer
 from retrograde.patterns import escape
 from retrograde.planning import make_plan
-from retrograde.session import Session, attach
+from retrograde.session import Session, attached
 
 _LOG_EVERY = 10
 _SHARPNESS_ROWS = 512
@@ -408,25 +409,29 @@ class Trainer:
         """Attach, with a forecast from the batch; a run that goes on has one, and the layers that it led to."""
         recipe = self.recipe
         if not self._methods:
+            self._plan = make_plan(self.model, [])
             return None
-        only, skip, decline = recipe.only, recipe.skip, recipe.decline
-        if checkpoint is not None and decline:
-            only, skip, decline = (
-                [escape(name) for name in (checkpoint.session or {}).get("layers") or {}],
-                None,
-                False,
-            )
+        only, skip = recipe.only, recipe.skip
+        rows = () if checkpoint is None else read_description(self.folder).plan.layers
+        if any(row.status == "declined" for row in rows):
+            only, skip = [escape(row.name) for row in rows if row.status == "attached"], None
+            if not only:
+                return None
         loss = partial(measure.batch_loss, self.model, x, y, recipe.precision, recipe.label_smoothing)
-        return attach(
+        session = attached(
             self.model,
-            self._methods,
-            only=only,
-            skip=skip,
+            assign(self._methods).for_run(self.steps),
+            only,
+            skip,
+            optimizer=None,
+            strict=True,
             seed=recipe.seed,
-            steps=self.steps,
             example=loss if checkpoint is None else None,
-            decline=decline,
+            decline=recipe.decline,
+            plain=True,
         )
+        self._plan = session.plan
+        return session if self._plan.attached else None
 
     # State.
 
@@ -482,7 +487,6 @@ class Trainer:
         # Another process may have been faster.
         _refuse_used(self.folder)
         recipe = self.recipe
-        plan = self.session.plan if self.session else make_plan(self.model, [])
         description = Description(
             name=self.folder.name,
             label=label or recipe.label,
@@ -492,7 +496,7 @@ class Trainer:
             machine=machine.describe(self.device),
             commit=machine.commit(),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
-            plan=Plan.model_validate(plan.to_dict()),
+            plan=Plan.model_validate(self._plan.to_dict()),
         )
         files.write_json(self.folder / files.RUN, description.to_dict())
 

@@ -22,7 +22,7 @@ def test_plain_comes_first_and_the_recipe_is_shared() -> None:
     assert list(claim.contestants) == ["plain", "dither", "dither+decorrelate", "sam"]
     assert claim.baseline == claim.target == "plain"
     plain = claim.recipe_of("plain")
-    assert (plain.methods, plain.seed, plain.epochs) == ({}, 0, 2)
+    assert (plain.methods, plain.seed, plain.epochs, plain.decline) == ({}, 0, 2, True)
     assert claim.recipe_of("dither").methods == {"dither": {"scale": 2.0}}
     assert claim.recipe_of("sam").peers == {"sam": {}}
 

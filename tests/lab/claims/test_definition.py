@@ -57,6 +57,12 @@ def read(root: Path, text: str) -> Claim:
 # Reading.
 
 
+def test_a_claim_declines_no_layer_unless_it_says_so() -> None:
+    """The forecast, which asks the clock, has no say in what is published."""
+    assert not small().recipe_of("plain").decline
+    assert small(recipe={**RECIPE, "decline": True}).recipe_of("plain").decline
+
+
 def test_a_file_is_its_claim(tmp_path: Path) -> None:
     claim = read(tmp_path, TEXT)
     assert (claim.id, claim.method, claim.baseline) == ("dither/toy", "dither", "plain")

@@ -49,6 +49,7 @@ def comparison(
             raise OptionError(f"{name} is named twice. Name each method and peer once.")
         contestants[name] = Variant.model_validate({kind: one, "label": name})
     fields = recipe.model_dump(mode="json", exclude={"methods", "peers", "seed"}, exclude_unset=True)
+    fields["decline"] = recipe.decline
     rate = Range(low=recipe.learning_rate / _AROUND, high=recipe.learning_rate * _AROUND)
     fixed = f"all at the learning rate {recipe.learning_rate:g}, which was not searched for"
     return Claim(

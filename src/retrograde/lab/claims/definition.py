@@ -130,7 +130,8 @@ class Claim(_Table):
         source: where it says so.
         pending: why it cannot be run yet; then nothing else is needed.
         note: what a reader of the result must know: how this differs from the source.
-        recipe: what all variants share; the seed is replaced.
+        recipe: what all variants share; the seed is replaced. No layer is declined unless it says so: a claim is of
+            the method wherever it is attached, not of the forecast.
         seeds: paired seeds, from 0.
         tuning: None: all run at the recipe's own values, and the note says why.
         equal: what variants have the same of: ``steps`` as the recipe gives them, or ``seconds``: each one's steps
@@ -202,7 +203,10 @@ class Claim(_Table):
             OptionError: a field that a recipe does not have, or a refused value.
         """
         one = self.contestants[name]
-        fields = _merged(self.recipe, one.recipe) | {"methods": one.methods, "peers": one.peers}
+        fields = _merged({"decline": False, **self.recipe}, one.recipe) | {
+            "methods": one.methods,
+            "peers": one.peers,
+        }
         for key, value in (changes or {}).items():
             fields = _merged(fields, _nested(key, value))
         where = f"{self.id}, variant {name!r}"
