@@ -28,7 +28,7 @@ def model() -> nn.Sequential:
 
 
 X, Y = torch.randn(8, 2, 6, 6), torch.arange(8) % 5
-FIXED = LayerForecast(plain=2.0, attached=1.0, backward=0.5, zeros=0.5, kernels={"skip": 1.0})
+FIXED = LayerForecast(2.0, attached=1.0, backward=0.5, zeros=0.5, kernels={"skip": 1.0}, quartiles=(0.8, 1.4))
 
 
 def times(monkeypatch: pytest.MonkeyPatch, by_layer: dict[str, float]) -> None:
@@ -63,6 +63,8 @@ def test_an_example_leaves_no_trace(kind: str) -> None:
         found = rows[name]
         assert found is not None
         assert min(found.plain, found.attached, found.backward) > 0
+        low, high = found.quartiles
+        assert low <= found.attached <= high
         assert sum(found.kernels.values()) == pytest.approx(1.0)
     assert plan.step is not None
     saved = sum(found.plain - found.attached for found in rows.values() if found)
@@ -86,7 +88,7 @@ def test_layers_that_lose_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     session = rg.attach(net, rg.Dither(), example=X)
     rows = {row.name: row for row in session.plan.rows}
     assert (rows["0"].status, rows["5"].status) == ("attached", "declined")
-    assert "×1.20 the time" in rows["5"].why
+    assert "×1.20 [0.40–0.70] the time" in rows["5"].why
     assert type(net[5]) is nn.Linear
     assert type(net[0]) is not nn.Conv2d
     assert session.plan.step is not None
@@ -95,6 +97,9 @@ def test_layers_that_lose_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     text = str(session.plan)
     assert "declined" in text
     assert "2000.00 → 1000.00" in text
+    low, high = session.plan.step.quartiles
+    assert (session.plan.step.plain - low, session.plan.step.plain - high) == pytest.approx((1.2, 0.6))
+    assert f"[{low / session.plan.step.plain:.2f}–" in text, "a busy machine shows in the forecast"
     assert "Forward and backward pass" in text
 
 

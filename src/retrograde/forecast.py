@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ _BUDGET = 0.25
 """Seconds for the rounds of one layer."""
 _ROUNDS = (5, 40)
 _WARMUPS = 2
-_STEPS = 3
+_STEPS = 5
 _GRAIN = 32
 """Shares of zeros are told apart in steps of one part in so many: layers alike in all else are tried once."""
 
@@ -48,6 +48,7 @@ class LayerForecast:
         backward: seconds of the attached backward pass alone.
         zeros: share of zeros in δ̃.
         kernels: share of the backward products by kernel.
+        quartiles: of `attached` over the rounds; far apart on a machine that does other things meanwhile.
     """
 
     plain: float
@@ -55,6 +56,7 @@ class LayerForecast:
     backward: float
     zeros: float
     kernels: dict[str, float]
+    quartiles: tuple[float, float]
 
     @property
     def loses(self) -> bool:
@@ -68,6 +70,7 @@ class LayerForecast:
             plain=self.plain * factor,
             attached=self.attached * factor,
             backward=self.backward * factor,
+            quartiles=(self.quartiles[0] * factor, self.quartiles[1] * factor),
         )
 
 
@@ -78,10 +81,12 @@ class StepForecast:
     Attributes:
         plain: measured seconds of the plain model.
         attached: what they should become: plain, less what the attached layers save.
+        quartiles: the same, where every layer takes a quartile of its rounds.
     """
 
     plain: float
     attached: float
+    quartiles: tuple[float, float]
 
     @property
     def ratio(self) -> float:
@@ -276,13 +281,15 @@ def _compare(
         backward.append(program.clocked - before)
     # By itself: taking turns with another layer's code and data would cost a small one half as much again.
     plain = median(theirs() for _ in range(rounds))
+    # The ratio's median, not the median's ratio: what disturbs a round disturbs both.
+    low, ratio, high = quantiles((m / t for t, m in pairs), n=4, method="inclusive")
     return LayerForecast(
         plain,
-        # The ratio's median, not the median's ratio: what disturbs a round disturbs both.
-        plain * median(m / t for t, m in pairs),
+        plain * ratio,
         median(backward),
         zeros,
         {name: count / program.tally.kernels.total() for name, count in program.tally.kernels.items()},
+        (plain * low, plain * high),
     )
 
 

@@ -16,7 +16,7 @@ from retrograde.errors import NoEffectError, OptionError
 from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe, untouched
 from retrograde.kernels import compiled, reference
 from retrograde.patterns import ROOT, Choice, select, some
-from retrograde.plan import BlockRow, Plan, PlanRow
+from retrograde.plan import BlockRow, Plan, PlanRow, over
 
 _NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -226,7 +226,7 @@ def _forecast(
     if not tried:
         return None
     seen = observe(model, {place.name: place.site.layer for place in tried}, example)
-    trials, saved = Trials(), 0.0
+    trials, changes = Trials(), [(0.0, 0.0, 0.0)]
     for place in tried:
         calls = seen.layers.get(place.name)
         if not calls:
@@ -250,12 +250,14 @@ def _forecast(
             )
             placements.remove(place)
         else:
-            saved += found.plain - found.attached
-    return StepForecast(seen.seconds, seen.seconds - saved)
+            low, high = found.quartiles
+            changes.append((found.attached - found.plain, low - found.plain, high - found.plain))
+    attached, low, high = (seen.seconds + sum(column) for column in zip(*changes, strict=True))
+    return StepForecast(seen.seconds, attached, (low, high))
 
 
 def _why_declined(found: LayerForecast, why: str) -> str:
-    reason = f"would take ×{found.attached / found.plain:.2f} the time, at {found.zeros:.0%} zeros"
+    reason = f"would take {over(found)} the time, at {found.zeros:.0%} zeros"
     return f"{reason}; {why}" if why else reason
 
 

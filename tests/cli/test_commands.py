@@ -170,7 +170,7 @@ def test_plan_is_readable_without_a_terminal(run: Run) -> None:
 
 def test_plan_names_the_layers_that_are_forecast_slower(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(name: str, attached: float) -> PlanRow:
-        forecast = LayerForecast(0.002, attached, 0.001, 0.9, {"dense": 1.0})
+        forecast = LayerForecast(0.002, attached, 0.001, 0.9, {"dense": 1.0}, (attached, attached))
         return PlanRow(name, "Linear", "8→8", 72, ("dither",), "auto", "attached", "", forecast)
 
     rows = row("body.1", 0.001), row("body.3", 0.003), row("head", 0.004)

@@ -186,7 +186,7 @@ def test_a_run_that_declined_layers_goes_on_with_the_others(
 ) -> None:
     def run(self: forecast.Trials, candidate: forecast.Candidate, calls: Any) -> forecast.LayerForecast:
         attached = 0.5 if candidate.name == "1" else 2.0
-        return forecast.LayerForecast(1.0, attached, 0.1, 0.5, {"skip": 1.0})
+        return forecast.LayerForecast(1.0, attached, 0.1, 0.5, {"skip": 1.0}, (attached, attached))
 
     monkeypatch.setattr(forecast.Trials, "run", run)
     recipe = SMALL.model_copy(update={"epochs": 2, "decline": True})
@@ -208,7 +208,7 @@ def test_a_run_whose_layers_are_all_declined_is_plain_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default, as with `attach`; misspelt patterns are errors all the same."""
-    slower = forecast.LayerForecast(1.0, 2.0, 0.1, 0.5, {"skip": 1.0})
+    slower = forecast.LayerForecast(1.0, 2.0, 0.1, 0.5, {"skip": 1.0}, (1.9, 2.1))
     monkeypatch.setattr(forecast.Trials, "run", lambda *given: slower)
     assert Recipe().decline
     recipe = SMALL.model_copy(update={"decline": True, "epochs": 2})
