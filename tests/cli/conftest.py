@@ -24,6 +24,14 @@ def dropout(data):
     )
 
 
+def wide(data):
+    return nn.Sequential(nn.Flatten(), nn.Linear(999, data.classes))
+
+
+def narrow(data):
+    return nn.Sequential(nn.Flatten(), nn.Linear(data.train.inputs[0].numel(), data.classes - 1))
+
+
 def number():
     return 3
 """

@@ -183,6 +183,18 @@ def test_plan_names_the_layers_that_are_forecast_slower(run: Run, monkeypatch: p
     assert "slower" not in run("plan", "--method", "dither").out
 
 
+@pytest.mark.parametrize(
+    ("model", "says"), [("wide", "batch of 128 × 1 × 8 × 8 float32"), ("narrow", "logits of 10 classes")]
+)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_model_that_does_not_fit_the_data_is_refused(run: Run, command: str, model: str, says: str) -> None:
+    outcome = run(command, "--method", "dither", "--model", f"toy_models:{model}")
+    assert outcome.code == 3
+    assert f"OptionError: model toy_models:{model} cannot be trained on digits" in outcome.err
+    assert says in outcome.err
+    assert not any(Path("runs").rglob("*.pt"))
+
+
 @pytest.mark.parametrize("flag", ["--only", "--skip"])
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_misspelt_pattern_is_refused(run: Run, command: str, flag: str) -> None:

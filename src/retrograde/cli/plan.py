@@ -38,8 +38,9 @@ class PlanCommand:
         if not recipe.methods:
             raise OptionError("plan needs at least one method. Add --method NAME; see `retrograde methods`.")
         data = recipe.load_data(self.data_dir)
-        model = models.build(recipe.model, data, seed=recipe.seed)
+        model = models.build(recipe.model, data, seed=recipe.seed, options=recipe.model_options)
         x, y = lab_data.first_batch(data.train, recipe.batch_size, augment=recipe.augment)
+        measure.check_fit(recipe.model, model, data, x, y)
         plan = make_plan(
             model,
             recipe.make_methods(),

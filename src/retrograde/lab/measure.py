@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrograde.accounting.memory import saved_bytes
+from retrograde.errors import OptionError
 from retrograde.kernels.work import DISCOUNTS
-from retrograde.lab.data import Split, evaluation_batches
+from retrograde.lab.data import Data, Split, evaluation_batches
 from retrograde.lab.record import Timing
 from retrograde.session import Session
 
@@ -51,6 +52,24 @@ def batch_loss(model: nn.Module, x: Tensor, y: Tensor, precision: str, smoothing
     """The loss of a batch as a training step takes it, for a forecast."""
     with autocast(x.device, precision):
         return loss_of(model(x).float(), y, smoothing)
+
+
+def check_fit(name: str, model: nn.Module, data: Data, x: Tensor, y: Tensor) -> None:
+    """Refuse a model that cannot take the data's batches, or whose outputs are no logits of its classes.
+
+    Raises:
+        OptionError: with what the model says of the first batch.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _frozen_statistics(model):
+            loss_of(model(x).float(), y)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        given = " × ".join(map(str, x.shape))
+        raise OptionError(
+            f"model {name} cannot be trained on {data.name}: given a batch of {given} {str(x.dtype)[6:]}, it says: "
+            f"{error}. It must take such batches, of which `data.input_shape` is {data.input_shape}, and return "
+            f"logits of {data.classes} classes."
+        ) from error
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

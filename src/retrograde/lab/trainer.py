@@ -158,6 +158,7 @@ class Trainer:
             self.device
         )
         x, y = self._first_batch()
+        measure.check_fit(recipe.model, self.model, data, x, y)
         self._rows = len(x)
         self._plain_flops = measure.step_flops(self.model, x, y)
         self._cuda = [self.device] if self.device.type == "cuda" else []
