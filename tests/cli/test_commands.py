@@ -195,6 +195,14 @@ def test_a_model_that_does_not_fit_the_data_is_refused(run: Run, command: str, m
     assert not any(Path("runs").rglob("*.pt"))
 
 
+def test_plan_has_no_flags_of_training(run: Run) -> None:
+    shown = run("plan", "--help").out
+    for flag in ("--batch-size", "--epochs", "--decline", "--precision"):
+        assert flag in shown, "what a forecast depends on"
+    for flag in ("--learning-rate", "--schedule", "--keep", "--compile"):
+        assert flag not in shown
+
+
 @pytest.mark.parametrize("flag", ["--only", "--skip"])
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_misspelt_pattern_is_refused(run: Run, command: str, flag: str) -> None:

@@ -52,6 +52,7 @@ def test_compare_searches_trains_and_tells(run: Run) -> None:
     for name in ("plain", "dither", "dither+spectral", "meprop"):
         assert name in outcome.out
     assert outcome.out.rstrip().endswith("report: compare.html")
+    assert "The target is the best validation accuracy of plain." in " ".join(outcome.out.split())
     assert "<html" in Path("compare.html").read_text(encoding="utf-8")
     again = run(*command, "--trials", "1", *SMALL, "--json")
     assert list(again.json["contestants"]) == ["plain", "dither", "dither+spectral", "meprop"]

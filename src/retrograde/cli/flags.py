@@ -56,11 +56,16 @@ RecipeFlags = _make("RecipeFlags", NOT_FLAGS)
 TaskFlags = _make("TaskFlags", NOT_FLAGS | {"model", "data", "seed"})
 """Without what a comparison names itself: model and data are its arguments, and its seeds are its own."""
 
+_TRAINING = "evaluations keep optimizer learning_rate weight_decay schedule device compile"
+PlanFlags = _make("PlanFlags", NOT_FLAGS | set(_TRAINING.split()))
+"""Without what only training asks for."""
+
 if TYPE_CHECKING:
-    RecipeFields = TaskFields = Any
+    RecipeFields = TaskFields = PlanFields = Any
 else:
     RecipeFields = Annotated[RecipeFlags, arg(name="")]
     TaskFields = Annotated[TaskFlags, arg(name="")]
+    PlanFields = Annotated[PlanFlags, arg(name="")]
 
 
 def from_recipe(recipe: Recipe, flags: type[Any] = RecipeFlags) -> Any:

@@ -19,7 +19,7 @@ from retrograde.cli.bench import Bench
 from retrograde.cli.compare import Advise, Compare
 from retrograde.cli.demo import Demo
 from retrograde.cli.doctor import Doctor
-from retrograde.cli.flags import TaskFlags, from_recipe
+from retrograde.cli.flags import PlanFlags, TaskFlags, from_recipe
 from retrograde.cli.methods import Methods
 from retrograde.cli.options import Given, option_flags, read_chosen, registry
 from retrograde.cli.plan import PlanCommand
@@ -93,7 +93,7 @@ def _run(arguments: list[str]) -> int:
     flags, tasks = from_recipe(recipe), from_recipe(recipe, TaskFlags)
     commands: dict[str, Any] = {
         "methods": Methods(),
-        "plan": PlanCommand(flags),
+        "plan": PlanCommand(from_recipe(recipe, PlanFlags)),
         "train": Train(flags),
         "advise": Advise(tyro.MISSING, tyro.MISSING, tasks),
         "compare": Compare(tyro.MISSING, tyro.MISSING, tasks),

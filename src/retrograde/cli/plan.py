@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from retrograde.cli import output
-from retrograde.cli.flags import DataFolder, Methods, RecipeFields, RecipeFile, Switch
+from retrograde.cli.flags import DataFolder, Methods, PlanFields, RecipeFile, Switch
 from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
@@ -26,7 +26,7 @@ class PlanCommand:
         json: Print JSON.
     """
 
-    fields: RecipeFields
+    fields: PlanFields
     recipe: RecipeFile = None
     method: Methods = ()
     data_dir: DataFolder = None

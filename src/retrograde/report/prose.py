@@ -2,7 +2,7 @@
 
 import json
 
-from retrograde.lab.claims import wording
+from retrograde.lab.claims import metrics, wording
 from retrograde.lab.claims.result import Result
 from retrograde.report.comparison import Comparison, Variant
 
@@ -51,7 +51,10 @@ def caption(result: Result) -> str:
     if not result.claim:
         return f"{means} Differences and times are over {result.contestants[result.baseline].label}’s, seed by seed."
     equal = "the same time" if result.equal == "seconds" else "the same number of steps"
-    return f"{means} All variants train for {equal}. The first one is the baseline."
+    target = ""
+    if result.target is not None and not metrics.TO_TARGET.keys().isdisjoint(result.table):
+        target = f" The target is the best validation accuracy of {result.contestants[result.target].label}."
+    return f"{means} All variants train for {equal}. The first one is the baseline.{target}"
 
 
 def caveats(comparison: Comparison) -> tuple[str, ...]:
