@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from outcome import QUICK, Outcome
 
+from retrograde.cli import doctor as doctor_command
 from retrograde.cli import plan as plan_command
 from retrograde.forecast import LayerForecast
 from retrograde.lab import checks
@@ -258,6 +259,18 @@ def test_doctor_is_0_where_nothing_failed(run: Run) -> None:
     for step in ("gradients: ", "precisions: ", "kernels: "):
         assert step in outcome.err, "what takes long says where it is"
     assert "failed" not in outcome.out
+
+
+def test_doctor_forgets_kernels(run: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_command, "run_checks", lambda *arguments: [])
+    kept = workplace.parent / "cache" / "kernels" / "machine.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    assert run("doctor").code == 0
+    assert kept.exists()
+    outcome = run("doctor", "--forget-kernels")
+    assert "1 file(s) deleted" in outcome.err
+    assert not kept.exists()
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -307,11 +307,23 @@ def test_long_trials_are_announced(
     patience: float, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(choose, "_PATIENCE", patience)
-    choose.chooser().best(problem(0.1), ("dense", "skip"), lambda kernel: time.sleep(0.02))
+    choose._announce.cache_clear()
+    for share in (0.1, 0.3):
+        choose.chooser().best(problem(share), ("dense", "skip"), lambda kernel: time.sleep(0.02))
     said = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert len(said) == (patience == 0)
+    assert len(said) == (patience == 0), "once for all products"
     assert all(str(cache) in record.getMessage() for record in said)
-    assert all("linear/input" in record.getMessage() for record in said)
+
+
+def test_kept_answers_can_be_forgotten(cache: Path) -> None:
+    asked: list[str] = []
+    for _ in range(2):
+        choose.chooser().best(problem(0.1), ("dense", "skip"), asked.append)
+    before = len(asked)
+    assert choose.forget() == 1
+    assert not list(cache.rglob("*.json"))
+    choose.chooser().best(problem(0.1), ("dense", "skip"), asked.append)
+    assert len(asked) > before
 
 
 @pytest.mark.parametrize("share", [0.4, 0.6])

@@ -17,15 +17,22 @@ class Doctor:
     and then no training run has to do. Each step is told on stderr, with its seconds.
 
     Attributes:
+        forget_kernels: First delete the choices of kernels that are kept, which were measured while the machine was
+            busy, for example. They are measured anew, by this command and by training.
         data_dir: Folder that holds data sets.
         json: Print JSON.
     """
 
+    forget_kernels: Switch = False
     data_dir: DataFolder = None
     json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print the findings; 1 when a check failed."""
+        if self.forget_kernels:
+            from retrograde.kernels import choose  # a compiler comes with it
+
+            output.log.print(f"choices of kernels: {choose.forget()} file(s) deleted", highlight=False)
         with output.log.status("starting") as status:
             current = ""
 

@@ -183,7 +183,7 @@ class Chooser:
         known = {kernel: value for kernel, (_, value) in expected.items() if value is not None}
         best = min(known.values(), default=math.inf)
         untried = tuple(k for k in allowed if k not in known and expected[k][0] < best)
-        with _announced(problem.product), torch.no_grad():
+        with _announced(), torch.no_grad():
             tried = {k: seconds / problem.rows for k, seconds in self._try(untried, compute).items()}
         known |= tried
         key = problem.key(allowed)
@@ -290,16 +290,31 @@ def load_state_dict(state: dict[str, Any]) -> None:
     )
 
 
-@contextlib.contextmanager
-def _announced(key: str) -> Generator[None]:
-    """Say why a backward pass takes so long, where it does."""
-    text = (
-        "the first backward pass of this kind (%s) on this machine compiles the kernels and measures which is the "
-        "fastest, with %d thread(s): some seconds, or half a minute on a slow machine. It happens once, the result is "
-        "kept in %s; `retrograde doctor` compiles beforehand."
+def forget() -> int:
+    """Delete all answers that are kept, for every machine and setting, and those in use; how many files there were."""
+    _choosers.clear()
+    found = list(_path().parent.glob("*.json"))
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+@functools.cache
+def _announce() -> None:
+    """Say why a backward pass takes so long: once for all products of a process."""
+    _LOG.warning(
+        "the first backward passes on this machine compile the kernels and measure which is the fastest, with %d "
+        "thread(s): some seconds for each kind of product, or half a minute on a slow machine. It happens once, the "
+        "result is kept in %s; `retrograde doctor` compiles beforehand.",
+        torch.get_num_threads(),
+        _path().parent,
     )
-    arguments = (text, key.partition(" ")[0], torch.get_num_threads(), _path().parent)
-    timer = threading.Timer(_PATIENCE, _LOG.warning, arguments)
+
+
+@contextlib.contextmanager
+def _announced() -> Generator[None]:
+    """Say so where trials take long."""
+    timer = threading.Timer(_PATIENCE, _announce)
     timer.daemon = True
     timer.start()
     try:
