@@ -1,5 +1,6 @@
 """What happens to each layer of a model, decided before anything is changed."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +13,7 @@ from retrograde.assignment import Assignment, Given, assign
 from retrograde.engine.layers import AttachedLayer, find_kind
 from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
-from retrograde.errors import NoEffectError, OptionError
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe, untouched
 from retrograde.kernels import compiled, reference
 from retrograde.patterns import ROOT, Choice, select, some
@@ -201,12 +202,27 @@ def _decide(
             )
         )
     refuse_no_effect(rows, methods, strict)
+    _warn_of_idle(placements)
     step = None
     if example is not None:
         step = _forecast(model, rows, placements, example, decline)
     block_rows, blocks = _plan_blocks(model, methods, placements)
     plan = Plan(tuple(rows), block_rows, step, tuple(patterns))
     return Decision(plan, tuple(placements), blocks)
+
+
+def _warn_of_idle(placements: Sequence[Placement]) -> None:
+    """Say which methods do nothing of their own wherever they are attached, and stand beside others there."""
+    for name in {name for place in placements for name in place.rules}:
+        rules = [place.rules for place in placements if name in place.rules]
+        if all(type(each[name]) is Rule and len(each) > 1 for each in rules):
+            others = sorted({other for each in rules for other in each} - {name})
+            warnings.warn(
+                f"{name} adds nothing beside {' and '.join(others)}: zeros are skipped with every method. "
+                "Leave it out, or attach it alone.",
+                RetrogradeWarning,
+                stacklevel=6,
+            )
 
 
 def _forecast(

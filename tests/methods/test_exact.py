@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrograde as rg
+from retrograde.errors import RetrogradeWarning
 
 
 class Pooled(nn.Module):
@@ -68,3 +69,14 @@ def test_padding_leaves_the_products(dtype: torch.dtype | None, monkeypatch: pyt
         assert layer["kernel_compact"] == 1
     flops = session.flops()
     assert flops.weight_grad.executed == pytest.approx(float(real.float().mean()) * flops.weight_grad.dense)
+
+
+def test_beside_another_method_it_adds_nothing_and_that_is_said() -> None:
+    with pytest.warns(RetrogradeWarning, match="exact adds nothing beside dither: zeros are skipped") as said:
+        session = rg.attach(Pooled(), [rg.Exact(), rg.Dither()])
+    assert said[0].filename == __file__
+    assert {row.methods for row in session.plan.attached} == {("exact", "dither")}
+    with pytest.warns(RetrogradeWarning, match="beside dither"):
+        rg.make_plan(Pooled(), [rg.Exact(), rg.Dither()])
+    rg.attach(Pooled(), {"first": rg.Exact(), "*": rg.Dither()})
+    rg.attach(Pooled(), {"first": rg.Exact(), "*": [rg.Exact(), rg.Dither()]})
