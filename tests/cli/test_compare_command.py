@@ -143,9 +143,31 @@ def test_advise_recommends_a_recipe_that_trains(run: Run) -> None:
     assert recipe.epochs == 1
     assert recipe.steps is None
     told = run(*command, "--json").json
+    assert "1 seed(s) of 20 steps by 6 variants should take about" in outcome.err
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("train it: "))
+    words = line.removeprefix("train it: retrograde ").split()
+    assert words == ["train", "--recipe", "recipe.toml", "--model", "toy_models:dropout"]
+    assert run(*words, "--no-decline", "--run-folder", "trained").code == 0
+    assert told["shortened"] == ""
     assert told["recommended"] == ("+".join(recipe.methods) or "plain")
     assert set(told["contestants"]) == {"decorrelate", "deepfocus", "dither", "exact", "spectral"}
     assert told["recipe"]["methods"] == recipe.methods
+
+
+@pytest.mark.usefixtures("photos")
+def test_advise_stays_near_its_time_and_says_so(run: Run) -> None:
+    """The tried steps are kept, so that the same command resumes the same runs."""
+    command = ("advise", "toy_models:dropout", "photos", "--method", "dither", *SMALL, "--seeds", "2")
+    outcome = run(*command, "--length", "130", "--seconds", "0.01", "--json")
+    assert outcome.json["shortened"].startswith("Shortened to stay near 0 s: 100 of 130 steps, 1 of 2 seeds.")
+    assert "Shortened to stay near" in outcome.err
+    assert "Shortened to stay near" in Path("advise.html").read_text(encoding="utf-8")
+    runs = sorted(Path("runs/advise").rglob("result.json"))
+    before = [path.stat().st_mtime_ns for path in runs if path.parent.parent.name == "runs"]
+    assert len(before) == 2
+    run(*command, "--length", "130", "--seconds", "0.01")
+    assert before == [path.stat().st_mtime_ns for path in runs if path.parent.parent.name == "runs"]
+    assert run(*command, "--seconds", "0").code == 3
 
 
 def test_advise_refuses_too_few_steps(run: Run) -> None:

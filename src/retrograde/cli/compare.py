@@ -1,6 +1,7 @@
 """``retrograde compare`` and ``retrograde advise``: methods and peers on a user's own model and data."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -24,16 +25,18 @@ from retrograde.cli.flags import (
 )
 from retrograde.cli.options import ALL_METHODS, Given, split
 from retrograde.cli.repro import present, run_grid
+from retrograde.cli.signals import stop_request
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import peers
 from retrograde.lab.claims.adhoc import BASELINE, comparison
 from retrograde.lab.claims.advice import Advice, advise
+from retrograde.lab.claims.cells import seconds_of_seed
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Places
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.wording import points, times
-from retrograde.lab.files import writing
+from retrograde.lab.files import read_json, write_json, writing
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write_claims
@@ -41,6 +44,9 @@ from retrograde.report.table import Table, make_table
 
 _READINGS = 10
 """Of the validation split in a short run: the time to an accuracy is known to a tenth of it."""
+
+_LEAST_STEPS = 100
+"""Of a run that is shortened; then there are fewer seeds."""
 
 _PEERS = ", ".join(sorted({entry.name for entry in entry_points(group=peers.GROUP)}))
 
@@ -129,6 +135,8 @@ class Advise(_OnYourModel):
     Attributes:
         method: Methods to try; A+B attaches both. Their options are flags, which --help lists beside them.
         length: Steps of each run.
+        seconds: What all of it may take, about: where a few tried steps promise more, runs get fewer steps, and then
+            fewer seeds. It says so beforehand.
         write: Where to write the recommended recipe, for `retrograde train --recipe`.
         output: Page to write.
         runs: Folder for the runs.
@@ -136,6 +144,7 @@ class Advise(_OnYourModel):
 
     method: Annotated[Methods, said("all that short runs can judge")] = ()
     length: int = 300
+    seconds: float = 600.0
     write: Annotated[Path | None, said("none: nothing is written", "PATH")] = None
     output: Annotated[Path, said("advise.html", "PATH", "-o")] = Path("advise.html")
     runs: Annotated[Path | None, said("runs/advise/…, by what is tried", "PATH")] = None
@@ -146,25 +155,41 @@ class Advise(_OnYourModel):
             raise OptionError(
                 f"advise: length={self.length} is too short to judge by. Give 20 steps or more."
             )
+        if not self.seconds > 0:
+            raise OptionError(f"advise: seconds={self.seconds} must be above 0.")
         recipe = self.build(given)
         late = {name: method.whole_run for name, method in available().items() if method.whole_run}
         names = self.method or [name for name in available() if name not in late]
         chosen = _methods(given, names)
-        short = [_short(one, self.length) for one in chosen]
-        probe = recipe.model_copy(update={"evaluations": self._readings(recipe)})
-        claim = comparison(probe, short, [], seeds=self.seeds, trials=0, steps=self.length)
+        claim = self._claim(recipe, chosen, self.length, self.seeds)
         folder = self.runs or Path("runs/advise") / claim.hash
+        length, seeds = self._within(claim, folder)
+        claim = self._claim(recipe, chosen, length, seeds)
+        shortened = ""
+        if (length, seeds) != (self.length, self.seeds):
+            shortened = (
+                f"Shortened to stay near {_duration(self.seconds)}: {length} of {self.length} steps, {seeds} of "
+                f"{self.seeds} seeds. Give more --seconds for surer advice."
+            )
+            output.log.print(shortened, highlight=False)
         result = self.train(claim, given, folder)
         advice = advise(result)
         name = "plain backpropagation" if advice.name == BASELINE else advice.name
         recommended = f"Recommended: {name}; {advice.why}."
-        page = write_claims([result], self.output, f"Advice: {claim.title}", recommended)
+        lead = f"{recommended} {shortened}".rstrip()
+        page = write_claims([result], self.output, f"Advice: {claim.title}", lead)
         # With the warm-ups of a whole run.
         methods = next((one for one in chosen if "+".join(one) == advice.name), {})
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "methods": methods}
+        next_command = ""
         if self.write is not None:
             with writing(self.write, UnicodeEncodeError):
                 self.write.write_text(to_toml(fields), encoding="utf-8")
+            # A file alone must not name code.
+            command = ["retrograde", "train", "--recipe", str(self.write)]
+            command += ["--model", self.model] if ":" in self.model else []
+            command += ["--data-dir", str(self.data_dir)] if self.data_dir else []
+            next_command = shlex.join(command)
         left_out = {} if self.method else late
         recipe_lines = ["", to_toml(fields)] if advice.name != BASELINE else []
         output.tell(
@@ -172,6 +197,8 @@ class Advise(_OnYourModel):
                 **advice.to_dict(),
                 "recipe": fields,
                 "not_judged": left_out,
+                "shortened": shortened,
+                "train": next_command,
                 "report": str(page),
                 "runs": str(folder),
             },
@@ -179,17 +206,47 @@ class Advise(_OnYourModel):
             *(f"not judged: {name}: {why}" for name, why in left_out.items()),
             "",
             recommended,
+            *filter(None, [shortened]),
             *recipe_lines,
+            *([f"train it: {next_command}"] if next_command else []),
             f"report: {page}",
             as_json=self.json,
         )
         return 0
 
-    def _readings(self, recipe: Recipe) -> int:
-        """Of each epoch, so that the whole run has about `_READINGS`."""
+    def _claim(
+        self, recipe: Recipe, chosen: Sequence[dict[str, dict[str, Any]]], length: int, seeds: int
+    ) -> Claim:
+        """Runs of so many steps, each of which reads the validation split about `_READINGS` times."""
         train = recipe.load_data(self.data_dir).train
         in_epoch = lab_data.steps_in_epoch(train, recipe.batch_size)
-        return max(1, round(_READINGS * in_epoch / self.length))
+        readings = max(1, round(_READINGS * in_epoch / length))
+        probe = recipe.model_copy(update={"evaluations": readings})
+        short = [_short(one, length) for one in chosen]
+        return comparison(probe, short, [], seeds=seeds, trials=0, steps=length)
+
+    def _within(self, claim: Claim, folder: Path) -> tuple[int, int]:
+        """Steps and seeds that fit into the time, by a few tried steps, which the folder remembers."""
+        path = folder / "seconds.json"
+        if not path.is_file():
+            with output.progress(claim.title, counted=False) as show, stop_request() as stop:
+                show("a few steps of each variant, to see how long it takes")
+                expected = seconds_of_seed(claim, folder / "tried", self.data_dir, stop)
+            write_json(path, {"seed": expected})
+        expected: float = read_json(path)["seed"]
+        whole = self.seeds * expected
+        output.log.print(
+            f"{self.seeds} seed(s) of {self.length} steps by {len(claim.contestants)} variants should take about "
+            f"{_duration(whole)}",
+            highlight=False,
+        )
+        length = min(self.length, max(_LEAST_STEPS, int(self.length * self.seconds / whole)))
+        fitting = int(self.seconds / (expected * length / self.length))
+        return length, min(self.seeds, max(1, fitting))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any]]]:

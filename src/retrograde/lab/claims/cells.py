@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from retrograde.lab import files
+from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.jobs import Stop, Tell
 from retrograde.lab.data import Data
 from retrograde.lab.recipe import Recipe
@@ -20,6 +21,12 @@ DataSets = dict[tuple[Any, ...], Data]
 """Loaded data sets, by what they depend on."""
 
 _TURNS = 10
+
+TRIED_STEPS = 10
+"""Of each run beforehand: the first ones compile and choose kernels, the others tell how long a step takes."""
+
+OVERHEAD = 1.3
+"""Time of a run over that of its steps: setting up, reading the validation split, writing checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,16 @@ def pace(
         for name, mine in turns.items()
     }
     return found, first.recipe.length(_load(first.recipe, data_dir, sets))
+
+
+def seconds_of_seed(
+    claim: Claim, folder: Path, data_dir: Path | None = None, stop: Stop = lambda: False
+) -> float:
+    """What one seed of all variants should take, from a few steps of each, which also bring their kernels."""
+    cells = [Cell(name, claim.recipe_of(name), folder / name) for name in claim.contestants]
+    seconds, steps = pace(cells, TRIED_STEPS, data_dir, stop)
+    folder.rmdir()
+    return OVERHEAD * sum(seconds.values()) * steps
 
 
 def _load(recipe: Recipe, data_dir: Path | None, sets: DataSets) -> Data:

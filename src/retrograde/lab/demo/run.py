@@ -5,17 +5,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from retrograde.lab.claims.cells import Cell, pace
+from retrograde.lab.claims.cells import seconds_of_seed
 from retrograde.lab.claims.grid import Grid, Places
 from retrograde.lab.claims.jobs import State, Stop
 from retrograde.lab.claims.result import Result
 from retrograde.lab.demo.scenarios import Scenario
-
-_TRIED_STEPS = 10
-"""Of each run beforehand: the first ones compile and choose kernels, the others tell how long a step takes."""
-
-_OVERHEAD = 1.3
-"""Time of a run over that of its steps: setting up, reading the validation split, writing checkpoints."""
 
 _PREPARATION = 0.25
 """Share of the progress that compiling and trying count as."""
@@ -91,13 +85,8 @@ class Demonstration:
 
     def _try(self, number: int, scenario: Scenario) -> float:
         """Seconds that one seed should take, from a few steps of each run, which also bring their kernels."""
-        claim = scenario.claim
         self.show(f"kernels: {scenario.name}", number / len(self.scenarios) * _PREPARATION)
-        folder = self.folder / "tried"
-        cells = [Cell(name, claim.recipe_of(name), folder / name) for name in claim.contestants]
-        seconds, steps = pace(cells, _TRIED_STEPS, None, self.stop)
-        folder.rmdir()
-        return _OVERHEAD * sum(seconds.values()) * steps
+        return seconds_of_seed(scenario.claim, self.folder / "tried", stop=self.stop)
 
     def _round(self, scenarios: Sequence[Scenario], seed: int) -> list[Result] | None:
         """Every scenario with one more seed; None where the time ran out on the way, which the first seed ignores."""
