@@ -1,7 +1,5 @@
 """Figures of a model outside the timed loop: accuracy, dense FLOPs of a step, saved bytes, peak memory."""
 
-import contextlib
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from retrograde.accounting.memory import saved_bytes
 from retrograde.errors import OptionError
+from retrograde.forecast import untouched
 from retrograde.kernels.work import DISCOUNTS
 from retrograde.lab.data import Data, Split, evaluation_batches
 from retrograde.lab.record import Timing
@@ -61,7 +60,7 @@ def check_fit(name: str, model: nn.Module, data: Data, x: Tensor, y: Tensor) -> 
         OptionError: with what the model says of the first batch.
     """
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _frozen_statistics(model):
+        with torch.no_grad(), untouched(model):
             loss_of(model(x).float(), y)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         given = " × ".join(map(str, x.shape))
@@ -95,7 +94,7 @@ def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> StepFlops:
     model.train()
     counter = FlopCounterMode(display=False)
     # The counter knows attention by its two products, not by the processor's fused kernels.
-    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]), _frozen_statistics(model), counter:
+    with sdpa_kernel(SDPBackend.MATH), untouched(model), counter:
         loss = loss_of(model(x).float(), y)
         forward = counter.get_total_flops()
         loss.backward()
@@ -106,19 +105,8 @@ def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> StepFlops:
 def saved_activation_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Bytes that one training forward pass keeps for the backward pass; leaves no trace in the model."""
     model.train()
-    with torch.random.fork_rng(devices=[]), _frozen_statistics(model):
+    with untouched(model):
         return saved_bytes(model, lambda: loss_of(model(x).float(), y))
-
-
-@contextlib.contextmanager
-def _frozen_statistics(model: nn.Module) -> Generator[None]:
-    """Put buffers (running means) back: a measurement must not change the run."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept[name])
 
 
 def whole_flops(
