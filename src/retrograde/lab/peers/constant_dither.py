@@ -19,11 +19,12 @@ Reference:
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from retrograde.engine.slots import Call, Method, Rule, Site
-from retrograde.errors import check_option
 from retrograde.kernels import dispatch
 from retrograde.kernels.delta import Delta
 from retrograde.lab.peers.base import Peer
@@ -44,17 +45,11 @@ class ConstantDither(Peer, Method):
 
     Args:
         step: the quantisation step of per-sample gradients.
-
-    Raises:
-        OptionError: a step that is not a positive number.
     """
 
     name: ClassVar[str] = "constant-dither"
 
-    step: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_option(self, "step", math.isfinite(self.step) and self.step > 0, "a positive number")
+    step: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer."""

@@ -23,16 +23,16 @@ Reference:
     arXiv 2201.12250.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from retrograde.engine import ranks
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
-from retrograde.errors import OptionError, check_option
+from retrograde.errors import OptionError
 from retrograde.kernels.delta import Delta
 from retrograde.lab.peers.base import Base, Peer
 
@@ -50,25 +50,17 @@ class Foof(Peer, Method):
         momentum: of the paper's optimizer.
 
     Raises:
-        OptionError: a value out of its range; in training, a γ that rounding loses beside Σ.
+        OptionError: in training, a γ that rounding loses beside Σ.
     """
 
     name: ClassVar[str] = "foof"
 
-    damping: float = 1.0
-    every: int = 10
-    decay: float = 0.95
-    rows: int = 4096
+    damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    every: PositiveInt = 10
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    rows: PositiveInt = 4096
     optimizer: Literal["sgd", "recipe"] = "sgd"
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_option(self, "damping", math.isfinite(self.damping) and self.damping > 0, "a positive number")
-        check_option(self, "every", self.every >= 1, "1 or more")
-        check_option(self, "decay", 0 <= self.decay < 1, "at least 0 and below 1")
-        check_option(self, "rows", self.rows >= 1, "1 or more")
-        check_option(self, "optimizer", self.optimizer in ("sgd", "recipe"), "'sgd' or 'recipe'")
-        check_option(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     def make_optimizer(
         self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base

@@ -16,13 +16,13 @@ Reference:
     ICML 2017, arXiv 1706.06197.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 
 from retrograde.engine.slots import Call, Method, Rule, Site
-from retrograde.errors import check_option
 from retrograde.kernels.delta import Delta
 from retrograde.lab.peers.base import Peer
 
@@ -36,18 +36,12 @@ class MeProp(Peer, Method):
     Args:
         k: entries kept of each row of δ; a layer with no more outputs than k keeps all.
         skip_head: leave the δ of the model's last linear-like layer whole.
-
-    Raises:
-        OptionError: k below 1.
     """
 
     name: ClassVar[str] = "meprop"
 
-    k: int = 50
+    k: PositiveInt = 50
     skip_head: bool = True
-
-    def __post_init__(self) -> None:
-        check_option(self, "k", self.k >= 1, "1 or more")
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer; the head's rule only counts."""

@@ -15,15 +15,14 @@ Reference:
     Jiang et al. *Accelerating deep learning by focusing on the biggest losers.* 2019, arXiv 1910.00762.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from retrograde.errors import check_option
 from retrograde.lab.peers.base import Peer, Selector
 
 
@@ -34,17 +33,10 @@ class SelectiveBackprop(Peer):
     Args:
         beta: β, selectivity: 0 trains on all, 1 on half of the examples, 2 on a third.
         history: H, losses that a loss is compared with.
-
-    Raises:
-        OptionError: a value out of its range.
     """
 
-    beta: float = 1.0
-    history: int = 1024
-
-    def __post_init__(self) -> None:
-        check_option(self, "beta", math.isfinite(self.beta) and self.beta >= 0, "a finite number, 0 or more")
-        check_option(self, "history", self.history >= 1, "1 or more")
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    history: PositiveInt = 1024
 
     def selector(self, seed: int) -> Selector:
         """What draws by equation (1), with random numbers from `seed`."""

@@ -30,17 +30,16 @@ Reference:
     arXiv 2402.17227.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from retrograde.engine.maps.base import Map
 from retrograde.engine.slots import Call, Conductor, Method, Rule, Site
-from retrograde.errors import check_option
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.work import Work
@@ -62,23 +61,14 @@ class Vcas(Peer, Method):
         every: F, steps between measurements.
         alpha: α, step of s.
         beta: β, factor on ν.
-
-    Raises:
-        OptionError: a value out of its range.
     """
 
     name: ClassVar[str] = "vcas"
 
-    tau: float = 0.025
-    every: int = 100
-    alpha: float = 0.01
-    beta: float = 0.95
-
-    def __post_init__(self) -> None:
-        check_option(self, "tau", math.isfinite(self.tau) and self.tau >= 0, "a finite number, 0 or more")
-        check_option(self, "every", self.every >= 1, "1 or more")
-        for option in ("alpha", "beta"):
-            check_option(self, option, 0 < getattr(self, option) < 1, "between 0 and 1")
+    tau: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.025
+    every: PositiveInt = 100
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer."""
