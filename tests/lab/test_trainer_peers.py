@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, measure, models, peers
 from retrograde.lab.data import Data, Split
+from retrograde.lab.optimization import make_schedule
 from retrograde.lab.peers import Peer
 from retrograde.lab.recipe import Recipe, make_recipe
 from retrograde.lab.record import read_run
@@ -312,6 +313,20 @@ def test_a_second_pass_is_made_and_counted(tmp_path: Path) -> None:
     for name in ("needed", "executed", "discounted"):
         assert twice["flops"][name] == 2 * once["flops"][name]
     assert twice["flops"]["dense"] == once["flops"]["dense"] == once["flops"]["needed"]
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "constant"])
+def test_a_schedule_keeps_the_learning_rates_that_a_peer_chose(schedule: Literal["one-cycle"]) -> None:
+    """Its highest rate is the recipe's for groups that have that, and a group's own where it has one."""
+    first, second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 0.01}], lr=0.05)
+    moved = make_schedule(changed(schedule=schedule), optimizer, STEPS)
+    highest = [0.0, 0.0]
+    for _ in range(STEPS):
+        highest = [max(pair) for pair in zip(highest, moved.get_last_lr(), strict=True)]
+        optimizer.step()
+        moved.step()
+    assert highest == pytest.approx([0.05, 0.01], rel=0.05)
 
 
 @pytest.mark.usefixtures("fakes")

@@ -31,10 +31,10 @@ def make_schedule(
     """The recipe's schedule of the learning rate over `steps` steps."""
     schedulers = torch.optim.lr_scheduler
     if recipe.schedule == "one-cycle":
+        # A peer may give some parameters a learning rate of their own, as the other schedules take for granted.
+        peaks = [group["lr"] for group in optimizer.param_groups]
         # The loop steps the schedule after every step, the last one included.
-        return schedulers.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=steps + 1, cycle_momentum=False
-        )
+        return schedulers.OneCycleLR(optimizer, peaks, total_steps=steps + 1, cycle_momentum=False)
     if recipe.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, steps)
     return schedulers.ConstantLR(optimizer, factor=1.0)

@@ -46,7 +46,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class Peer:
     """A rival of the methods, as a frozen config. Every hook leaves training as it is unless a peer says otherwise.
 
-    A subclass names its paper in the class docstring and its package, where it is an adapter, in `package`.
+    A subclass names its paper in the class docstring and its package, where it is an adapter, in `package`. The types
+    of its options say which values they take, and pydantic checks them.
     """
 
     package: ClassVar[str | None] = None
@@ -74,7 +75,7 @@ class Peer:
 
         Args:
             model: after `prepare`.
-            learning_rate: the recipe's; the schedule moves it in every parameter group.
+            learning_rate: the recipe's; the schedule moves every parameter group's from what the peer makes it here.
             weight_decay: the recipe's.
             base: makes the recipe's optimizer, for peers that wrap one.
         """

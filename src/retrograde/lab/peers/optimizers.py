@@ -1,18 +1,16 @@
 """Optimizers of other packages as peers: Muon, SOAP, Shampoo, PSGD, schedule-free AdamW and GaLore.
 
-Each is what its package computes. The recipe's schedule moves one learning rate, which all parameter groups share;
-where a paper gives some parameters another one, the group carries a factor that is applied within the step. State
-dictionaries hold tensors and plain values only, and a run resumed from one goes on as if it had not stopped.
+Each is what its package computes. State dictionaries hold tensors and plain values only, and a run resumed from one
+goes on as if it had not stopped.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from retrograde.errors import check_option
 from retrograde.lab.peers.base import Base, Peer, trainable
 
 
@@ -78,20 +76,11 @@ class Muon(_Packaged):
         hidden = hidden_weights(model)
         ids = {id(p) for p in hidden}
         rest = [p for p in trainable(model) if id(p) not in ids]
-        common = {"lr": learning_rate, "weight_decay": weight_decay}
-        factor = self.adam_learning_rate / learning_rate
+        adam = {"lr": self.adam_learning_rate, "weight_decay": weight_decay, "eps": 1e-8}
         return [
-            {"params": hidden, "use_muon": True, "factor": 1.0, **common},
-            {"params": rest, "use_muon": False, "factor": factor, "eps": 1e-8, **common},
+            {"params": hidden, "use_muon": True, "lr": learning_rate, "weight_decay": weight_decay},
+            {"params": rest, "use_muon": False, **adam},
         ]
-
-    def make_optimizer(
-        self, model: nn.Module, learning_rate: float, weight_decay: float, base: Base
-    ) -> torch.optim.Optimizer:
-        """One optimizer with two groups."""
-        optimizer = super().make_optimizer(model, learning_rate, weight_decay, base)
-        _apply_factors(optimizer)
-        return optimizer
 
 
 @dataclass(frozen=True)
@@ -148,11 +137,7 @@ class Shampoo(_Packaged):
     interval: int = 10
     start: int = 10
     block: int = 256
-    graft: str = "rmsprop"
-
-    def __post_init__(self) -> None:
-        grafts = ("rmsprop", "sgd", "adagrad", "none")
-        check_option(self, "graft", self.graft in grafts, f"one of {', '.join(map(repr, grafts))}")
+    graft: Literal["rmsprop", "sgd", "adagrad", "none"] = "rmsprop"
 
     def _settings(self) -> dict[str, Any]:
         grafting = self._load("pytorch_optimizer.optimizer.utils.graft").LayerWiseGrafting
@@ -340,23 +325,6 @@ def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
     tied = [p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
     left_out = {id(p) for p in (*found[-1:], *tied)}
     return [p for p in dict.fromkeys(found) if id(p) not in left_out]
-
-
-def _apply_factors(optimizer: torch.optim.Optimizer) -> None:
-    """Multiply each group's ``lr`` by its ``factor`` within the step only: schedulers set one rate for all groups."""
-    rates: list[Any] = []
-
-    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        rates[:] = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] *= group["factor"]
-
-    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
 
 
 def _save_plainly(
