@@ -12,7 +12,7 @@ from retrograde.report.comparison import Comparison, Variant, of_folders
 from retrograde.report.pictures import Chart, galleries, method_charts
 from retrograde.report.pictures.chart import mean_line
 from retrograde.report.pictures.lines import MAX_POINTS_OF_PLOT, every, stride_of
-from retrograde.report.pictures.perforate import marks
+from retrograde.report.pictures.methods import marks
 
 BASES = [
     "Decorrelate: correlation left in each layer’s input",
@@ -91,23 +91,25 @@ def test_correlation_alone_is_not_decorrelates(copy_run: Make, tmp_path: Path) -
         assert (BASES[0] in pictures(tmp_path / "runs")) is shown
 
 
-def test_the_tiers_fill_the_whole_and_the_heat_map_has_every_block(trained: Path) -> None:
+def test_the_tiers_are_the_whole_and_every_block_has_a_line(trained: Path) -> None:
     found = pictures(trained / "blocks")
-    areas = found[BLOCKS[0]].spec["data"]
-    assert [sum(parts) for parts in zip(*(area["y"] for area in areas), strict=True)] == pytest.approx(
+    tiers = found[BLOCKS[0]].spec["data"]
+    assert [sum(parts) for parts in zip(*(tier["y"] for tier in tiers), strict=True)] == pytest.approx(
         [100] * 4, rel=1e-4
     )
-    (heat,) = found[BLOCKS[1]].spec["data"]
+    lines = found[BLOCKS[1]].spec["data"]
     blocks = only(trained / "blocks").records[0].epochs[-1].mapping("blocks")
-    assert [row[-1] for row in heat["z"]] == pytest.approx([100 * block["skip"] for block in blocks.values()])
-    assert any(row[-1] > 0 for row in heat["z"])
+    shares = {line["name"]: line["y"][-1] for line in lines}
+    assert shares == pytest.approx({name: 100 * block["skip"] for name, block in blocks.items()}, rel=1e-4)
+    assert any(shares.values())
 
 
-def test_one_epoch_still_has_an_area(copy_run: Make, tmp_path: Path) -> None:
+def test_one_epoch_is_still_seen(copy_run: Make, tmp_path: Path) -> None:
     folder = copy_run("blocks")
     lines = (folder / files.METRICS).read_text().splitlines(keepends=True)
     (folder / files.METRICS).write_text(lines[0])
-    assert pictures(tmp_path / "runs")[BLOCKS[0]].spec["data"][0]["x"] == [0.5, 1.5]
+    for title in BLOCKS:
+        assert {line["mode"] for line in pictures(tmp_path / "runs")[title].spec["data"]} == {"lines+markers"}
 
 
 def test_each_phase_change_is_marked_once(trained: Path) -> None:
@@ -197,12 +199,14 @@ def test_whiskers_are_half_of_the_interval_and_need_seeds(runs: Path) -> None:
 
 def test_zeros_are_drawn_before_and_with_the_method(runs: Path) -> None:
     chart = gallery(runs, "Zeros in the gradient")["Zeros in the gradient by layer"]
-    marked = [trace for trace in chart.spec["data"] if trace["mode"] == "markers"]
-    assert [trace["marker"]["symbol"] for trace in marked] == ["circle-open", "circle"]
-    before, after = (trace["x"] for trace in marked)
-    assert all(one < other for one, other in zip(before, after, strict=True))
+    before, seeds, after = chart.spec["data"]
+    assert [before["line"]["dash"], after["line"]["dash"]] == ["dot", "solid"]
+    assert all(one < other for one, other in zip(before["y"], after["y"], strict=True))
+    assert seeds["y"].count(None) == 2
+    names = list(compared(runs).variants[1].records[0].layers)
+    assert chart.spec["layout"]["xaxis"]["labelalias"] == {str(at): name for at, name in enumerate(names)}
     layer = [run.layers["head"].zeros for run in compared(runs).variants[1].records]
-    assert after[-1] == pytest.approx(50 * sum(layer), rel=1e-4)
+    assert after["y"][names.index("head")] == pytest.approx(50 * sum(layer), rel=1e-4)
 
 
 def test_the_mean_of_lines_is_taken_where_all_of_them_are() -> None:

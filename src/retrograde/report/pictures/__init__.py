@@ -5,13 +5,9 @@ from dataclasses import dataclass
 
 from retrograde.report.comparison import Comparison, Variant
 from retrograde.report.pictures.chart import Chart as Chart
-from retrograde.report.pictures.costs import flops_chart, time_chart
-from retrograde.report.pictures.deepfocus import deepfocus
-from retrograde.report.pictures.layers import decorrelate, spectral
-from retrograde.report.pictures.learning import learning
-from retrograde.report.pictures.perforate import perforate
+from retrograde.report.pictures.methods import decorrelate, deepfocus, perforate, spectral
 from retrograde.report.pictures.results import result_charts
-from retrograde.report.pictures.zeros import zeros
+from retrograde.report.pictures.runs import flops_chart, learning, time_chart, zeros
 from retrograde.report.table import Swatch
 
 TERMS = (
@@ -42,7 +38,7 @@ def galleries(comparison: Comparison) -> list[Gallery]:
             "Zeros in the gradient",
             _drawn(zeros(comparison)),
             "A gradient has zeros before any method, from ReLU and pooling for instance. What a method adds is the "
-            "distance between the two marks.",
+            "distance between the two lines.",
         ),
         Gallery("Work", _drawn([flops_chart(comparison)]), terms=TERMS),
         Gallery("Time", _drawn([time_chart(comparison)])),

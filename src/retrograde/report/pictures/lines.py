@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from retrograde.report.pictures.chart import Chart, Plot, Points, mean_line
+from retrograde.report.pictures.chart import Chart, Plot, Points, mean_line, short
 from retrograde.report.table import Swatch
 
 MAX_POINTS = 1000
@@ -27,6 +27,7 @@ def lines_chart(
     lines: Sequence[Line],
     *,
     x: str = "epoch",
+    names: Sequence[str] = (),
     unit: str = "",
     note: str = "",
     log: bool = False,
@@ -39,6 +40,7 @@ def lines_chart(
         title: of the plot.
         lines: empty ones are left out.
         x: of what it is a plot over.
+        names: of the places 0, 1, 2 … along it, where these are layers.
         unit: behind the figures.
         note: what to know of it.
         log: with a logarithmic axis.
@@ -48,7 +50,7 @@ def lines_chart(
     stride = stride_of([line for one in lines for line in (*one.seeds, one.lesser)])
     plot, seeded = Plot(), False
     # Where lines have the same places, one box under the mouse holds the figures of all, while they are few.
-    unified = x in ("epoch", "step") and len(lines) <= _MOST_UNIFIED
+    unified = x in ("epoch", "step", "layer") and len(lines) <= _MOST_UNIFIED
     hover = f"%{{y:.4~g}}{unit}" + ("" if unified else f"<br>{x}: %{{x:.4~g}}")
     for one in lines:
         if one.lesser:
@@ -66,9 +68,10 @@ def lines_chart(
             plot.line(one.swatch, mean, marked=True, hover=hover)
             plot.legend.append(one.swatch)
             plot.said.append(f"{one.swatch.label} from {mean[0][1]:.4g}{unit} to {mean[-1][1]:.4g}{unit}")
-    # A tick for each epoch while they are few.
-    few = x == "epoch" and max((len(line) for one in lines for line in one.seeds), default=0) <= 12
+    # A tick for each epoch or layer while they are few.
+    few = x in ("epoch", "layer") and max((len(line) for one in lines for line in one.seeds), default=0) <= 12
     plot.figure.update_xaxes(title=x, dtick=1 if few else None, rangemode="nonnegative")
+    plot.figure.update_xaxes(labelalias={str(at): short(name) for at, name in enumerate(names)} or None)
     plot.figure.update_yaxes(ticksuffix=unit, type="log" if log else "linear", range=least and [least, None])
     plot.legend = plot.legend if legend is None else list(legend)
     note += f" Every {stride}th point is drawn." if stride > 1 else ""
