@@ -24,7 +24,7 @@ from retrograde.report.pictures.results import courses, time_chart
 from retrograde.report.prose import caption, caveats
 from retrograde.report.table import NONE, make_table
 from retrograde.report.table import markdown_literally as plain
-from retrograde.report.tables import checks_table, figures_table, settings_table
+from retrograde.report.tables import changed, checks_table, figures_table
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -167,9 +167,16 @@ def section(entry: Entry, result: Result) -> list[str]:
 
 
 def settings(result: Result) -> list[str]:
-    """What the searches found, in a table."""
-    found = settings_table(result)
-    return ["Settings that the search, or an equal time, gave:", found.markdown()] if found else []
+    """What the searches, or an equal time, made of each variant's recipe, in a table."""
+    found = [(entry, dict(changed(entry))) for entry in result.contestants.values()]
+    keys = list(dict.fromkeys(key for _, one in found for key in one))
+    if not keys:
+        return []
+    rows = [
+        (entry.label, *(one.get(key, NONE) for key in keys), str(len(entry.trials))) for entry, one in found
+    ]
+    table = make_table(("variant", *keys, "trials"), rows)
+    return ["Settings that the search, or an equal time, gave:", table.markdown()]
 
 
 def made_by(claim: str, result: Result) -> str:

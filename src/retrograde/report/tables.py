@@ -7,7 +7,7 @@ from retrograde.report import formats
 from retrograde.report.comparison import Comparison
 from retrograde.report.formats import figure
 from retrograde.report.prose import caption, commits_of
-from retrograde.report.table import NONE, Column, Kind, Row, Table, make_table, pairs
+from retrograde.report.table import NONE, Column, Row, Table, make_table, pairs
 
 
 def figures_table(comparison: Comparison, *, source: bool = True) -> Table:
@@ -38,7 +38,7 @@ def figures_table(comparison: Comparison, *, source: bool = True) -> Table:
 
 def checks_table(result: Result) -> Table:
     """What was asked, and what came out."""
-
+    columns = (Column("check", "text"), Column("outcome", "badge"), Column("figure"), Column("bound", "text"))
     rows = (
         (
             f"{one.says}\n{one.remark}".rstrip(),
@@ -48,25 +48,7 @@ def checks_table(result: Result) -> Table:
         )
         for one in result.findings
     )
-    kinds: tuple[tuple[str, Kind], ...] = (
-        ("check", "text"),
-        ("outcome", "badge"),
-        ("figure", "number"),
-        ("bound", "text"),
-    )
-    return Table(tuple(Column(*kind) for kind in kinds), tuple(map(Row, rows)))
-
-
-def settings_table(result: Result) -> Table | None:
-    """What the searches, or an equal time, made of each variant's recipe; None where nothing was searched."""
-    found = [(entry, dict(changed(entry))) for entry in result.contestants.values()]
-    keys = list(dict.fromkeys(key for _, one in found for key in one))
-    if not keys:
-        return None
-    rows = [
-        (entry.label, *(one.get(key, NONE) for key in keys), str(len(entry.trials))) for entry, one in found
-    ]
-    return make_table(("variant", *keys, "trials"), rows)
+    return Table(columns, tuple(map(Row, rows)))
 
 
 def changed(entry: Entry) -> list[tuple[str, str]]:

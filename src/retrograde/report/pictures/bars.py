@@ -7,7 +7,7 @@ from typing import Any
 
 from retrograde.lab.claims.statistics import Estimate
 from retrograde.report.comparison import INK
-from retrograde.report.pictures.chart import Chart, Plot, half_interval, plain, rounded
+from retrograde.report.pictures.chart import Chart, Plot, plain, rounded
 from retrograde.report.table import Swatch
 
 _ROW = 26
@@ -79,8 +79,8 @@ def bars_chart(
     # An interval of less than a thousandth is rounding.
     halves = [h if (h := bar.total.half or 0.0) > bar.total.mean / 1000 else 0.0 for bar in bars.values()]
     ends, none = [bar.total.mean / factor for bar in bars.values()], Swatch("", INK)
-    whiskers = half_interval([half / factor for half in halves])
-    plot.marks(none, zip(ends, bars, strict=True), size=0.1, error_x=whiskers)
+    whiskers = {"array": [half / factor for half in halves], "color": INK, "width": 3, "thickness": 1.4}
+    plot.marks(none, zip(ends, bars, strict=True), size=0.1, error_x=whiskers if any(halves) else None)
     reach = [end + half / factor for end, half in zip(ends, halves, strict=True)]
     texts: dict[str, Any] = {"mode": "text", "textposition": "middle right", "cliponaxis": False}
     plot.scatter(none, zip(reach, bars, strict=True), text=[f" {bar.end}" for bar in bars.values()], **texts)

@@ -14,7 +14,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from retrograde.report.comparison import INK
 from retrograde.report.table import Swatch
 
 Points = list[tuple[float, float]]
@@ -77,13 +76,12 @@ class Plot:
         swatch: Swatch,
         points: Gapped,
         *,
-        size: float = 9,
+        size: float,
         symbol: str = "circle",
         **look: Any,
     ) -> None:
         """Marks in the swatch's colour."""
-        line = {"color": swatch.colour, "width": 1.6 if symbol.endswith("open") else 0}
-        marker = {"symbol": symbol, "size": size, "color": swatch.colour, "line": line}
+        marker = {"symbol": symbol, "size": size, "color": swatch.colour, "line": {"width": 0}}
         self.scatter(swatch, points, mode="markers", marker=marker, **look)
 
     def rows(self, names: Sequence[str], at: Sequence[float] | None = None) -> None:
@@ -140,13 +138,6 @@ def mean_line(lines: Iterable[Points]) -> Points:
     if not heights:
         return []
     return [(x, fmean(y[x] for y in heights)) for x in heights[0] if all(x in y for y in heights)]
-
-
-def half_interval(values: Sequence[float | None], colour: str = INK) -> dict[str, Any] | None:
-    """Whiskers of half a 95 % interval along x; None where no seed is repeated."""
-    if not any(values):
-        return None
-    return {"type": "data", "array": list(values), "color": colour, "width": 3, "thickness": 1.4}
 
 
 def rounded(value: float | None) -> float | None:
