@@ -1,6 +1,7 @@
 """Methods and peers from what a user wrote: a name, and options as strings or plain values."""
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import pydantic
@@ -10,6 +11,24 @@ from retrograde.errors import OptionError
 from retrograde.methods.registry import available, suggest
 
 C = TypeVar("C")
+
+
+def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a name that is not among those known.
+
+    Args:
+        what: the message begins with it: ``"there is no method"``.
+        names: that a user wrote.
+        known: that there are.
+
+    Raises:
+        OptionError: with the nearest names, and all that there are.
+    """
+    for name in names:
+        if name not in known:
+            raise OptionError(
+                f"{what} {name!r}.{suggest(name, known)} Known are {', '.join(known) or 'none'}."
+            )
 
 
 def make(name: str, options: dict[str, Any] | None = None) -> Method:
@@ -23,8 +42,7 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
         OptionError: no such method, no such option, or a value that the method refuses.
     """
     methods = available()
-    if name not in methods:
-        raise OptionError(f"there is no method {name!r}.{suggest(name, methods)} See `retrograde methods`.")
+    require_known("there is no method", [name], methods)
     return configure(methods[name], "method", name, options or {})
 
 
@@ -41,12 +59,7 @@ def configure(cls: type[C], noun: str, name: str, options: dict[str, Any]) -> C:
         OptionError: no such option, or a value that the class refuses.
     """
     known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    for option in options:
-        if option not in known:
-            raise OptionError(
-                f"{noun} {name!r} has no option {option!r}.{suggest(option, known)} Its options: "
-                f"{', '.join(known) or 'none'}."
-            )
+    require_known(f"{noun} {name!r} has no option", options, known)
     try:
         return pydantic.TypeAdapter(cls).validate_python(options)
     except pydantic.ValidationError as error:

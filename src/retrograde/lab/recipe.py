@@ -11,9 +11,8 @@ from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import peers
 from retrograde.lab.data import Data
-from retrograde.lab.options import make
+from retrograde.lab.options import make, require_known
 from retrograde.lab.peers import Peer
-from retrograde.methods.registry import suggest
 
 
 class Recipe(BaseModel):
@@ -180,12 +179,7 @@ def make_recipe(fields: dict[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         OptionError: an unknown field (with the nearest names) or a value out of range.
     """
-    for name in fields:
-        if name not in Recipe.model_fields:
-            raise OptionError(
-                f"{source}: there is no field {name!r}.{suggest(name, Recipe.model_fields)} "
-                f"Fields: {', '.join(Recipe.model_fields)}."
-            )
+    require_known(f"{source}: there is no field", fields, Recipe.model_fields)
     try:
         recipe = Recipe(**fields)
     except ValidationError as error:

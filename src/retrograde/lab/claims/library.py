@@ -9,7 +9,7 @@ from typing import Any, Literal
 from retrograde.errors import OptionError
 from retrograde.lab.claims.definition import Claim, read_claim
 from retrograde.lab.claims.result import Result, read_result
-from retrograde.methods.registry import suggest
+from retrograde.lab.options import require_known
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,7 @@ class Library:
         Raises:
             OptionError: there is none, or it is refused.
         """
-        known = self.ids()
-        if name not in known:
-            raise OptionError(
-                f"there is no claim {name!r}.{suggest(name, known)} See `retrograde repro list`."
-            )
+        require_known("there is no claim", [name], self.ids())
         return read_claim(self.folder / f"{name}.toml", self.folder)
 
     def path(self, claim: Claim) -> Path:

@@ -23,6 +23,7 @@ from retrograde.lab.models.convolutional import VGG, LeNet, ResNet
 from retrograde.lab.models.mlp import MLP, ResMLP
 from retrograde.lab.models.text import TextBag, TextCNN, TextResidual, TextTransformer
 from retrograde.lab.models.transformer import GPT, ViT
+from retrograde.lab.options import require_known
 from retrograde.methods.registry import suggest
 
 
@@ -119,12 +120,7 @@ def _check_options(name: str, target: Callable[..., Any], options: dict[str, Any
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
     known = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
-    for option in options:
-        if option not in known:
-            raise OptionError(
-                f"model {name} has no option {option!r}.{suggest(option, known)} Its options: "
-                f"{', '.join(known) or 'none'}."
-            )
+    require_known(f"model {name} has no option", options, known)
 
 
 def _fitting(name: str, data: Data) -> _Entry:

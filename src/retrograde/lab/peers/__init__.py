@@ -8,11 +8,10 @@ asked for, since the packages that they adapt may be missing.
 
 from typing import Any
 
-from retrograde.errors import OptionError
-from retrograde.lab.options import configure
+from retrograde.lab.options import configure, require_known
 from retrograde.lab.peers.base import Peer as Peer
 from retrograde.lab.peers.base import Selector as Selector
-from retrograde.methods.registry import installed, load, suggest
+from retrograde.methods.registry import installed, load
 
 GROUP = "retrograde.peers"
 
@@ -33,8 +32,7 @@ def find(name: str) -> type[Peer]:
         OptionError: there is no such peer, or its entry point does not lead to a `Peer`.
     """
     known = installed(GROUP, "peer")
-    if name not in known:
-        raise OptionError(f"there is no peer {name!r}.{suggest(name, known)} Peers: {', '.join(known)}.")
+    require_known("there is no peer", [name], known)
     return load(known[name], "peer", Peer)
 
 
