@@ -14,7 +14,6 @@ from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, measure, models, peers
 from retrograde.lab.data import Data, Split
-from retrograde.lab.optimization import make_schedule
 from retrograde.lab.peers import Peer
 from retrograde.lab.recipe import Recipe, make_recipe
 from retrograde.lab.record import read_run
@@ -320,7 +319,7 @@ def test_a_schedule_keeps_the_learning_rates_that_a_peer_chose(schedule: Literal
     """Its highest rate is the recipe's for groups that have that, and a group's own where it has one."""
     first, second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 0.01}], lr=0.05)
-    moved = make_schedule(changed(schedule=schedule), optimizer, STEPS)
+    moved = changed(schedule=schedule).make_schedule(optimizer, STEPS)
     highest = [0.0, 0.0]
     for _ in range(STEPS):
         highest = [max(pair) for pair in zip(highest, moved.get_last_lr(), strict=True)]

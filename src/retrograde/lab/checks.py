@@ -111,9 +111,8 @@ def _gradients() -> tuple[str, str]:
 
 
 def _gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    model.zero_grad()
-    model(x).square().mean().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    gradients = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _precisions() -> tuple[str, str]:

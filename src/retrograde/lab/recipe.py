@@ -1,10 +1,14 @@
 """A recipe: everything that defines a training run, from a TOML file or flags."""
 
 import tomllib
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from retrograde.engine.slots import Method
 from retrograde.errors import OptionError
@@ -13,6 +17,7 @@ from retrograde.lab import peers
 from retrograde.lab.data import Data
 from retrograde.lab.options import make, require_known
 from retrograde.lab.peers import Peer
+from retrograde.lab.peers.base import trainable
 
 
 class Recipe(BaseModel):
@@ -106,6 +111,33 @@ class Recipe(BaseModel):
     def data_key(self) -> tuple[str, float, int, int | None, bool]:
         """What the loaded data depend on: recipes that agree in it share them."""
         return self.data, self.validation, self.seed, self.limit, self.standardise
+
+    def make_optimizer(self, model: nn.Module, peers: Sequence[Peer]) -> torch.optim.Optimizer:
+        """The optimizer over the model's trainable parameters, or that of the first peer which brings one."""
+        rate, decay = self.learning_rate, self.weight_decay
+        settings: dict[str, Any] = {"lr": rate, "weight_decay": decay, "fused": True}
+        base: Callable[..., torch.optim.Optimizer]
+        if self.optimizer == "sgd":
+            base = partial(torch.optim.SGD, momentum=0.9, nesterov=True, **settings)
+        else:
+            base = partial(torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam, **settings)
+        made = (peer.make_optimizer(model, rate, decay, base) for peer in peers)
+        found = next((optimizer for optimizer in made if optimizer is not None), None)
+        return found or base(trainable(model))
+
+    def make_schedule(
+        self, optimizer: torch.optim.Optimizer, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of the learning rate over `steps` steps."""
+        schedulers = torch.optim.lr_scheduler
+        if self.schedule == "one-cycle":
+            # A peer may give some parameters a learning rate of their own, as the other schedules take for granted.
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            # The loop steps the schedule after every step, the last one included.
+            return schedulers.OneCycleLR(optimizer, peaks, total_steps=steps + 1, cycle_momentum=False)
+        if self.schedule == "cosine":
+            return schedulers.CosineAnnealingLR(optimizer, steps)
+        return schedulers.ConstantLR(optimizer, factor=1.0)
 
     def length(self, data: Data) -> int:
         """Optimizer steps of the whole run on `data`."""

@@ -23,7 +23,6 @@ from retrograde.lab import files, machine, measure, models
 from retrograde.lab.checkpoint import Checkpoint, State, misfit, read_checkpoint, restore
 from retrograde.lab.data import Data
 from retrograde.lab.generators import Generators, seeded
-from retrograde.lab.optimization import make_optimizer, make_schedule
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.record import (
     Description,
@@ -170,10 +169,10 @@ class Trainer:
         self.session = self._attach(x, y, checkpoint)
         self._saved_bytes = measure.saved_activation_bytes(self.model, x, y)
         self._forward = torch.compile(self.model) if recipe.compile else self.model
-        self.optimizer = make_optimizer(recipe, self.model, self._peers)
+        self.optimizer = recipe.make_optimizer(self.model, self._peers)
         self._selector = next((s for p in self._peers if (s := p.selector(recipe.seed)) is not None), None)
         self._second_pass = any(peer.second_pass for peer in self._peers)
-        self._schedule = make_schedule(recipe, self.optimizer, self.steps)
+        self._schedule = recipe.make_schedule(self.optimizer, self.steps)
         # Odd, because methods alternate between two or four kinds of steps.
         self._memory_stride = max(1, self.steps // _MEMORY_SAMPLES) | 1
         self._generators = Generators(self._cuda)

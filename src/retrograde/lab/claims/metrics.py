@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from retrograde.lab.claims.result import Reading, Run
 from retrograde.lab.record import Outcome, RunRecord, number
@@ -54,23 +55,17 @@ ALL = {
 def of_run(outcome: Outcome) -> dict[str, float | None]:
     """What a run tells: all but the time to a target. None where it has no figure, or one that is not finite."""
     flops = outcome.flops
-    found = {
+    found: dict[str, Any] = {
+        **dict(outcome),
         "accuracy": outcome.score("test"),
         "best_validation": outcome.score("best_validation"),
-        "zeros": outcome.zeros,
-        "own_zeros": outcome.own_zeros,
         **{name: flops.of_dense(name) for name in ("needed", "executed", "discounted")},
         "discounted_backward": flops.discounted_backward,
-        "parameters": outcome.parameters,
         "saved_bytes": outcome.saved_activation_bytes,
         "mean_saved_bytes": outcome.mean_saved_activation_bytes,
-        "seconds": outcome.seconds,
-        "step_seconds": outcome.step_seconds,
-        "backward_seconds": outcome.backward_seconds,
-        "steps": outcome.steps,
         **outcome.measures,
     }
-    return {name: number(value) for name, value in found.items()}
+    return {name: number(found[name]) for name in ALL if name in found}
 
 
 def summary(record: RunRecord, variant: str) -> Run:
