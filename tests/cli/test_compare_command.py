@@ -118,7 +118,7 @@ def test_options_of_peers_are_flags(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--peers", "meprop", "--meprop.k", "0"), "k=0 must be 1 or more"),
+        (("--peers", "meprop", "--meprop.k", "0"), "peer 'meprop' refuses k=0"),
         (("--methods", "diter"), "dither"),
         (("--peers", "samm"), "sam"),
         ((), "nothing to compare"),
