@@ -43,6 +43,8 @@ _ONE_THREAD = 1 << 15
 """Entries below which one call on one thread dithers faster than three passes on all."""
 _VISITED = 0.5
 """The largest share of non-zeros for which kernels that visit each of them are tried."""
+_SPARSE = 1 / 16
+"""The share of non-zeros below which columns that are zero are not looked for."""
 _FULL = 31 / 32
 """The share of non-zeros from which on rows and columns that are zero are not looked for."""
 
@@ -284,7 +286,9 @@ class Products:
 
             # The channels of a group are not the others'.
             whole = geometry is not None and geometry.groups > 1
-            self._found = kept.find(values, self._delta.step, columns=not whole)
+            # Looked for where the non-zeros are few, columns take longer than the product that visits those alone.
+            visited = values.dtype in (torch.float32, torch.int8) and self._delta.nonzero_share < _SPARSE
+            self._found = kept.find(values, self._delta.step, columns=not (whole or visited))
         return self._found
 
     def _linear(self, kernel: str, dense: Tensor | Quantised, *, transposed: bool) -> Tensor:
