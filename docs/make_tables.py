@@ -1,8 +1,8 @@
 """Writes the tables of the README and of the methods' cards from ``results/``; ``--check`` only says which are stale.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is ``when``, what each method is for and what
-it gave; ``verdicts``, how many claims came out how; or the name of a method, whose claims are listed that have been
-run. No figure is typed: the texts have gaps that `FIGURES` fills.
+it gave; ``verdicts``, how many claims came out how; ``hand-written``, what such kernels gain; or the name of a method,
+whose claims are listed that have been run. No figure is typed: the texts have gaps that `FIGURES` fills.
 """
 
 import json
@@ -23,7 +23,10 @@ from retrograde.lab.claims.result import Finding, Result, read_result
 from retrograde.report.table import make_table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")))
+DOCUMENTS = (
+    *(ROOT / "README.md", ROOT / "src" / "retrograde" / "kernels" / "README.md"),
+    *sorted((ROOT / "docs" / "methods").glob("*.md")),
+)
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 WHEN = (
@@ -100,6 +103,8 @@ def fill(text: str, document: Path) -> str:
 def render(name: str) -> str:
     if name == "when":
         return when()
+    if name == "hand-written":
+        return hand_written()
     entries = Library(ROOT / "repro").entries()
     if name == "verdicts":
         return verdicts(entries)
@@ -128,6 +133,23 @@ def verdicts(entries: Sequence[Entry]) -> str:
     said = ", ".join(f"{count} *{verdict}*" for verdict, count in counts.most_common())
     run = sum(counts.values())
     return f"Of {len(entries)} claims {run} have been run here, with these verdicts: {said}."
+
+
+def hand_written() -> str:
+    """What each piece gains over plain numba."""
+    found = measured("hand-written")
+    rows = [
+        (piece["name"], f"{1e3 * piece['ours']:.2f} ms", f"{1e3 * piece['numba']:.2f} ms", gain(piece))
+        for piece in found["pieces"]
+    ]
+    made = make_table(("piece", "a product with it", "with plain numba", "gain"), rows, texts=1)
+    machine = found["machine"]
+    return f"{made.markdown(literal=False)}\n\n*{machine['cpu']}, {machine['instructions']}; `{found['command']}`*"
+
+
+def gain(piece: dict[str, Any]) -> str:
+    low, high = piece["quartiles"]
+    return f"×{piece['gain']:.2f} ({low:.2f}–{high:.2f})"
 
 
 # Figures.

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +47,12 @@ def test_little_is_kept() -> None:
     gc.collect()
     kept = cpu_memory._returned[SIZE]
     assert 1 <= len(kept) <= 4
+
+
+def test_nothing_is_said_at_the_end_of_a_process_that_still_holds_some() -> None:
+    code = "from retrograde.kernels import cpu_memory as m; import sys; sys.held = m.lent((1 << 20,), 'f4')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
 
 
 def test_a_users_choice_of_how_glibc_keeps_memory_stands(monkeypatch: pytest.MonkeyPatch) -> None:

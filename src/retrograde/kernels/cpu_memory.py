@@ -110,9 +110,10 @@ class _Loan:
             self.memory = _memory(size)
         self.__array_interface__ = self.memory.__array_interface__
 
-    def __del__(self) -> None:
-        kept = _returned.setdefault(self.memory.size, [])
-        if len(kept) < _KEPT:
+    def __del__(self, returned: dict[int, list[Any]] = _returned, most: int = _KEPT) -> None:
+        # Bound here: at the end of a process modules are gone before the last arrays.
+        kept = returned.setdefault(self.memory.size, [])
+        if len(kept) < most:
             kept.append(self.memory)
 
 
