@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PAGE = "performance.md"
 RESULTS = ("kernel-growth", "never-slower", "bench-kernels", "bench-steps", "gpu-kernels")
+"""In their order; those of other classes of processor stand beside them, with the class behind the name."""
 WORST = 12
 """Rows of the table of the worst ratios."""
 
@@ -294,9 +295,23 @@ def page(results: dict[str, Result]) -> str:
     }
     parts = [INTRODUCTION.strip()]
     for name, make in sections.items():
-        if name in results:
-            parts += [*make(results[name]), source(results[name], name)]
+        for file in (file for file in results if re.fullmatch(rf"{name}(-[\w-]+)?", file)):
+            heading, *rest = make(results[file])
+            parts += [
+                f"{heading}{processor_class(name, file, results[file])}",
+                *rest,
+                source(results[file], file),
+            ]
     return "\n\n".join(parts) + "\n"
+
+
+def processor_class(name: str, file: str, result: Result) -> str:
+    """Of the machine of one of several results, which no table mixes."""
+    if file == name:
+        return ""
+    machine = result["machine"]
+    masked = ", by settings" if machine.get("settings") else ""
+    return f": {machine.get('instructions') or file.removeprefix(f'{name}-').upper()}{masked}"
 
 
 def growth_sections(result: Result) -> list[str]:
@@ -823,10 +838,8 @@ def draw(made: dict[str, "Figure"], folder: Path, page: str = "performance") -> 
 
 def load(folder: Path) -> dict[str, Result]:
     """The results that there are."""
-    files = {name: folder / f"{name}.json" for name in RESULTS}
-    return {
-        name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()
-    }
+    files = [file for name in RESULTS for file in sorted(folder.glob(f"{name}*.json"))]
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def is_stale(document: Path, made: str) -> bool:

@@ -43,6 +43,8 @@ _ONE_THREAD = 1 << 15
 """Entries below which one call on one thread dithers faster than three passes on all."""
 _VISITED = 0.5
 """The largest share of non-zeros for which kernels that visit each of them are tried."""
+_NARROW = 64
+"""Columns of a dense operand below which gathering rows of δ takes as long as multiplying them."""
 _SPARSE = 1 / 16
 """The share of non-zeros below which columns that are zero are not looked for."""
 _FULL = 31 / 32
@@ -204,7 +206,8 @@ class Products:
         bare = dense.values if isinstance(dense, Quantised) else dense
         if flops < 2 * SMALL or not _known(self._delta.values, bare):
             return None
-        kept = None if isinstance(dense, Quantised) else self._kept()
+        narrow = dense.shape[1] < _NARROW
+        kept = None if narrow or isinstance(dense, Quantised) else self._kept()
         allowed = self._allowed_for(dense, bare.dtype)
         if kept is not None:
             allowed = (*allowed, COMPACT)
