@@ -174,12 +174,12 @@ class Advise(_OnYourModel):
             output.log.print(shortened, highlight=False)
         result = self.train(claim, given, folder)
         advice = advise(result)
-        name = "plain backpropagation" if advice.name == BASELINE else advice.name
+        name = "plain backpropagation" if advice.recommended == BASELINE else advice.recommended
         recommended = f"Recommended: {name}; {advice.why}."
         lead = f"{recommended} {shortened}".rstrip()
         page = write_claims([result], self.output, f"Advice: {claim.title}", lead)
         # With the warm-ups of a whole run.
-        methods = next((one for one in chosen if "+".join(one) == advice.name), {})
+        methods = next((one for one in chosen if "+".join(one) == advice.recommended), {})
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "methods": methods}
         next_command = ""
         if self.write is not None:
@@ -191,10 +191,10 @@ class Advise(_OnYourModel):
             command += ["--data-dir", str(self.data_dir)] if self.data_dir else []
             next_command = shlex.join(command)
         left_out = {} if self.method else late
-        recipe_lines = ["", to_toml(fields)] if advice.name != BASELINE else []
+        recipe_lines = ["", to_toml(fields)] if advice.recommended != BASELINE else []
         output.tell(
             {
-                **advice.to_dict(),
+                **advice.model_dump(),
                 "recipe": fields,
                 "not_judged": left_out,
                 "shortened": shortened,
@@ -266,25 +266,24 @@ def _methods(given: Given, names: Sequence[str]) -> list[dict[str, dict[str, Any
 def _short(methods: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
     """Warm-ups that fit into a short run, where nothing else was asked for: a tenth of it."""
     known = available()
-    found: dict[str, dict[str, Any]] = {}
-    for name, options in methods.items():
-        warm = "warmup" in {f.name for f in dataclasses.fields(known[name])}  # pyright: ignore[reportArgumentType]
-        found[name] = {"warmup": steps // 10, **options} if warm else options
-    return found
+    return {
+        name: {"warmup": steps // 10, **options} if hasattr(known[name], "warmup") else options
+        for name, options in methods.items()
+    }
 
 
 def _table(advice: Advice, result: Result) -> Table:
     steps = result.contestants[BASELINE].recipe["steps"]
     rows = (
         (
-            one.name,
+            name,
             times(one.step),
             times(one.to_target) if one.to_target is not None else "not in every seed",
             points(one.accuracy),
             times(one.memory),
             times(one.flops),
         )
-        for one in advice.judged
+        for name, one in advice.contestants.items()
     )
     caption = (
         f"{result.title}: {len(result.seeds)} seed(s) of {steps} steps; mean over plain backpropagation with the same "

@@ -1,7 +1,6 @@
 """A recommendation from short runs: which method pays on this machine, by what, and how sure that is."""
 
-from dataclasses import dataclass
-from typing import Any
+from pydantic import BaseModel
 
 from retrograde.lab.claims.adhoc import BASELINE
 from retrograde.lab.claims.result import Result
@@ -12,12 +11,10 @@ _WORTH = 0.05
 """Less than this share of the time or memory is not worth a changed line."""
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(BaseModel):
     """What the short runs say of one variant, against plain backpropagation on the same seeds.
 
     Attributes:
-        name: of the variant.
         step: time of a step over plain's.
         accuracy: validation accuracy after the same steps, minus plain's.
         to_target: time to plain's best validation accuracy over the time that plain took; None where it did not get
@@ -26,7 +23,6 @@ class Judged:
         flops: executed FLOPs over plain's.
     """
 
-    name: str
     step: Estimate
     accuracy: Estimate
     to_target: Estimate | None
@@ -54,37 +50,20 @@ class Judged:
         )
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(BaseModel):
     """The recommendation.
 
     Attributes:
-        name: of the recommended variant; ``plain`` where nothing pays.
+        recommended: name of a variant; ``plain`` where nothing pays.
         why: in words, with its figures.
-        judged: all variants.
         saves: share of the training time that it should save; negative where it costs some.
+        contestants: all variants but plain, by name.
     """
 
-    name: str
+    recommended: str
     why: str
-    judged: tuple[Judged, ...]
     saves: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "recommended": self.name,
-            "why": self.why,
-            "saves": self.saves,
-            "contestants": {
-                one.name: {
-                    key: value.model_dump() if isinstance(value, Estimate) else None
-                    for key, value in vars(one).items()
-                    if key != "name"
-                }
-                for one in self.judged
-            },
-        }
+    contestants: dict[str, Judged]
 
 
 def advise(result: Result) -> Advice:
@@ -93,34 +72,39 @@ def advise(result: Result) -> Advice:
     A saving counts where the far end of its 95 % interval is a saving too; with one seed, where it is above the least
     that is worth a changed line.
     """
-    judged = tuple(_judge(result, name) for name in result.contestants if name != BASELINE)
-    timed = sorted(((one, one.time) for one in judged if one.time is not None), key=lambda pair: pair[1].mean)
-    smaller = sorted((one for one in judged if one.as_accurate), key=lambda one: one.memory.mean)
-    for best, time in timed:
+    judged = {name: _judge(result, name) for name in result.contestants if name != BASELINE}
+    timed = [(name, one.time) for name, one in judged.items() if one.time is not None]
+    timed.sort(key=lambda pair: pair[1].mean)
+    smaller = [(name, one.memory) for name, one in judged.items() if one.as_accurate]
+    smaller.sort(key=lambda pair: pair[1].mean)
+
+    def recommend(name: str, why: str, saves: float) -> Advice:
+        return Advice(recommended=name, why=why, saves=saves, contestants=judged)
+
+    for name, time in timed:
         if saves(time):
+            best = judged[name]
             reached = best.to_target is not None
             what = "plain's best validation accuracy in" if reached else "as accurate after as many steps, in"
-            return Advice(
-                best.name, f"{what} {times(time)} of plain's time; {best.beside}", judged, 1 - time.mean
-            )
-    for best in smaller:
-        if saves(best.memory):
-            why = f"no method saves time here, but it keeps {times(best.memory)} of the activations; {best.beside}"
-            return Advice(best.name, why, judged, 1 - best.step.mean)
+            return recommend(name, f"{what} {times(time)} of plain's time; {best.beside}", 1 - time.mean)
+    for name, memory in smaller:
+        if saves(memory):
+            best = judged[name]
+            why = f"no method saves time here, but it keeps {times(memory)} of the activations; {best.beside}"
+            return recommend(name, why, 1 - best.step.mean)
     why = "no method saves time or memory on this model and machine"
-    for best, time in timed[:1]:
+    for name, time in timed[:1]:
         if time.mean <= 1 - _WORTH:
             why += (
-                f" for sure. {best.name} may: {times(time)} of plain's time, which these runs leave open; more seeds "
+                f" for sure. {name} may: {times(time)} of plain's time, which these runs leave open; more seeds "
                 "or longer runs decide it"
             )
-    return Advice(BASELINE, why, judged, 0.0)
+    return recommend(BASELINE, why, 0.0)
 
 
 def _judge(result: Result, name: str) -> Judged:
     over = result.ratios(name)
     return Judged(
-        name=name,
         step=over["step_seconds"],
         accuracy=result.against_baseline[name]["best_validation"].minus,
         to_target=over.get("seconds_to_target"),
