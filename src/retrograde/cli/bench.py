@@ -12,12 +12,13 @@ import tyro
 
 from retrograde.cli import output
 from retrograde.cli.flags import Methods, Names, Switch, said
-from retrograde.cli.options import Given, check_names
+from retrograde.cli.options import Given
 from retrograde.errors import OptionError
 from retrograde.kernels import compiled
 from retrograde.lab import bench, machine, precisions, timing
 from retrograde.lab.bench import Dropped, Limits, Measured, Row
 from retrograde.lab.files import write_json
+from retrograde.lab.options import require_known
 from retrograde.lab.overhead import Overhead, overhead
 from retrograde.methods.registry import available
 from retrograde.report.table import Table, make_table
@@ -133,8 +134,8 @@ class Bench:
             return functools.partial(bench.layers, shapes)
         known = bench.workloads(QUICK_PART if self.quick else 1)
         methods = list(dict.fromkeys(self.method)) or list(available())
-        check_names("model", self.model, known)
-        check_names("method", methods, available())
+        require_known("there is no model", self.model, known)
+        require_known("there is no method", methods, available())
         return functools.partial(bench.steps, {name: known[name] for name in self.model or known}, methods)
 
     def _overhead(self, limits: Limits) -> list[Overhead]:

@@ -1,7 +1,7 @@
 """``retrograde demo``: each method on the kind of work that it is for, against plain backpropagation."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +70,7 @@ class Demo:
         output.tell(
             {
                 "results": [result.model_dump(mode="json") for result in told],
-                "verdicts": [one.to_dict() for shown in outcome.shown for one in judge(*shown)],
+                "verdicts": [asdict(one) for shown in outcome.shown for one in judge(*shown)],
                 "advice": last,
                 "shortened": outcome.shortened,
                 "seconds": outcome.seconds,

@@ -9,8 +9,9 @@ import tyro
 
 from retrograde.cli import output
 from retrograde.cli.flags import Switch, said
-from retrograde.cli.options import Given, check_names
+from retrograde.cli.options import Given
 from retrograde.engine.slots import Method
+from retrograde.lab.options import require_known
 from retrograde.methods.registry import available
 from retrograde.report.table import Table, make_table
 
@@ -30,7 +31,7 @@ class Methods:
     def run(self, given: Given) -> int:
         """Print to stdout."""
         methods = available()
-        check_names("method", [self.name] if self.name else [], methods)
+        require_known("there is no method", [self.name] if self.name else [], methods)
         shown = methods if self.name is None else {self.name: methods[self.name]}
         described = [_describe(name, cls) for name, cls in shown.items()]
         part = described[0]["card"] if self.name else _table(described)

@@ -19,9 +19,10 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from retrograde.errors import OptionError
 from retrograde.lab import data as lab_data
 from retrograde.lab import models, peers
+from retrograde.lab.options import require_known
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.lab.record import read_description
-from retrograde.methods.registry import available, suggest
+from retrograde.methods.registry import available
 
 ALL_METHODS = "all"
 """For ``compare``: every installed method."""
@@ -141,25 +142,12 @@ def _recipe(chosen: _Chosen, *, named: bool) -> Recipe:
     return Recipe()
 
 
-def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a name that is not known.
-
-    Raises:
-        OptionError: with the nearest, and all that are.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            near = suggest(name, known)
-            raise OptionError(f"there is no {kind} {name!r}.{near} Known are {', '.join(known)}.")
-
-
 def _method(name: str, known: dict[str, type[Any]]) -> type[Any]:
     if name not in known and name in peers.names():
         raise OptionError(
             f"{name!r} is a peer, not a method. Give it to `retrograde compare` with --peers {name}."
         )
-    check_names("method", [name], known)
+    require_known("there is no method", [name], known)
     return known[name]
 
 

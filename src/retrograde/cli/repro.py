@@ -1,7 +1,7 @@
 """``retrograde repro``: the claims of the sources, run again and judged."""
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -69,7 +69,7 @@ class List:
         )
         content = {
             "claims": [one.to_dict() for one in entries],
-            "scripts": [one.to_dict() for one in scripts],
+            "scripts": [asdict(one) for one in scripts],
         }
         output.tell(content, claims, *(["", others] if scripts else []), as_json=self.json)
         return 0
@@ -208,7 +208,7 @@ class Verify:
             for name, value in found.published.items()
         )
         output.tell(
-            {"claim": entry.claim.id, **found.to_dict()},
+            {"claim": entry.claim.id, **asdict(found)},
             make_table(("metric", "published", "now"), rows),
             f"{entry.claim.id}, {found.contestant}, seed {found.seed}: {verdict}",
             as_json=self.json,

@@ -6,7 +6,7 @@ import pytest
 from small_claims import made_up
 
 from retrograde.errors import OptionError, RunError
-from retrograde.lab.claims.library import Entry, Library
+from retrograde.lab.claims.library import Entry, Library, Script
 from retrograde.lab.claims.result import write_result
 
 WORDS = 'title = "t"\nclaim = "c"\nsource = "s"\n'
@@ -116,13 +116,13 @@ def test_scripts_say_themselves_what_they_are(library: Library) -> None:
     library.results.mkdir()
     (library.results / "grow.json").touch()
     grow, shown, twice = library.scripts()
-    assert grow.to_dict() == {
-        "name": "grow",
-        "question": "How does time grow?",
-        "command": "python repro/grow.py [--quick]",
-        "results": ["results/grow.json"],
-        "status": "run",
-    }
+    assert grow == Script(
+        name="grow",
+        question="How does time grow?",
+        command="python repro/grow.py [--quick]",
+        results=("results/grow.json",),
+        status="run",
+    )
     assert (shown.status, shown.results) == ("printed", ())
     assert (twice.status, twice.results) == ("not run", ("results/grow.json", "results/a/b.json"))
 

@@ -75,8 +75,3 @@ def test_a_changed_definition_is_refused(tmp_path: Path, published: Result) -> N
     with pytest.raises(RunError, match="toy/small: the definition has changed"):
         verify(published, tmp_path, small(tuning=TUNING, note="other"))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_it_is_plain_values(tmp_path: Path, published: Result) -> None:
-    found = verify(published, tmp_path).to_dict()
-    assert set(found) == {"contestant", "seed", "published", "found", "identical", "agrees"}

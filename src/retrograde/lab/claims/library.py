@@ -2,7 +2,7 @@
 
 import ast
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,10 +66,6 @@ class Script:
     command: str
     results: tuple[str, ...]
     status: Literal["not run", "run", "printed"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "results": list(self.results)}
 
 
 class Library:

@@ -1,10 +1,9 @@
 """Running one cell of a published result again."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from retrograde.errors import RunError
 from retrograde.lab.claims.cells import train_together
@@ -36,10 +35,6 @@ class Verified:
     found: dict[str, float]
     identical: bool
     agrees: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def run_again(

@@ -1,8 +1,7 @@
 """What a scenario's figures say, in words, and from what this machine gains most."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from retrograde.lab.claims.advice import points, saves, times
 from retrograde.lab.claims.result import Result
@@ -27,10 +26,6 @@ class Verdict:
     label: str
     gains: bool
     words: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def judge(scenario: Scenario, result: Result) -> list[Verdict]:
