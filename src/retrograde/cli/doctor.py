@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from retrograde.cli import output
 from retrograde.cli.flags import DataFolder, Switch
 from retrograde.cli.options import Given
-from retrograde.lab.checks import Check, run_checks
+from retrograde.lab.checks import run_checks
 from retrograde.report.table import Column, Row, Table
 
 
@@ -34,21 +34,12 @@ class Doctor:
 
             output.log.print(f"choices of kernels: {choose.forget()} file(s) deleted", highlight=False)
         with output.log.status("starting") as status:
-            current = ""
 
-            def begin(name: str) -> None:
-                nonlocal current
-                current = name
-                status.update(name)
+            def note(line: str) -> None:
+                status.update(line)
+                output.log.print(line, style="dim", highlight=False)
 
-            def note(what: str) -> None:
-                status.update(f"{current}: {what}")
-                output.log.print(f"{current}: {what}", style="dim", highlight=False)
-
-            def end(check: Check) -> None:
-                output.log.print(f"{check.name}: {check.seconds:.1f} s", style="dim", highlight=False)
-
-            checks = run_checks(self.data_dir, begin, note, end)
+            checks = run_checks(self.data_dir, status.update, note)
         rows = tuple(Row((check.name, check.status, check.detail)) for check in checks)
         table = Table((Column("", "text"), Column("", "badge"), Column("", "text")), rows)
         output.tell({"checks": [asdict(check) for check in checks]}, table, as_json=self.json)

@@ -38,22 +38,20 @@ class Check:
 
 
 Note = Callable[[str], None]
-"""Told what a check does now."""
+"""Told what happens now."""
 
 
 def run_checks(
     data_dir: Path | None = None,
     begin: Note = lambda name: None,
-    note: Note = lambda what: None,
-    end: Callable[[Check], None] = lambda check: None,
+    note: Note = lambda line: None,
 ) -> list[Check]:
     """All checks, in order; none raises.
 
     Args:
         data_dir: folder that holds data sets.
         begin: told the name of each check before it runs.
-        note: told what a long one is doing.
-        end: told each answer.
+        note: told by name what a long one is doing, and how long each took.
     """
     found: list[Check] = []
     for name, check in (
@@ -63,7 +61,7 @@ def run_checks(
         ("gradients", _gradients),
         ("precisions", _precisions),
         ("compile", _compile),
-        ("kernels", lambda: _kernels(note)),
+        ("kernels", lambda: _kernels(lambda what: note(f"kernels: {what}"))),
         ("accelerator", _accelerator),
         ("data sets", lambda: _data(data_dir)),
         ("TensorBoard", _tensorboard),
@@ -75,7 +73,7 @@ def run_checks(
         except Exception as error:  # a doctor reports whatever is broken and goes on
             status, detail = "failed", f"{type(error).__name__}: {error}"
         found.append(Check(name, status, detail, time.perf_counter() - start))
-        end(found[-1])
+        note(f"{name}: {found[-1].seconds:.1f} s")
     return found
 
 
