@@ -31,9 +31,9 @@ _ClaimName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="METHOD/
 _AS_DEFINED = "as the definition says"
 
 
-@dataclass(frozen=True)
-class List:
-    """List the claims: what each source says, whether it has been run, and the verdict; and every other experiment.
+@dataclass(frozen=True, kw_only=True)
+class _OnClaims:
+    """What all of these commands take.
 
     Attributes:
         folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
@@ -42,6 +42,11 @@ class List:
 
     folder: Path = Path("repro")
     json: Switch = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(_OnClaims):
+    """List the claims: what each source says, whether it has been run, and the verdict; and every other experiment."""
 
     def run(self, given: Given) -> int:
         """Print to stdout."""
@@ -75,8 +80,8 @@ class List:
         return 0
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(_OnClaims):
     """Run a claim: search every variant's settings, train all seeds in turns, judge, write results/CLAIM.json.
 
     Re-running the same command resumes it: finished runs are kept. A changed definition starts new runs.
@@ -89,8 +94,6 @@ class Run:
         jobs: Seeds trained at once, each on its share of the cores. Times can be trusted with 1 only.
         data_dir: Folder that holds data sets.
         runs: Folder for the runs.
-        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
-        json: Print JSON.
     """
 
     claim: _ClaimName
@@ -100,8 +103,6 @@ class Run:
     jobs: int = 1
     data_dir: DataFolder = None
     runs: Annotated[Path | None, said("runs/repro/METHOD/NAME", "PATH")] = None
-    folder: Path = Path("repro")
-    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Run, publish, print."""
@@ -137,19 +138,15 @@ class Run:
         return " ".join(words)
 
 
-@dataclass(frozen=True)
-class Show:
+@dataclass(frozen=True, kw_only=True)
+class Show(_OnClaims):
     """Print the result of a claim.
 
     Attributes:
         claim: Name of the claim.
-        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
-        json: Print the whole result as JSON.
     """
 
     claim: _ClaimName
-    folder: Path = Path("repro")
-    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Print to stdout."""
@@ -164,23 +161,19 @@ class Show:
         return 0
 
 
-@dataclass(frozen=True)
-class Verify:
+@dataclass(frozen=True, kw_only=True)
+class Verify(_OnClaims):
     """Run a random cell of a published result again, and compare.
 
     Attributes:
         claim: Name of the claim.
         seed: Seed of the random choice.
         data_dir: Folder that holds data sets.
-        folder: Folder with the definitions of the claims. Their results lie in results/ beside it.
-        json: Print JSON.
     """
 
     claim: Annotated[str | None, tyro.conf.Positional, said("any that has a result", "[METHOD/NAME]")] = None
     seed: Annotated[int | None, said("another one each time", "INT")] = None
     data_dir: DataFolder = None
-    folder: Path = Path("repro")
-    json: Switch = False
 
     def run(self, given: Given) -> int:
         """Train one cell; exit code 1 where it does not agree."""
