@@ -39,28 +39,28 @@ def judge(scenario: Scenario, result: Result) -> list[Verdict]:
 
 def advice(shown: Sequence[tuple[Scenario, Result]]) -> str:
     """From which method this machine gains most: time first, then memory, as `retrograde advise` ranks them."""
-    ranked: list[tuple[float, str]] = []
-    smaller: list[tuple[float, str]] = []
+    gains: list[tuple[bool, float, str]] = []
     for scenario, result in shown:
+        of_memory = scenario.metric == "mean_saved_bytes"
         for verdict in judge(scenario, result):
             over = result.ratios(verdict.name).get(scenario.time or scenario.metric)
             if over is None or not verdict.gains:
                 continue
             label = f"{verdict.label}, on {scenario.claim.title.rpartition(': ')[2]}"
-            if scenario.metric == "mean_saved_bytes":
-                smaller.append((over.mean, f"{label}: it keeps {times(over)} of plain’s bytes"))
+            if of_memory:
+                said = f"No method saves time on this machine here; in memory it would gain from {label}: it keeps"
+                gains.append((of_memory, over.mean, f"{said} {times(over)} of plain’s bytes."))
             elif scenario.time is not None and saves(over):
-                what = (
-                    "a step" if scenario.time != "seconds_to_target" else "the way to plain’s best accuracy"
+                to_target = scenario.time == "seconds_to_target"
+                what = "the way to plain’s best accuracy" if to_target else "a step"
+                said = (
+                    f"This machine would gain most from {label}: {what} takes {times(over)} of plain’s time."
                 )
-                ranked.append((over.mean, f"{label}: {what} takes {times(over)} of plain’s time"))
-    if ranked:
-        return f"This machine would gain most from {min(ranked)[1]}."
-    if smaller:
-        return f"No method saves time on this machine here; in memory it would gain from {min(smaller)[1]}."
-    return (
+                gains.append((of_memory, over.mean, said))
+    plain = (
         "On this machine plain backpropagation is best for work of this size: no method saves time or memory."
     )
+    return min(gains, default=(False, 1.0, plain))[-1]
 
 
 def _words(scenario: Scenario, result: Result, name: str) -> tuple[bool, str]:
