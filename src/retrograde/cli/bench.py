@@ -77,9 +77,11 @@ class Bench:
                 rehearse(lambda layer: show(f"compiling the kernels, once for all: {layer}"))
             show("measuring the precisions")
             measured = measure(Measured(limits, show, precisions.measure()))
+            extra: list[Overhead] = []
             if self.what == "layers":
                 show("attaching small layers")
-            extra = self._overhead(limits)
+                seconds = None if limits.seconds is None else OVERHEAD_PART * limits.seconds
+                extra = overhead(limits.rounds, compiled=self.compiled, seconds=seconds)
         made = [row.rounds for row in measured.rows]
         result = {
             "schema": SCHEMA,
@@ -138,16 +140,6 @@ class Bench:
         require_known("there is no method", methods, available())
         return functools.partial(bench.steps, {name: known[name] for name in self.model or known}, methods)
 
-    def _overhead(self, limits: Limits) -> list[Overhead]:
-        if self.what != "layers":
-            return []
-        seconds = None if limits.seconds is None else OVERHEAD_PART * limits.seconds
-        found = overhead(limits.rounds, seconds=seconds)
-        return [
-            *found,
-            *(overhead(limits.rounds, (1,), compiled=True, seconds=seconds) if self.compiled else []),
-        ]
-
 
 def _table(what: str, measured: Measured) -> Table:
     rows = measured.rows
@@ -168,7 +160,8 @@ def _table(what: str, measured: Measured) -> Table:
     names = ("model", "method") if what == "steps" else ("op",)
     cells = (
         (
-            *((str(row.model), str(row.method)) if what == "steps" else (_op(row),)),
+            row.what,
+            *((str(row.method),) if what == "steps" else ()),
             "–" if row.sparsity is None else f"{row.sparsity:.0%}",
             _kernel(row),
             f"{row.seconds * 1e3:.1f}",
@@ -219,10 +212,6 @@ def _overhead_table(rows: Sequence[Overhead]) -> Table:
     return make_table(("layer", "threads", "run", "µs", "× plain"), cells, texts=3, caption=caption)
 
 
-def _op(row: Row) -> str:
-    return f"{row.op} {row.shape}"
-
-
 def _kernel(row: Row) -> str:
     if row.chosen is None:
         return row.kernel
@@ -239,7 +228,7 @@ def _baselines(rows: Sequence[Row]) -> str:
     """Median seconds of both, for each shape or model."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(_op(row) if row.model is None else row.model, []).append(row)
+        found.setdefault(row.what, []).append(row)
     return "; ".join(
         f"{name} {_median([row.seconds_fp32 for row in group])} / {_median([row.seconds_bf16 for row in group])} ms"
         for name, group in found.items()

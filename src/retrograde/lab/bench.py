@@ -106,6 +106,11 @@ class Row:
     model: str | None = None
     method: str | None = None
 
+    @property
+    def what(self) -> str:
+        """The model, or the layer's kind and shape."""
+        return self.model or f"{self.op} {self.shape}"
+
 
 def workloads(part: int = 1) -> dict[str, Workload]:
     """The models of ``bench steps``, with batches of one part in so many."""

@@ -73,17 +73,22 @@ class _BareLinear(nn.Linear):
         return _Bare.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
 
-def overhead(
-    rounds: int, threads: tuple[int, ...] = (1, 2), *, compiled: bool = False, seconds: float | None = None
-) -> list[Overhead]:
-    """Every layer at every number of threads, runs taking turns; `seconds` for all of it, None: no limit."""
+def overhead(rounds: int, *, compiled: bool = False, seconds: float | None = None) -> list[Overhead]:
+    """Every layer with one thread and with two, runs taking turns.
+
+    Args:
+        rounds: that count.
+        compiled: with one thread under ``torch.compile`` too.
+        seconds: for all of it; None: no limit.
+    """
     found: list[Overhead] = []
-    share = None if seconds is None else seconds / len(LAYERS) / len(threads)
+    ways = [(1, False), (2, False), *([(1, True)] if compiled else [])]
+    share = None if seconds is None else seconds / len(LAYERS) / len(ways)
     before = torch.get_num_threads()
     try:
-        for (rows, width), count in itertools.product(LAYERS, threads):
-            torch.set_num_threads(count)
-            found += _compare(rows, width, count, rounds, compiled, share)
+        for (rows, width), (threads, compile_them) in itertools.product(LAYERS, ways):
+            torch.set_num_threads(threads)
+            found += _compare(rows, width, threads, rounds, compile_them, share)
     finally:
         torch.set_num_threads(before)
     return found
