@@ -44,7 +44,7 @@ STEPS = 4 * 2 * (2 + 2)
 """Of `TINY`: two contestants with two trials and two seeds, four steps each."""
 
 RESULT = Path("results/toy/tiny.json")
-_TIMED = ("backward_seconds", "seconds", "step_seconds", "peak_memory_bytes", "command")
+_TIMED = ("backward_seconds", "seconds", "step_seconds", "late_step_seconds", "peak_memory_bytes", "command")
 
 
 def untimed(content: Any) -> Any:
