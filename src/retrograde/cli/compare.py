@@ -175,8 +175,7 @@ class Advise(_OnYourModel):
         result = self.train(claim, given, folder)
         advice = advise(result)
         name = "plain backpropagation" if advice.recommended == BASELINE else advice.recommended
-        recommended = f"Recommended: {name}; {advice.why}."
-        lead = f"{recommended} {shortened}".rstrip()
+        lead = f"Recommended: {name}; {advice.why}. {shortened}".rstrip()
         page = write_claims([result], self.output, f"Advice: {claim.title}", lead)
         # With the warm-ups of a whole run.
         methods = next((one for one in chosen if "+".join(one) == advice.recommended), {})
@@ -205,8 +204,7 @@ class Advise(_OnYourModel):
             _table(advice, result),
             *(f"not judged: {name}: {why}" for name, why in left_out.items()),
             "",
-            recommended,
-            *filter(None, [shortened]),
+            lead,
             *recipe_lines,
             *([f"train it: {next_command}"] if next_command else []),
             f"report: {page}",
