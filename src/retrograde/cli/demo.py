@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +56,7 @@ class Demo:
                 self.runs,
                 seeds=self.seeds,
                 seconds=self.seconds,
-                show=partial(show, total=1.0),
+                show=show,
                 stop=stop,
             ).run()
         last = advice(outcome.shown)

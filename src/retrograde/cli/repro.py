@@ -17,7 +17,6 @@ from retrograde.errors import OptionError, RunError
 from retrograde.lab.claims import metrics, wording
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places, default_folder
-from retrograde.lab.claims.jobs import State
 from retrograde.lab.claims.library import Library
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.verify import run_again
@@ -212,11 +211,7 @@ class Verify(_OnClaims):
 def run_grid(claim: Claim, places: Places, command: str, *, quick: bool = False) -> Result:
     """All of a claim's runs, with a bar of the time left."""
     with output.progress(claim.title, counted=False) as show, stop_request() as stop:
-
-        def tell(state: State) -> None:
-            show(state.what, state.done, state.total)
-
-        return Grid(claim, places).run(quick=quick, command=command, show=tell, stop=stop)
+        return Grid(claim, places).run(quick=quick, command=command, show=show, stop=stop)
 
 
 def present(result: Result, last: str, *, as_json: bool) -> None:

@@ -16,7 +16,6 @@ from retrograde.lab.claims import metrics
 from retrograde.lab.claims.cells import Cell, pace
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.grid import Grid, Places, default_folder
-from retrograde.lab.claims.jobs import State
 from retrograde.lab.claims.result import Result, read_result, schema, write_result
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.trainer import Trainer, train
@@ -127,11 +126,8 @@ def test_the_best_learning_rate_is_trained_by(tmp_path: Path, steps: list[Recipe
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     seen: list[tuple[float, float]] = []
-
-    def show(state: State) -> None:
-        seen.append((state.done, state.total))
-
-    Grid(small(tuning=TUNING), Places(tmp_path)).run(show=show)
+    grid = Grid(small(tuning=TUNING), Places(tmp_path))
+    grid.run(show=lambda what, done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (8.0, 8.0), "2 contestants × (2 trials + 2 seeds) × 1 epoch"
 
@@ -312,7 +308,7 @@ def test_seeds_side_by_side_give_the_same_and_stop_with_what_they_have(
 def test_the_seeds_left_over_are_shared_out_by_contestants(tmp_path: Path) -> None:
     grid = Grid(small(seeds=3), Places(tmp_path, jobs=2))
     shown: list[str] = []
-    result = grid.run(show=lambda state: shown.append(state.what))
+    result = grid.run(show=lambda what, done, total: shown.append(what))
     assert {what for line in shown for what in line.split(" · ") if what} <= {
         *("seed 0", "seed 1", "seed 2, plain", "seed 2, decayed")
     }

@@ -29,7 +29,7 @@ def job(name: str, weight: float, *told: float) -> Job:
 
 def seen(total: float) -> tuple[State, list[tuple[float, str]]]:
     found: list[tuple[float, str]] = []
-    return State(lambda state: found.append((state.done, state.what)), total), found
+    return State(lambda what, done, total: found.append((done, what)), total), found
 
 
 # The account.

@@ -1,7 +1,6 @@
 """The whole grid of a claim: searches, an equal time where it is asked for, then every seed; resumable at any point."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from retrograde.errors import OptionError
 from retrograde.lab import files, machine
 from retrograde.lab.claims.cells import Cell, pace, train_together
 from retrograde.lab.claims.definition import Claim, content_hash
-from retrograde.lab.claims.jobs import Job, State, Stop, run_all
+from retrograde.lab.claims.jobs import Job, Show, State, Stop, run_all
 from retrograde.lab.claims.metrics import summary
 from retrograde.lab.claims.result import Entry, Result, Run, Trial
 from retrograde.lab.claims.tuning import Search
@@ -75,7 +74,7 @@ class Grid:
         *,
         quick: bool = False,
         command: str = "",
-        show: Callable[[State], None] = lambda state: None,
+        show: Show = lambda what, done, total: None,
         stop: Stop = lambda: False,
     ) -> Result:
         """Run what is not there yet, and sum it up; nothing is written of the sum.

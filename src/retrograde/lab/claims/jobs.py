@@ -15,6 +15,8 @@ import torch
 
 Tell = Callable[[float], None]
 Stop = Callable[[], bool]
+Show = Callable[[str, float, float], None]
+"""Called with what is being done, how much is done, and of how much."""
 
 _TELL_SECONDS = 0.5
 
@@ -40,12 +42,12 @@ class State:
     """What is done of all jobs, for a display.
 
     Attributes:
-        display: called with this object whenever it changes.
+        display: called whenever something changes.
         total: of all weights.
         what: is being done.
     """
 
-    display: Callable[["State"], None]
+    display: Show
     total: float
     what: str = ""
     finished: float = 0.0
@@ -70,7 +72,7 @@ class State:
 
     def show(self) -> None:
         """Tell the display."""
-        self.display(self)
+        self.display(self.what, self.done, self.total)
 
 
 def run_all(jobs: Sequence[Job], processes: int, state: State, stop: Stop) -> None:

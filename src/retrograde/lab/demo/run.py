@@ -2,20 +2,17 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from retrograde.lab.claims.cells import seconds_of_seed
 from retrograde.lab.claims.grid import Grid, Places
-from retrograde.lab.claims.jobs import State, Stop
+from retrograde.lab.claims.jobs import Show, Stop
 from retrograde.lab.claims.result import Result
 from retrograde.lab.demo.scenarios import Scenario
 
 _PREPARATION = 0.25
 """Share of the progress that compiling and trying count as."""
-
-Show = Callable[[str, float], None]
-"""Called with what is being done, and the share of all work that is done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Demonstration:
 
     def _try(self, number: int, scenario: Scenario) -> float:
         """Seconds that one seed should take, from a few steps of each run, which also bring their kernels."""
-        self.show(f"kernels: {scenario.name}", number / len(self.scenarios) * _PREPARATION)
+        self.show(f"kernels: {scenario.name}", number / len(self.scenarios) * _PREPARATION, 1.0)
         return seconds_of_seed(scenario.claim, self.folder / "tried", stop=self.stop)
 
     def _round(self, scenarios: Sequence[Scenario], seed: int) -> list[Result] | None:
@@ -100,12 +97,12 @@ class Demonstration:
         results: list[Result] = []
         for number, scenario in enumerate(scenarios):
             claim = scenario.claim.model_copy(update={"seeds": seed + 1})
-            done = (seed + number / len(scenarios)) / self.seeds
+            before = (seed + number / len(scenarios)) / self.seeds
+            name = f"seed {seed + 1} of {self.seeds}: {scenario.name}"
 
-            def show(state: State, done: float = done, scenario: Scenario = scenario) -> None:
-                within = state.done / state.total / len(scenarios) / self.seeds
-                share = _PREPARATION + (1 - _PREPARATION) * (done + within)
-                self.show(f"seed {seed + 1} of {self.seeds}: {scenario.name}", share)
+            def show(what: str, done: float, total: float, before: float = before, name: str = name) -> None:
+                within = done / total / len(scenarios) / self.seeds
+                self.show(name, _PREPARATION + (1 - _PREPARATION) * (before + within), 1.0)
 
             grid = Grid(claim, Places(self.folder / scenario.name))
             try:
