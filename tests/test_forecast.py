@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import retrograde as rg
-from retrograde import forecast
+from retrograde import trials
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
-from retrograde.forecast import LayerForecast, Trials
+from retrograde.forecast import Kept, LayerForecast
+from retrograde.trials import Candidate, Trials
 
 
 def model() -> nn.Sequential:
@@ -34,7 +35,7 @@ FIXED = LayerForecast(2.0, attached=1.0, backward=0.5, zeros=0.5, kernels={"skip
 def times(monkeypatch: pytest.MonkeyPatch, by_layer: dict[str, float]) -> None:
     """Attached layers take so many times the plain ones' time."""
 
-    def run(self: Trials, candidate: forecast.Candidate, calls: Any) -> LayerForecast:
+    def run(self: Trials, candidate: Candidate, calls: Any) -> LayerForecast:
         return replace(FIXED, attached=FIXED.plain * by_layer.get(candidate.name, 1.0))
 
     monkeypatch.setattr(Trials, "run", run)
@@ -100,7 +101,12 @@ def test_layers_that_lose_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     low, high = session.plan.step.quartiles
     assert (session.plan.step.plain - low, session.plan.step.plain - high) == pytest.approx((1.2, 0.6))
     assert f"[{low / session.plan.step.plain:.2f}–" in text, "a busy machine shows in the forecast"
-    assert "Forward and backward pass" in text
+    step = session.plan.step
+    kept = (
+        f"keeps {step.plain_bytes / 2**20:.2f} → {step.attached_bytes / 2**20:.2f} MiB for the backward pass"
+    )
+    assert f"A step, plain → attached: {step.plain * 1e3:.1f} → {step.attached * 1e3:.1f} ms" in text
+    assert kept in text
 
 
 def test_close_ones_lose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +132,10 @@ def test_nothing_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_methods_that_are_not_there_for_speed_are_never_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     times(monkeypatch, {"0": 9.0, "5": 9.0})
-    plan = rg.make_plan(model(), [rg.Dither(), rg.Decorrelate(rank=2)], example=X)
-    assert plan.step is None
-    assert all(row.forecast is None for row in plan.rows)
-    assert plan.forecast() is None
+    for methods in ([rg.Dither(), rg.Decorrelate(rank=2)], [rg.Spectral(rank=2, warmup=0, skip_head=False)]):
+        plan = rg.make_plan(model(), methods, example=X)
+        assert {row.name for row in plan.rows if row.forecast} == {"0", "5"}
+        assert {row.status for row in plan.rows if row.forecast} == {"attached"}
 
 
 def test_layers_called_often_cost_as_often() -> None:
@@ -144,26 +150,27 @@ def test_layers_called_often_cost_as_often() -> None:
     calls: list[int] = []
     run = Trials.run
 
-    def count(self: Trials, candidate: forecast.Candidate, seen: Any) -> LayerForecast:
+    def count(self: Trials, candidate: Candidate, seen: Any) -> LayerForecast:
         calls.append(len(seen))
         return run(self, candidate, seen)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trials, "run", count)
-        patch.setattr(Trials, "_once", lambda *_: FIXED)
+        patch.setattr(Trials, "_once", lambda *_: trials._Found(FIXED, Kept((1.0,), 8.0), Kept((0.5,), 4.0)))
         plan = rg.make_plan(Twice(), [rg.Dither()], example=torch.randn(4, 6), decline=False)
     assert calls == [2]
-    assert plan.rows[0].forecast == FIXED.times(2)
+    # Two inputs of 4 × 6 numbers, and twice what one call keeps beside its input.
+    assert plan.rows[0].forecast == replace(FIXED.times(2), plain_bytes=2 * 96 + 16, attached_bytes=96 + 8)
 
 
 def test_layers_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
 
-    def compare(theirs: Any, mine: Any, program: Any, zeros: float) -> LayerForecast:
-        compared.append(program.name)
-        return FIXED
+    def compare(plain: Any, attached: Any, zeros: float) -> Any:
+        compared.append(attached.program.name)
+        return trials._Found(FIXED, plain.kept(), attached.kept())
 
-    monkeypatch.setattr(forecast, "_compare", compare)
+    monkeypatch.setattr(trials, "_compare", compare)
     net = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(4)), nn.Linear(6, 3))
     with torch.no_grad():
         for layer in net:
@@ -178,7 +185,7 @@ def test_autocast_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype | None] = []
     run = Trials.run
 
-    def watch(self: Trials, candidate: forecast.Candidate, calls: Any) -> LayerForecast:
+    def watch(self: Trials, candidate: Candidate, calls: Any) -> LayerForecast:
         seen.extend(call.precision for call in calls)
         return run(self, candidate, calls)
 

@@ -1,26 +1,27 @@
-"""What attaching would save at each layer, found by trying: one example batch, then each layer by itself, both ways.
+"""What attaching would save at each layer and in a step, in time and in memory: the figures, and what they start from.
 
 A layer's time depends on its shape, on the zeros of its gradient and on the machine, and so does the kernel that is
-chosen for it. So the layers are run with what the example brings them: plain and attached in turns, forward and
-backward pass. A layer that would lose is declined: it stays as it is.
+chosen for it. So one example batch is run through the plain model, and `retrograde.trials` then runs each layer by
+itself with what the example brought it, plain and attached. A layer that would lose is declined: it stays as it is.
+
+Of the bytes that are kept for the backward pass a layer's own are only a part: ReLU keeps its output whether or not the
+next layer keeps it too. What a whole step keeps is therefore found by storage: those of the plain model, less the ones
+that no other operation keeps.
 """
 
 import contextlib
-import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median, quantiles
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as tree  # pyright: ignore[reportPrivateUsage]
 
-from retrograde.engine.layers import swap_in
-from retrograde.engine.maps.base import LayerKind
-from retrograde.engine.program import LayerProgram
-from retrograde.engine.slots import Rule
+from retrograde.accounting.memory import saved_storages
 from retrograde.errors import OptionError
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any] | Callable[[], Tensor]
@@ -29,26 +30,24 @@ Example = Tensor | Sequence[Any] | Mapping[str, Any] | Callable[[], Tensor]
 MARGIN = 0.95
 """A layer is attached where it takes at most this share of the plain one's time: closer ones are not told apart."""
 
-_BUDGET = 0.25
-"""Seconds for the rounds of one layer."""
-_ROUNDS = (5, 40)
-_WARMUPS = 2
 _STEPS = 5
-_GRAIN = 32
-"""Shares of zeros are told apart in steps of one part in so many: layers alike in all else are tried once."""
 
 
 @dataclass(frozen=True)
 class LayerForecast:
-    """One layer's forward and backward pass in one step.
+    """One layer's forward and backward pass in one step, as its methods run it once they have warmed up.
+
+    Where a method does other things in some steps than in others, these are means over its steps.
 
     Attributes:
         plain: seconds as it is.
-        attached: seconds with its methods.
+        attached: seconds with its methods, and with what they do around the optimizer's step.
         backward: seconds of the attached backward pass alone.
         zeros: share of zeros in δ̃.
         kernels: share of the backward products by kernel.
         quartiles: of `attached` over the rounds; far apart on a machine that does other things meanwhile.
+        plain_bytes: that the layer's own calls keep for the backward pass as it is, its parameters not counted.
+        attached_bytes: likewise, with its methods.
     """
 
     plain: float
@@ -57,6 +56,8 @@ class LayerForecast:
     zeros: float
     kernels: dict[str, float]
     quartiles: tuple[float, float]
+    plain_bytes: float = 0.0
+    attached_bytes: float = 0.0
 
     @property
     def loses(self) -> bool:
@@ -64,7 +65,7 @@ class LayerForecast:
         return self.attached > MARGIN * self.plain
 
     def times(self, factor: float) -> "LayerForecast":
-        """For so many times the work."""
+        """For so many times the work; the bytes stay as they are."""
         return replace(
             self,
             plain=self.plain * factor,
@@ -82,11 +83,17 @@ class StepForecast:
         plain: measured seconds of the plain model.
         attached: what they should become: plain, less what the attached layers save.
         quartiles: the same, where every layer takes a quartile of its rounds.
+        plain_bytes: that the plain model keeps for the backward pass, each storage counted once.
+        attached_bytes: what they should become.
+        notes: what the forecast takes for granted, a sentence for each method that has one.
     """
 
     plain: float
     attached: float
     quartiles: tuple[float, float]
+    plain_bytes: float = 0.0
+    attached_bytes: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -95,7 +102,75 @@ class StepForecast:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Kept:
+    """What one layer keeps for its backward pass, on average over the kinds of steps.
+
+    Attributes:
+        inputs: of each tensor that the layer is given, the share of steps in which its storage is kept.
+        own: bytes of all other storages, in one step.
+    """
+
+    inputs: tuple[float, ...]
+    own: float
+
+    def bytes(self, calls: Sequence[Sequence[Tensor]]) -> float:
+        """Bytes of a step, given the tensors of each call: distinct storages."""
+        shares: dict[int, float] = {}
+        for tensors in calls:
+            for tensor, share in zip(tensors, self.inputs, strict=False):
+                storage = tensor.untyped_storage()
+                shares[storage.data_ptr()] = max(
+                    shares.get(storage.data_ptr(), 0.0), share * storage.nbytes()
+                )
+        return self.own + sum(shares.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the plain model keeps for the backward pass of the example, by storage.
+
+    Attributes:
+        sizes: bytes of each storage that is kept or that a layer is given.
+        keepers: of each storage, the layers whose calls keep it; ``""`` is whatever is no layer of ours.
+        inputs: of each layer, the storages of the tensors that each of its calls is given.
+    """
+
+    sizes: dict[int, int]
+    keepers: dict[int, set[str]]
+    inputs: dict[str, list[tuple[int, ...]]]
+
+    @property
+    def plain(self) -> int:
+        """Bytes of the plain model."""
+        return sum(self.sizes[storage] for storage in self.keepers)
+
+    def keeps(self, name: str) -> bool:
+        """Whether calls of a layer keep anything: inside activation checkpointing they do not."""
+        return any(name in names for names in self.keepers.values())
+
+    def attached(self, layers: Mapping[str, tuple[Kept, Kept]]) -> float:
+        """Bytes of the model where some layers keep other things.
+
+        Args:
+            layers: what each of them keeps plain and attached, by name.
+        """
+        total = float(self.plain)
+        shares: dict[int, float] = {}
+        for name, (before, after) in layers.items():
+            total += after.own - before.own
+            for storages in self.inputs[name]:
+                for storage, share in zip(storages, after.inputs, strict=False):
+                    # Layers that are given the same keep it in the same steps.
+                    shares[storage] = max(shares.get(storage, 0.0), share)
+        for storage, share in shares.items():
+            keepers = self.keepers.get(storage, set[str]())
+            if keepers <= layers.keys():
+                total += self.sizes[storage] * (share - bool(keepers))
+        return total
+
+
+@dataclass(frozen=True)
+class Seen:
     """One application of a layer in the example."""
 
     args: tuple[Any, ...]
@@ -103,15 +178,29 @@ class _Seen:
     precision: torch.dtype | None
     delta: Tensor
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the layer is given."""
+        return _tensors((self.args, self.kwargs))
 
-@dataclass
-class _Observation:
+
+@dataclass(frozen=True)
+class Observation:
+    """What the example shows of the plain model.
+
+    Attributes:
+        seconds: of a forward and backward pass.
+        layers: applications of each layer, by name.
+        memory: what is kept for the backward pass.
+    """
+
     seconds: float
-    layers: dict[str, list[_Seen]] = field(default_factory=dict)
+    layers: dict[str, list[Seen]]
+    memory: Memory
 
 
-def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example) -> _Observation:
-    """Run the example's forward and backward pass on the plain model, timed, and once more to see each layer's part.
+def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example) -> Observation:
+    """Run the example's forward and backward pass on the plain model, timed, and twice more to see each layer's part.
 
     Buffers, gradients and torch's random state are left as they were.
 
@@ -126,7 +215,9 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example)
     loss = _loss(model, example)
     with untouched(model), torch.enable_grad():
         try:
-            return _Observation(_time_steps(model, loss), _see(layers, loss))
+            return Observation(
+                _time_steps(model, loss), _see(layers, loss), _look_at_memory(model, layers, loss)
+            )
         except Exception as error:
             error.add_note(
                 "This happened while the example was run, to forecast what attaching would save. Check `example`."
@@ -189,12 +280,12 @@ def _time_steps(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     return median(times[1:])
 
 
-def _see(layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, list[_Seen]]:
+def _see(layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[str, list[Seen]]:
     found: list[tuple[str, tuple[Any, ...], dict[str, Any], torch.dtype | None, Tensor]] = []
 
     def watch(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            z = _differentiable(output)
+            z = differentiable(output)
             if z is None:
                 return output
             kind = z.device.type
@@ -215,137 +306,57 @@ def _see(layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> dict[st
     outputs = [z for *_, z in found]
     # Typed as if none could be None.
     deltas: Any = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
-    seen: dict[str, list[_Seen]] = {}
+    seen: dict[str, list[Seen]] = {}
     for (name, args, kwargs, precision, _), delta in zip(found, deltas, strict=True):
         if delta is not None:
-            seen.setdefault(name, []).append(_Seen(args, kwargs, precision, delta))
+            seen.setdefault(name, []).append(Seen(args, kwargs, precision, delta))
     return seen
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A layer to be tried.
+def _look_at_memory(model: nn.Module, layers: Mapping[str, nn.Module], loss: Callable[[], Tensor]) -> Memory:
+    """By itself: where each layer's part is seen, outputs are copied, which are then kept in their place."""
+    inside = [""]
+    given: dict[str, list[list[Tensor]]] = defaultdict(list)
+    keepers: dict[int, set[str]] = defaultdict(set)
 
-    Attributes:
-        name: full name.
-        layer: the plain layer.
-        kind: how it is read.
-        make_rules: makes its rules anew, for a copy of it.
-    """
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inside.append(name)
+            # Held, so that no other storage comes to the same address.
+            given[name].append(_tensors((args, kwargs)))
 
-    name: str
-    layer: nn.Module
-    kind: LayerKind
-    make_rules: Callable[[nn.Module], Mapping[str, Rule]]
+        return hook
 
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        inside.pop()
 
-class Trials:
-    """Tries layers one by one; those alike are tried once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], LayerForecast] = {}
-
-    def run(self, candidate: Candidate, calls: Sequence[_Seen]) -> LayerForecast:
-        """The forecast for all applications of a layer in one step."""
-        # One application stands for the others, by size.
-        largest = max(calls, key=lambda seen: seen.delta.numel())
-        size = sum(seen.delta.numel() for seen in calls) / largest.delta.numel()
-        return self._once(candidate, largest).times(size)
-
-    def _once(self, candidate: Candidate, seen: _Seen) -> LayerForecast:
-        plain, attached = copy.deepcopy(candidate.layer), copy.deepcopy(candidate.layer)
-        names = candidate.kind.names(attached)
-        program = LayerProgram(candidate.name, candidate.make_rules(attached), 0, names)
-        swap_in(attached, candidate.kind, program)
-        theirs, mine = _pass(plain, seen), _pass(attached, seen)
-        for _ in range(_WARMUPS):
-            theirs()
-            mine()
-        total = program.total
-        zeros = total.zeros / total.entries if total.entries else 0.0
-        key = (*_signature(candidate.layer, seen), round(zeros * _GRAIN))
-        if key not in self._known:
-            self._known[key] = _compare(theirs, mine, program, zeros)
-        return self._known[key]
-
-
-def _compare(
-    theirs: Callable[[], float], mine: Callable[[], float], program: LayerProgram, zeros: float
-) -> LayerForecast:
-    rounds = min(max(int(_BUDGET / (theirs() + mine() + 1e-9)), _ROUNDS[0]), _ROUNDS[1])
-    pairs: list[tuple[float, float]] = []
-    backward: list[float] = []
-    for _ in range(rounds):
-        before = program.clocked
-        pairs.append((theirs(), mine()))
-        backward.append(program.clocked - before)
-    # By itself: taking turns with another layer's code and data would cost a small one half as much again.
-    plain = median(theirs() for _ in range(rounds))
-    # The ratio's median, not the median's ratio: what disturbs a round disturbs both.
-    low, ratio, high = quantiles((m / t for t, m in pairs), n=4, method="inclusive")
-    return LayerForecast(
-        plain,
-        plain * ratio,
-        median(backward),
-        zeros,
-        {name: count / program.tally.kernels.total() for name, count in program.tally.kernels.items()},
-        (plain * low, plain * high),
-    )
-
-
-def _pass(layer: nn.Module, seen: _Seen) -> Callable[[], float]:
-    """A forward and backward pass, which returns its seconds."""
-    made: dict[int, Tensor] = {}
-    # One input that is given several times stays one: attention asks whether query, key and value are the same.
-    args, kwargs = tree.tree_map_only(
-        Tensor, lambda t: made.setdefault(id(t), _fresh(t)), (seen.args, seen.kwargs)
-    )
-    leaves = [t for t in tree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    wanted = [t for t in (*layer.parameters(), *leaves) if t.requires_grad]
-    device = seen.delta.device
-
-    def forward() -> Tensor:
-        if seen.precision is None:
-            return _output(layer(*args, **kwargs))
-        with torch.autocast(device.type, seen.precision):
-            return _output(layer(*args, **kwargs))
-
-    def run() -> float:
-        _wait(device)
-        start = time.perf_counter()
-        torch.autograd.grad(forward(), wanted, seen.delta, allow_unused=True)
-        _wait(device)
-        return time.perf_counter() - start
-
-    return run
-
-
-def _differentiable(output: Any) -> Tensor | None:
-    """What of a layer's output has a gradient: attention returns its weights as well, or None in their place."""
-    tensors = (leaf for leaf in tree.tree_leaves(output) if isinstance(leaf, Tensor))
-    return next((tensor for tensor in tensors if tensor.requires_grad), None)
-
-
-def _output(output: Any) -> Tensor:
-    found = _differentiable(output)
-    assert found is not None
-    return found
-
-
-def _fresh(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _signature(layer: nn.Module, seen: _Seen) -> tuple[Any, ...]:
-    """What a layer's time depends on, beside its zeros."""
-    leaves = tree.tree_leaves((seen.args, seen.kwargs))
-    tensors = [
-        (tuple(t.shape), t.stride(), t.dtype, t.requires_grad) if isinstance(t, Tensor) else t for t in leaves
+    handles = [
+        layer.register_forward_pre_hook(enter(name), with_kwargs=True) for name, layer in layers.items()
     ]
-    learning = tuple(p.requires_grad for p in layer.parameters())
-    return type(layer), layer.extra_repr(), repr(tensors), seen.delta.stride(), seen.precision, learning
+    handles += [layer.register_forward_hook(leave) for layer in layers.values()]
+    try:
+        saved = saved_storages(model, loss, lambda address: keepers[address].add(inside[-1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    sizes = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for calls in given.values()
+        for tensors in calls
+        for tensor in tensors
+    }
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    inputs = {
+        name: [tuple(tensor.untyped_storage().data_ptr() for tensor in tensors) for tensors in calls]
+        for name, calls in given.items()
+    }
+    return Memory({**sizes, **saved, **dict.fromkeys(own, 0)}, dict(keepers), inputs)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.tree_leaves(given) if isinstance(leaf, Tensor)]
+
+
+def differentiable(output: Any) -> Tensor | None:
+    """What of a layer's output has a gradient: attention returns its weights as well, or None in their place."""
+    return next((tensor for tensor in _tensors(output) if tensor.requires_grad), None)

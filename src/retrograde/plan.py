@@ -12,7 +12,8 @@ from retrograde.patterns import PatternRow
 Status = Literal["attached", "declined", "left", "bypassed"]
 
 _NOTHING = "Nothing is attached: no layer would become faster on this machine. Train the plain model."
-_TIMES = "ms a step, plain → attached"
+_TIMES = "ms a step"
+_BYTES = "MiB kept"
 _WIDTH = 140
 _CELL = 40
 """Characters at which a cell is wrapped; the last column has what the others leave of the width, if that is more."""
@@ -34,7 +35,8 @@ class PlanRow:
         status: ``attached``, ``declined`` (plain, because attaching would make it slower), ``left`` (plain, for the
             reason given) or ``bypassed`` (its forward is never called).
         why: the reason, or what is special about the layer.
-        forecast: what the layer takes in one step, plain and attached, where an example was given to try it with.
+        forecast: what the layer takes and keeps in one step, plain and attached, where an example was given to try it
+            with.
     """
 
     name: str
@@ -78,7 +80,8 @@ class Plan:
     Attributes:
         rows: every layer with parameters, in the model's order.
         blocks: the blocks, where a method grants work to whole blocks.
-        step: seconds of a forward and backward pass of the whole model, where an example was given.
+        step: seconds of a forward and backward pass of the whole model, and bytes that it keeps in between, where an
+            example was given.
         patterns: how many layers each of the user's patterns matched.
     """
 
@@ -107,7 +110,12 @@ class Plan:
         }
 
     def forecast(self) -> dict[str, Any] | None:
-        """Seconds of a step, plain and as forecast, of the model and of each layer tried; None without an example."""
+        """Seconds and bytes of a step, plain and as forecast, of the model and of each layer tried.
+
+        Returns:
+            The fields of `StepForecast`, its ``ratio``, and under ``layers`` those of `LayerForecast` by layer; None
+            without an example.
+        """
         if self.step is None:
             return None
         layers = {row.name: asdict(row.forecast) for row in self.rows if row.forecast}
@@ -127,7 +135,7 @@ class Plan:
         parts: list[_Table | str] = [_layer_table(self.rows)]
         if self.step:
             parts += ["", _step_line(self.step)]
-            parts += [] if self.attached else [_NOTHING]
+            parts += self.step.notes if self.attached else [_NOTHING]
         if self.blocks:
             parts += ["", _block_table(self.blocks)]
         if self.patterns:
@@ -181,18 +189,18 @@ def _wrapped(cell: str, width: int) -> list[str]:
 
 def _layer_table(rows: Sequence[PlanRow]) -> _Table:
     tried = any(row.forecast for row in rows)
-    times = (_TIMES,) if tried else ()
+    measured = (_TIMES, _BYTES) if tried else ()
     cells = [
         (
             *(row.name, row.type, row.shape, f"{row.parameters:,}", row.status),
             *(", ".join(row.methods) or "–", row.kernel or "–"),
-            *([_milliseconds(row.forecast)] if tried else []),
+            *(_figures(row.forecast) if tried else []),
             row.why,
         )
         for row in rows
     ]
-    header = ("layer", "type", "shape", "parameters", "status", "methods", "kernel", *times, "why")
-    return _Table(header, cells, [row.status == "attached" for row in rows], ("parameters", *times))
+    header = ("layer", "type", "shape", "parameters", "status", "methods", "kernel", *measured, "why")
+    return _Table(header, cells, [row.status == "attached" for row in rows], ("parameters", *measured))
 
 
 def _block_table(rows: Sequence[BlockRow]) -> _Table:
@@ -207,14 +215,24 @@ def _block_table(rows: Sequence[BlockRow]) -> _Table:
     return _Table(header, cells, [row.status == "attached" for row in rows], ("parameters",))
 
 
-def _milliseconds(found: LayerForecast | None) -> str:
-    return f"{found.plain * 1e3:.2f} → {found.attached * 1e3:.2f}" if found else "–"
+def _figures(found: LayerForecast | None) -> tuple[str, str]:
+    """Milliseconds and MiB of a layer, plain → attached."""
+    if found is None:
+        return "–", "–"
+    kept = f"{_mebibytes(found.plain_bytes)} → {_mebibytes(found.attached_bytes)}"
+    return f"{found.plain * 1e3:.2f} → {found.attached * 1e3:.2f}", kept
+
+
+def _mebibytes(count: float) -> str:
+    size = count / 2**20
+    return f"{size:.1f}" if size >= 10 else f"{size:.2f}"
 
 
 def _step_line(step: StepForecast) -> str:
     return (
-        f"Forward and backward pass: {step.plain * 1e3:.1f} ms plain, measured; {step.attached * 1e3:.1f} ms forecast "
-        f"({over(step)}), from each layer tried by itself, with quartiles of its rounds."
+        f"A step, plain → attached: {step.plain * 1e3:.1f} → {step.attached * 1e3:.1f} ms ({over(step)}), keeps "
+        f"{_mebibytes(step.plain_bytes)} → {_mebibytes(step.attached_bytes)} MiB for the backward pass. Plain is "
+        "measured, attached is forecast from each layer tried by itself, with quartiles of its rounds."
     )
 
 

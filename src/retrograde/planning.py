@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from retrograde import host
 from retrograde.assignment import Assignment, Given, assign
+from retrograde.engine import ranks
 from retrograde.engine.layers import AttachedLayer, find_kind
 from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
-from retrograde.forecast import Candidate, Example, LayerForecast, StepForecast, Trials, observe, untouched
+from retrograde.forecast import Example, LayerForecast, StepForecast, observe, untouched
 from retrograde.kernels import compiled, reference
 from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.plan import BlockRow, Plan, PlanRow, over
+from retrograde.trials import Candidate, Trials
 
 _NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -81,9 +83,9 @@ def make_plan(
         strict: raise on a pattern or a method without effect.
         steps: optimizer steps of the whole run, where a method's option is a share of it.
         example: one batch, with which each layer is tried, plain and attached: the model's inputs, or a function
-            without arguments that returns the loss, whose gradients are then the true ones. Only layers whose methods
-            are meant to save time are tried.
-        decline: leave plain the tried layers that attaching would not make faster.
+            without arguments that returns the loss, whose gradients are then the true ones.
+        decline: leave plain the layers that attaching would not make faster, where saving time is all that their
+            methods are for.
 
     Raises:
         PatternError: a pattern is empty or, when strict, matches no layer.
@@ -203,10 +205,10 @@ def _decide(
         )
     refuse_no_effect(rows, methods, strict)
     _warn_of_idle(placements)
+    block_rows, blocks = _plan_blocks(model, methods, placements)
     step = None
     if example is not None:
-        step = _forecast(model, rows, placements, example, decline)
-    block_rows, blocks = _plan_blocks(model, methods, placements)
+        step = _forecast(model, rows, placements, blocks, example, decline)
     plan = Plan(tuple(rows), block_rows, step, tuple(patterns))
     return Decision(plan, tuple(placements), blocks)
 
@@ -229,34 +231,40 @@ def _forecast(
     model: nn.Module,
     rows: list[PlanRow],
     placements: list[Placement],
+    blocks: Sequence[BlockPlacement],
     example: Example,
     decline: bool,
 ) -> StepForecast | None:
-    """Try the layers whose methods all save time; rows and placements are changed in place."""
+    """Try the layers that would be attached; rows and placements are changed in place.
+
+    Of several ranks each one tries by itself, so there only the methods that need no word from the others are tried:
+    those that are there to save time.
+    """
     if any(isinstance(module, AttachedLayer) for module in model.modules()):
         raise OptionError(
             "the model is attached already, and what attaching would save can be forecast only for a plain one. "
             "Detach it first."
         )
-    tried = [p for p in placements if all(method.saves_time for method in p.methods.values())]
+    fast = {p.name for p in placements if all(method.saves_time for method in p.methods.values())}
+    tried = [p for p in placements if p.name in fast or ranks.count() == 1]
     if not tried:
         return None
     seen = observe(model, {place.name: place.site.layer for place in tried}, example)
+    around = _innermost(blocks)
     trials, changes = Trials(), [(0.0, 0.0, 0.0)]
+    stays: list[Placement] = []
     for place in tried:
         calls = seen.layers.get(place.name)
         if not calls:
             continue
-
-        def make_rules(layer: nn.Module, place: Placement = place) -> dict[str, Rule]:
-            site = replace(place.site, layer=layer)
-            made = {name: method.make_rule(site) for name, method in place.methods.items()}
-            return {name: rule for name, rule in made.items() if isinstance(rule, Rule)}
-
-        found = trials.run(Candidate(place.name, place.site.layer, place.kind, make_rules), calls)
+        found = trials.run(Candidate(place.name, place.site, place.methods, around.get(place.name)), calls)
+        if not seen.memory.keeps(place.name):
+            # Activation checkpointing runs it again, and keeps nothing of it before.
+            found = replace(found, plain_bytes=0.0, attached_bytes=0.0)
+            trials.kept.pop(place.name, None)
         index = next(i for i, row in enumerate(rows) if row.name == place.name)
         rows[index] = replace(rows[index], forecast=found)
-        if decline and found.loses:
+        if decline and found.loses and place.name in fast:
             rows[index] = replace(
                 rows[index],
                 methods=(),
@@ -266,10 +274,25 @@ def _forecast(
             )
             placements.remove(place)
         else:
+            stays.append(place)
             low, high = found.quartiles
             changes.append((found.attached - found.plain, low - found.plain, high - found.plain))
     attached, low, high = (seen.seconds + sum(column) for column in zip(*changes, strict=True))
-    return StepForecast(seen.seconds, attached, (low, high))
+    kept = {place.name: trials.kept[place.name] for place in stays if place.name in trials.kept}
+    acting = {method.name: method.forecast_note for place in stays for method in place.methods.values()}
+    notes = tuple(note for note in acting.values() if note)
+    plain_bytes, attached_bytes = float(seen.memory.plain), seen.memory.attached(kept)
+    return StepForecast(seen.seconds, attached, (low, high), plain_bytes, attached_bytes, notes)
+
+
+def _innermost(places: Sequence[BlockPlacement]) -> dict[str, tuple[Block, BlockRule]]:
+    """By layer: the block that speaks for it."""
+    found: dict[str, BlockPlacement] = {}
+    for place in places:
+        for layer in place.layers:
+            if layer not in found or len(place.layers) <= len(found[layer].layers):
+                found[layer] = place
+    return {layer: (place.block, place.rule) for layer, place in found.items()}
 
 
 def _why_declined(found: LayerForecast, why: str) -> str:

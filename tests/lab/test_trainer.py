@@ -14,7 +14,7 @@ from pyarrow import parquet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrograde import forecast
+from retrograde import forecast, trials
 from retrograde.errors import CheckpointError, OptionError, PatternError, RetrogradeWarning
 from retrograde.lab import data as lab_data
 from retrograde.lab import files, measure, models
@@ -184,16 +184,16 @@ def test_every_sort_of_run_resumes(tmp_path: Path, change: dict[str, Any]) -> No
 def test_a_run_that_declined_layers_goes_on_with_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(self: forecast.Trials, candidate: forecast.Candidate, calls: Any) -> forecast.LayerForecast:
+    def run(self: trials.Trials, candidate: trials.Candidate, calls: Any) -> forecast.LayerForecast:
         attached = 0.5 if candidate.name == "1" else 2.0
         return forecast.LayerForecast(1.0, attached, 0.1, 0.5, {"skip": 1.0}, (attached, attached))
 
-    monkeypatch.setattr(forecast.Trials, "run", run)
+    monkeypatch.setattr(trials.Trials, "run", run)
     recipe = SMALL.model_copy(update={"epochs": 2, "decline": True})
     train(recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "run", **stopped_at(7))
-    monkeypatch.setattr(forecast.Trials, "run", None)
+    monkeypatch.setattr(trials.Trials, "run", None)
     result = train(recipe, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     (layer,) = result["timing"]["layers"].values()
@@ -209,7 +209,7 @@ def test_a_run_whose_layers_are_all_declined_is_plain_and_says_so(
 ) -> None:
     """By default, as with `attach`; misspelt patterns are errors all the same."""
     slower = forecast.LayerForecast(1.0, 2.0, 0.1, 0.5, {"skip": 1.0}, (1.9, 2.1))
-    monkeypatch.setattr(forecast.Trials, "run", lambda *given: slower)
+    monkeypatch.setattr(trials.Trials, "run", lambda *given: slower)
     assert Recipe().decline
     recipe = SMALL.model_copy(update={"decline": True, "epochs": 2})
     with pytest.warns(RetrogradeWarning, match="dither: nothing is attached"):

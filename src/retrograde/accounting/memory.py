@@ -13,18 +13,31 @@ def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
         model: whose parameters are left out: they are there anyway.
         forward: runs the forward pass (and the loss) with grad enabled; its result is dropped.
     """
+    return sum(saved_storages(model, forward).values())
+
+
+def saved_storages(
+    model: nn.Module, forward: Callable[[], object], noticed: Callable[[int], None] = lambda address: None
+) -> dict[int, int]:
+    """The storages that `saved_bytes` counts: bytes by address, which says nothing more once `forward` is over.
+
+    Args:
+        model: as for `saved_bytes`.
+        forward: likewise.
+        noticed: told the address of whatever is saved, while `forward` runs; the parameters' too.
+    """
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        noticed(storage.data_ptr())
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The graph must live until the sum is taken, or a freed storage's address could come back and be missed.
+        # The graph must live until the storages are known, or a freed one's address could come back and be missed.
         kept = forward()
-        total = sum(sizes.values())
     del kept
-    return total
+    return sizes

@@ -41,19 +41,22 @@ class PlanCommand:
         model = models.build(recipe.model, data, seed=recipe.seed, options=recipe.model_options)
         x, y = lab_data.first_batch(data.train, recipe.batch_size, augment=recipe.augment)
         measure.check_fit(recipe.model, model, data, x, y)
+        methods = recipe.make_methods()
         plan = make_plan(
             model,
-            recipe.make_methods(),
+            methods,
             only=recipe.only,
             skip=recipe.skip,
             steps=recipe.length(data),
             example=partial(measure.batch_loss, model, x, y, recipe.precision, recipe.label_smoothing),
             decline=recipe.decline,
         )
+        # Other methods are there for something else, and never declined.
+        fast = {method.name for method in methods if method.saves_time}
         slower = [
             row.name
             for row in plan.attached
-            if row.forecast is not None and row.forecast.attached > row.forecast.plain
+            if row.forecast and row.forecast.attached > row.forecast.plain and fast.issuperset(row.methods)
         ]
         content = {"model": recipe.model, "methods": recipe.methods, "slower": slower, **plan.to_dict()}
         output.tell(content, plan, *_warning(slower), as_json=self.json)

@@ -261,6 +261,9 @@ class Rule:
     seed: int = 0
     """The session's seed, given by the program."""
 
+    cycle: int = 1
+    """Steps after which what this rule does in a pass begins again, past its method's warm-up; a forecast tries all."""
+
     int8_forward: bool = False
     """The product of a linear layer's forward pass runs in 8 bits and leaves x and W quantised
     (`retrograde.kernels.int8`)."""
@@ -358,6 +361,10 @@ class BlockRule:
     def local(self) -> None:
         """After the optimizer's step."""
 
+    def shares(self) -> Mapping[Tier, float]:
+        """The share of calls that each tier is granted once the method has warmed up, as far as it is known before."""
+        return {Tier.FULL: 1.0}
+
     def adjust(self, method: "Method") -> None:
         """As for `Rule.adjust`. A method's layers share their blocks' rules, so this may be called several times."""
 
@@ -413,8 +420,10 @@ class Method:
     name: ClassVar[str]
 
     saves_time: ClassVar[bool] = False
-    """Whether the method is meant to make steps faster and does the same work in every call. Its savings can then be
-    forecast, and a layer that it would slow down is left plain."""
+    """Whether the method is there to make steps faster. A layer that is forecast slower is then left plain."""
+
+    forecast_note: ClassVar[str] = ""
+    """What a forecast takes for granted that training may make otherwise, as a sentence for the plan."""
 
     adjustable: ClassVar[Collection[str]] = ()
     """Options that `Session.set` may change while training; the method's rules then implement `Rule.adjust`."""

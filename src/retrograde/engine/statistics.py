@@ -92,6 +92,16 @@ class InputStatistics:
         stopped = self.spec.until is not None and step + left >= self.spec.until
         return left < self._window and not stopped
 
+    @property
+    def share(self) -> float:
+        """Of the steps, those that bring rows, in the long run: none where refreshes end."""
+        return 0.0 if self.spec.until is not None else self._window / self.spec.every
+
+    def complete(self) -> None:
+        """Let the rows that one step brought stand for those of the steps before it: for a forecast."""
+        if self._pending:
+            self._pending = [self._pending[-1]] * self._window
+
     def collect(self, rows: Tensor) -> None:
         """Rows of one backward call; a step's calls fill the budget together."""
         missing = self.spec.rows - sum(r.shape[1] for r in self._pending)

@@ -100,6 +100,10 @@ class DeepFocus(Method):
     adjustable: ClassVar[Collection[str]] = ("q_skip", "q_full", "p_min", "p_max", "h", "low", "unbiased")
     shares: ClassVar[Collection[str]] = ("warmup",)
     short_run: ClassVar[Mapping[str, Any]] = {"warmup": 40}
+    forecast_note: ClassVar[str] = (
+        "deepfocus: only those calls of a block count as skipped that `p_max` leaves no probe; training decides on "
+        "others. What lies between the layers of a skipped block is not counted as saved."
+    )
 
     q_skip: float = 0.5
     q_full: float = 0.2
@@ -227,6 +231,16 @@ class _Router(BlockRule):
         before = error if self._mean is None else self._mean
         self._mean = method.momentum * before + (1 - method.momentum) * error
         self._calls, self._errors, self._below_alpha, self._below_beta = 0, 0.0, 0, 0
+
+    def shares(self) -> Mapping[Tier, float]:
+        """By the quantiles. Of the calls below α routing at random skips a known share, by error at least 1 − p_max."""
+        method = self._method
+        skipped = method.q_skip * (1 - method.p_max)
+        if method.controller == "random":
+            skipped = maths.skip_share(method.q_skip, method.p_min, method.p_max)
+        skipped = skipped if self._may_skip else 0.0
+        full = method.q_full
+        return {Tier.SKIP: skipped, Tier.LOW: max(0.0, 1 - full - skipped), Tier.FULL: full}
 
     def metrics(self) -> dict[str, float]:
         """Thresholds, running mean of e, last r, and probes so far."""

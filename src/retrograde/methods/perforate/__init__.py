@@ -112,6 +112,10 @@ class Perforate(Method):
     name: ClassVar[str] = "perforate"
     adds_parameters: ClassVar[bool] = True
     short_run: ClassVar[Mapping[str, Any]] = {"patience": 2, "limit": 6, "max_dendrites": 2}
+    forecast_note: ClassVar[str] = (
+        "perforate: the forecast is of the model as it starts, without dendrites. Each set that grows costs one more "
+        "forward product of its layer, and under the gradient rule one more backward pass."
+    )
     whole_run: ClassVar[str] = (
         "it grows dendrites when validation stops improving, which short runs do not show: use `compare`"
     )

@@ -53,6 +53,7 @@ class SpectralRule(Rule):
         self._tied = tied
         self._scale = 1.0
         """s of equation (6) in this step; 1 where nothing is scaled."""
+        self.cycle = 1 if method.residual == "none" else method.full_every
         self._narrows = method.side != "output" and method.basis != "bulk"
         self._map: Map | None = None
         self._refreshed_at = -1
