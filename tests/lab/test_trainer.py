@@ -409,6 +409,8 @@ def test_saved_activations_on_average(tmp_path: Path) -> None:
     methods = {"spectral": options}
     found = train(recipe.model_copy(update={"methods": methods, "model": GELU}), tmp_path / "spectral")
     assert 0 < found["mean_saved_activation_bytes"] < 0.95 * found["saved_activation_bytes"]
+    forecast = found["timing"]["forecast_bytes"]
+    assert forecast == pytest.approx(found["mean_saved_activation_bytes"], rel=0.1)
 
 
 def test_backward_passes_are_a_part_of_a_step(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from retrograde.lab import files
 
 Make = Callable[..., Path]
 
-SMALL = {"limit": 64, "batch_size": 16, "epochs": 2, "learning_rate": 0.01}
+SMALL = {"limit": 64, "batch_size": 16, "epochs": 2, "learning_rate": 0.01, "decline": False}
 RUNS: dict[str, dict[str, Any]] = {
     "plain-0": {},
     "plain-1": {"seed": 1},

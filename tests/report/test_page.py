@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from small_runs import Make, edit, edit_epochs
 
 from retrograde.errors import RunError
 from retrograde.lab import files
+from retrograde.lab.record import Timing
 from retrograde.report import write
 from retrograde.report.comparison import of_folders
 from retrograde.report.formats import cell, flat, flops
@@ -149,6 +151,10 @@ def test_a_forecast_stands_beside_what_was_measured(copy_run: Make, tmp_path: Pa
         rows = {row.cells[0]: row.cells[1] for row in run_table(record).rows}
         assert ("Attached backward passes in a step, forecast" in rows) is forecast
         assert rows["Status"] == "finished"
+    outcome = record.outcome.model_copy(update={"timing": Timing(forecast_bytes=3 * 2**20)})
+    record = replace(record, outcome=outcome)
+    rows = {row.cells[0]: row.cells[1] for row in run_table(record).rows}
+    assert rows["Saved activations, forecast"] == "3.00 MiB"
 
 
 def test_a_methods_own_numbers_have_columns(copy_run: Make, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def losses_of(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def batch_loss(model: nn.Module, x: Tensor, y: Tensor, precision: str, smoothing: float) -> Tensor:
-    """The loss of a batch as a training step takes it, for a forecast."""
+    """The loss of a batch as a training step takes it, for a forecast and for what it keeps."""
     with autocast(x.device, precision):
         return loss_of(model(x).float(), y, smoothing)
 
@@ -102,11 +102,11 @@ def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> StepFlops:
     return StepFlops(forward, counter.get_total_flops() - forward)
 
 
-def saved_activation_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
+def saved_activation_bytes(model: nn.Module, x: Tensor, y: Tensor, precision: str = "float32") -> int:
     """Bytes that one training forward pass keeps for the backward pass; leaves no trace in the model."""
     model.train()
     with untouched(model):
-        return saved_bytes(model, lambda: loss_of(model(x).float(), y))
+        return saved_bytes(model, lambda: batch_loss(model, x, y, precision, smoothing=0.0))
 
 
 def whole_flops(
@@ -152,7 +152,7 @@ def whole_flops(
 
 
 def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> Timing:
-    """Seconds that the backward pass of each attached layer took in a step, beside those that were forecast.
+    """Seconds that the backward pass of each attached layer took in a step, beside the forecast of time and bytes.
 
     Args:
         measured: layer → seconds in the whole run, and the steps that they were for.
@@ -167,6 +167,7 @@ def timing(measured: dict[str, tuple[float, int]], forecast: dict[str, Any]) -> 
     both = [layer for layer in layers.values() if layer["forecast"] is not None]
     return Timing(
         forecast_ratio=forecast.get("ratio"),
+        forecast_bytes=forecast.get("attached_bytes"),
         backward_seconds=sum(layer["seconds"] or 0.0 for layer in both) if both else None,
         backward_forecast=sum(layer["forecast"] or 0.0 for layer in both) if both else None,
         layers=layers,

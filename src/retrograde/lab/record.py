@@ -196,14 +196,18 @@ class Epoch(Part):
 class Timing(Part):
     """Seconds of a step's backward passes of the attached layers, beside what was forecast when the run began.
 
+    The forecast of bytes stands beside `Outcome.mean_saved_activation_bytes`.
+
     Attributes:
         forecast_ratio: of the whole forward and backward pass, attached to plain.
         backward_seconds: of the layers that have a forecast.
         backward_forecast: of the same.
+        forecast_bytes: that the whole model keeps for the backward pass once the methods have warmed up.
         layers: layer → ``seconds`` and ``forecast``.
     """
 
     forecast_ratio: float | None = None
+    forecast_bytes: float | None = None
     backward_seconds: float | None = None
     backward_forecast: float | None = None
     layers: dict[str, dict[str, float | None]] = Field(default_factory=dict[str, dict[str, float | None]])
@@ -232,7 +236,7 @@ class Outcome(Part):
         saved_activation_bytes: kept for the backward pass, at most.
         mean_saved_activation_bytes: the same on average over the steps that were looked at.
         peak_memory_bytes: of the device's allocator, or of the process.
-        timing: measured and forecast seconds; None where nothing is attached.
+        timing: measured and forecast seconds, and forecast bytes; None where nothing is attached.
         model_file: name of the model's file; None where none was written.
     """
 

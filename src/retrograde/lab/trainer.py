@@ -167,7 +167,7 @@ class Trainer:
         self._steps_in_epoch = lab_data.steps_in_epoch(data.train, recipe.batch_size)
         self.steps = recipe.length(data)
         self.session = self._attach(x, y, checkpoint)
-        self._saved_bytes = measure.saved_activation_bytes(self.model, x, y)
+        self._saved_bytes = measure.saved_activation_bytes(self.model, x, y, recipe.precision)
         self._forward = torch.compile(self.model) if recipe.compile else self.model
         self.optimizer = recipe.make_optimizer(self.model, self._peers)
         self._selector = next((s for p in self._peers if (s := p.selector(recipe.seed)) is not None), None)
@@ -237,9 +237,8 @@ class Trainer:
             self.model.load_state_dict(self.state.best_weights)
         test = measure.evaluate(self.model, self.data.test, self.device, self.recipe.precision)
         # What must fit is the most: methods keep other things when they have warmed up than in their first step.
-        self._saved_bytes = max(
-            self._saved_bytes, measure.saved_activation_bytes(self.model, *self._first_batch())
-        )
+        saved = measure.saved_activation_bytes(self.model, *self._first_batch(), self.recipe.precision)
+        self._saved_bytes = max(self._saved_bytes, saved)
         plain = self.session.fold() if self.session else self.model
         for peer in reversed(self._peers):
             plain = peer.finish(plain)
@@ -281,7 +280,8 @@ class Trainer:
             for x, y in itertools.islice(batches, last - done.step):
                 if self.session is not None and done.step % self._memory_stride == 0:
                     # With some methods it differs from step to step.
-                    found = measure.saved_activation_bytes(self.model, x.to(self.device), y.to(self.device))
+                    batch = x.to(self.device), y.to(self.device)
+                    found = measure.saved_activation_bytes(self.model, *batch, self.recipe.precision)
                     done.passes["saved_bytes"] += found
                     done.passes["samples"] += 1
                 self._run_step(epoch, x, y)

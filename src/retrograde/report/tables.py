@@ -136,6 +136,7 @@ def run_table(run: RunRecord) -> Table:
         rows.append(
             ("Forward and backward pass, forecast", f"×{timing.forecast_ratio:.2f} of the plain model’s time")
         )
+    rows.append(("Saved activations, forecast", figure("saved_bytes", timing.forecast_bytes)))
     for word, seconds in (("forecast", timing.backward_forecast), ("measured", timing.backward_seconds)):
         rows.append((f"Attached backward passes in a step, {word}", figure("step_seconds", seconds)))
     return pairs("Run", ((name, text) for name, text in rows if text and text != NONE))
