@@ -17,6 +17,7 @@ from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.forecast import Example, LayerForecast, StepForecast, observe, untouched
 from retrograde.kernels import compiled, reference
+from retrograde.methods.exact import Exact
 from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.plan import BlockRow, Plan, PlanRow, over
 from retrograde.trials import Candidate, Trials
@@ -214,17 +215,16 @@ def _decide(
 
 
 def _warn_of_idle(placements: Sequence[Placement]) -> None:
-    """Say which methods do nothing of their own wherever they are attached, and stand beside others there."""
-    for name in {name for place in placements for name in place.rules}:
-        rules = [place.rules for place in placements if name in place.rules]
-        if all(type(each[name]) is Rule and len(each) > 1 for each in rules):
-            others = sorted({other for each in rules for other in each} - {name})
-            warnings.warn(
-                f"{name} adds nothing beside {' and '.join(others)}: zeros are skipped with every method. "
-                "Leave it out, or attach it alone.",
-                RetrogradeWarning,
-                stacklevel=6,
-            )
+    """Say that `Exact` does nothing where it stands beside other methods throughout."""
+    beside = [place.rules for place in placements if Exact.name in place.rules]
+    if beside and all(len(rules) > 1 for rules in beside):
+        others = sorted({name for rules in beside for name in rules} - {Exact.name})
+        warnings.warn(
+            f"{Exact.name} adds nothing beside {' and '.join(others)}: zeros are skipped with every method. "
+            "Leave it out, or attach it alone.",
+            RetrogradeWarning,
+            stacklevel=6,
+        )
 
 
 def _forecast(
@@ -253,6 +253,7 @@ def _forecast(
     around = _innermost(blocks)
     trials, changes = Trials(), [(0.0, 0.0, 0.0)]
     stays: list[Placement] = []
+    least = 0.0
     for place in tried:
         calls = seen.layers.get(place.name)
         if not calls:
@@ -275,9 +276,11 @@ def _forecast(
             placements.remove(place)
         else:
             stays.append(place)
+            least += found.attached
             low, high = found.quartiles
             changes.append((found.attached - found.plain, low - found.plain, high - found.plain))
-    attached, low, high = (seen.seconds + sum(column) for column in zip(*changes, strict=True))
+    # A step takes at least what its layers do, whatever a busy machine's figures add up to.
+    attached, low, high = (max(least, seen.seconds + sum(column)) for column in zip(*changes, strict=True))
     kept = {place.name: trials.kept[place.name] for place in stays if place.name in trials.kept}
     acting = {method.name: method.forecast_note for place in stays for method in place.methods.values()}
     notes = tuple(note for note in acting.values() if note)

@@ -12,9 +12,10 @@ from PIL import Image
 
 import retrograde as rg
 from retrograde.cli import main
+from retrograde.cli.compare import to_toml
 from retrograde.lab import peers
 from retrograde.lab.options import make
-from retrograde.lab.recipe import make_recipe
+from retrograde.lab.recipe import Recipe, make_recipe
 from retrograde.methods.registry import available
 
 Run = Callable[..., Outcome]
@@ -174,3 +175,12 @@ def test_advise_refuses_too_few_steps(run: Run) -> None:
     outcome = run("advise", "mlp-small", "digits", "--length", "5", "--json")
     assert outcome.code == 3
     assert "length=5" in outcome.json["error"]["message"]
+
+
+def test_a_recipe_says_none_for_an_option_that_is_none() -> None:
+    """TOML has no null, and what is left out is the default."""
+    fields = {"model": "mlp", "methods": {"deepfocus": {"low": None, "q_skip": 0.4}}, "only": None}
+    written = tomllib.loads(to_toml(fields))
+    assert written == {"model": "mlp", "methods": {"deepfocus": {"low": "none", "q_skip": 0.4}}}
+    assert Recipe.model_validate(written).make_methods() == [rg.DeepFocus(low=None, q_skip=0.4)]
+    assert fields["methods"] == {"deepfocus": {"low": None, "q_skip": 0.4}}

@@ -37,6 +37,7 @@ from retrograde.lab.claims.grid import Places
 from retrograde.lab.claims.result import Result, write_result
 from retrograde.lab.claims.wording import points, times
 from retrograde.lab.files import read_json, write_json, writing
+from retrograde.lab.options import NONE
 from retrograde.lab.recipe import Recipe
 from retrograde.methods.registry import available
 from retrograde.report import write_claims
@@ -293,4 +294,10 @@ def _table(advice: Advice, result: Result) -> Table:
 
 def to_toml(fields: dict[str, Any]) -> str:
     """A recipe file."""
-    return tomli_w.dumps({key: value for key, value in fields.items() if value not in (None, {}, [])})
+    written = {key: value for key, value in fields.items() if value not in (None, {}, [])}
+    for part in {"methods", "peers"} & written.keys():
+        written[part] = {
+            name: {key: NONE if value is None else value for key, value in options.items()}
+            for name, options in written[part].items()
+        }
+    return tomli_w.dumps(written)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import pydantic
 
@@ -11,6 +11,9 @@ from retrograde.errors import OptionError
 from retrograde.methods.registry import available, suggest
 
 C = TypeVar("C")
+
+NONE = "none"
+"""How a recipe or a command line writes None."""
 
 
 def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -60,8 +63,13 @@ def configure(cls: type[C], noun: str, name: str, options: dict[str, Any]) -> C:
     """
     known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     require_known(f"{noun} {name!r} has no option", options, known)
+    types = get_type_hints(cls)
+    # A file has no other way to say it.
+    nothing = {
+        key: None for key, value in options.items() if value == NONE and type(None) in get_args(types[key])
+    }
     try:
-        return pydantic.TypeAdapter(cls).validate_python(options)
+        return pydantic.TypeAdapter(cls).validate_python({**options, **nothing})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
