@@ -76,7 +76,7 @@ WHEN = (
         "a processor with AMX, and the wish for faster steps",
         "no method: `torch.autocast` with bfloat16",
         "a training step of a small GPT takes {step_bf16} under autocast, {step_fp32} in float32 "
-        "([all steps](docs/performance.md#whole-training-steps))",
+        "([all steps](docs/performance.md#whole-training-steps-amx))",
         "nothing here: the fastest method takes {step_ours}, and together with autocast {step_both}",
     ),
 )

@@ -216,9 +216,13 @@ def _decide(
 
 def _warn_of_idle(placements: Sequence[Placement]) -> None:
     """Say that `Exact` does nothing where it stands beside other methods throughout."""
-    beside = [place.rules for place in placements if Exact.name in place.rules]
-    if beside and all(len(rules) > 1 for rules in beside):
-        others = sorted({name for rules in beside for name in rules} - {Exact.name})
+    beside = [
+        {name for name, rule in place.rules.items() if type(rule) is not Rule}
+        for place in placements
+        if Exact.name in place.rules
+    ]
+    if beside and all(beside):
+        others = sorted(set[str]().union(*beside))
         warnings.warn(
             f"{Exact.name} adds nothing beside {' and '.join(others)}: zeros are skipped with every method. "
             "Leave it out, or attach it alone.",
@@ -253,7 +257,6 @@ def _forecast(
     around = _innermost(blocks)
     trials, changes = Trials(), [(0.0, 0.0, 0.0)]
     stays: list[Placement] = []
-    least = 0.0
     for place in tried:
         calls = seen.layers.get(place.name)
         if not calls:
@@ -276,11 +279,9 @@ def _forecast(
             placements.remove(place)
         else:
             stays.append(place)
-            least += found.attached
             low, high = found.quartiles
             changes.append((found.attached - found.plain, low - found.plain, high - found.plain))
-    # A step takes at least what its layers do, whatever a busy machine's figures add up to.
-    attached, low, high = (max(least, seen.seconds + sum(column)) for column in zip(*changes, strict=True))
+    attached, low, high = (seen.seconds + sum(column) for column in zip(*changes, strict=True))
     kept = {place.name: trials.kept[place.name] for place in stays if place.name in trials.kept}
     acting = {method.name: method.forecast_note for place in stays for method in place.methods.values()}
     notes = tuple(note for note in acting.values() if note)

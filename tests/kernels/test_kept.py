@@ -75,8 +75,8 @@ def test_linear_products(dtype: torch.dtype, turned: bool) -> None:
     own = torch.float32 if dtype == torch.int8 else dtype
     delta, weight, x = (
         Delta(holed(4, 12, 20, dtype=dtype), step),
-        random(20, 8).to(own),
-        random(4, 12, 8).to(own),
+        random(20, 64).to(own),
+        random(4, 12, 64).to(own),
     )
     delta.values[:, ::2] = 0
     if turned:
@@ -92,7 +92,7 @@ def test_linear_products(dtype: torch.dtype, turned: bool) -> None:
         assert work.value.shape == expected.shape
         assert work.value.dtype == own
         torch.testing.assert_close(work.value, expected, rtol=tolerance, atol=tolerance)
-        dense = 2 * delta.values.numel() * 8
+        dense = 2 * delta.values.numel() * 64
         assert work.needed == pytest.approx(dense * delta.nonzero_share)
         assert work.needed <= work.executed < 0.6 * dense
 

@@ -14,7 +14,13 @@ from retrograde.lab.record import Epoch, RunRecord, collect, read_description, r
 from retrograde.lab.trainer import train
 
 RECIPE = Recipe(
-    methods={"dither": {"scale": 1.0}}, epochs=3, evaluations=2, limit=128, batch_size=32, learning_rate=0.01
+    methods={"dither": {"scale": 1.0}},
+    epochs=3,
+    evaluations=2,
+    limit=128,
+    batch_size=32,
+    learning_rate=0.01,
+    decline=False,
 )
 
 
