@@ -24,7 +24,7 @@ _MARK = ".retrograde-demo"
 
 @dataclass(frozen=True)
 class Demo:
-    """Show each method on the kind of work that it is for, on the bundled digits, in about a minute and a half.
+    """Show each method on the kind of work that it is for, on the bundled digits, in about two minutes.
 
     Every scenario trains plain backpropagation and a method in turns, with paired seeds, and ends in a verdict made of
     the measured figures. `retrograde compare MODEL DATA --method all` is the table of all methods on one model.

@@ -67,7 +67,7 @@ def check_fit(name: str, model: nn.Module, data: Data, x: Tensor, y: Tensor) -> 
         raise OptionError(
             f"model {name} cannot be trained on {data.name}: given a batch of {given} {str(x.dtype)[6:]}, it says: "
             f"{error}. It must take such batches, of which `data.input_shape` is {data.input_shape}, and return "
-            f"logits of {data.classes} classes."
+            f"logits of {data.classes} classes; or name other data, with `--data`."
         ) from error
 
 
