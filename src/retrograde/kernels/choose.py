@@ -305,7 +305,7 @@ def _announce() -> None:
     _LOG.warning(
         "the first backward passes on this machine compile the kernels and measure which is the fastest, with %d "
         "thread(s): some seconds for each kind of product, or half a minute on a slow machine. It happens once for "
-        "each kind, and the result is kept in %s. `retrograde doctor` compiles beforehand; only measuring remains then.",
+        "each kind, and the result is kept in %s. `retrograde doctor` compiles beforehand; measuring remains.",
         torch.get_num_threads(),
         _path().parent,
     )
