@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -225,3 +227,79 @@ def test_the_plan_shows_bytes_where_there_are_any() -> None:
     found = plan.rows[0].forecast
     assert found is not None
     assert f"{found.plain_bytes / 2**20:.2f} → {found.attached_bytes / 2**20:.2f}" in text
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+
+
+ALL = (rg.Dither(), rg.Exact(), rg.Spectral(), rg.Decorrelate(), rg.DeepFocus(), rg.Perforate())
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
+def test_layers_of_which_the_bias_alone_learns(method: rg.Method) -> None:
+    model = net()
+    model[0].weight.requires_grad = False
+    plan = rg.make_plan(model, method, example=torch.randn(32, 64))
+    assert plan.step is not None
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
+def test_users_hooks_run_in_passes_of_the_model_alone(method: rg.Method) -> None:
+    """What a hook keeps or belongs to need not be copied, and a copy's passes are no passes of the model."""
+
+    class Watcher:
+        def __init__(self) -> None:
+            self.lock, self.calls = threading.Lock(), 0
+
+        def __call__(self, module: Any, args: Any, output: Any) -> None:
+            module.seen = output
+            self.calls += 1
+
+    model, watcher = net(), Watcher()
+    passes = Watcher()
+    model[0].register_forward_hook(watcher)
+    model.register_forward_hook(passes)
+    for _ in range(2):
+        rg.make_plan(model, method, example=torch.randn(32, 64))
+    assert watcher.calls == passes.calls > 0
+
+
+def test_weights_that_a_hook_of_torch_computes_are_tried_with_it() -> None:
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0])
+    model(torch.randn(2, 64)).sum().backward()
+    (first, _) = rg.make_plan(model, rg.Dither(), example=torch.randn(32, 64), decline=False).rows
+    assert first.forecast is not None
+    assert first.forecast.plain > 0
+
+
+def test_a_buffer_that_a_pass_replaces_is_put_back() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = self.count + 1
+            return self.layer(x)
+
+    model = Counts()
+    before = model.count
+    rg.make_plan(model, rg.Dither(), example=torch.randn(4, 8))
+    assert model.count is before
+    assert not before
+
+
+def test_planning_without_gradients_plans_with_them() -> None:
+    with torch.no_grad():
+        plan = rg.make_plan(net(), rg.Dither(), example=torch.randn(32, 64))
+    assert plan.step is not None
+
+
+def test_an_empty_example_is_refused() -> None:
+    with pytest.raises(rg.errors.OptionError, match="the example is empty at layer 0"):
+        rg.make_plan(net(), rg.Dither(), example=torch.randn(0, 64))

@@ -229,14 +229,21 @@ def observe(model: nn.Module, layers: Mapping[str, nn.Module], example: Example)
 def untouched(model: nn.Module) -> Generator[None]:
     """Whatever runs inside, buffers and torch's random state are in the end what they were."""
     lazy = nn.parameter.UninitializedBuffer
-    buffers = {buffer: buffer.clone() for buffer in model.buffers() if not isinstance(buffer, lazy)}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not isinstance(buffer, lazy)
+    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, before in buffers.items():
+                for module, name, buffer, before in buffers:
+                    # A forward pass may have put another tensor in its place.
+                    setattr(module, name, buffer)
                     buffer.copy_(before)
 
 

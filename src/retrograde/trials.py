@@ -11,6 +11,7 @@ all its kinds, and counts by how often it happens:
 
 import copy
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import product
@@ -27,6 +28,7 @@ from retrograde.engine.blocks import BlockProgram
 from retrograde.engine.layers import swap_in
 from retrograde.engine.program import LayerProgram
 from retrograde.engine.slots import Block, BlockCall, BlockRule, Grant, Method, Rule, Site, Tier
+from retrograde.errors import OptionError
 from retrograde.forecast import Kept, LayerForecast, Seen, differentiable
 
 _BUDGET = 0.25
@@ -104,10 +106,20 @@ class Trials:
         self._known: dict[tuple[Any, ...], _Found] = {}
         self.kept: dict[str, tuple[Kept, Kept]] = {}
 
+    @torch.enable_grad()
     def run(self, candidate: Candidate, calls: Sequence[Seen]) -> LayerForecast:
-        """The forecast for all applications of a layer in one step."""
+        """The forecast for all applications of a layer in one step.
+
+        Raises:
+            OptionError: the layer's output is empty.
+        """
         # One application stands for the others, by size.
         largest = max(calls, key=lambda seen: seen.delta.numel())
+        if not largest.delta.numel():
+            raise OptionError(
+                f"the example is empty at layer {candidate.name}, so there is nothing to be timed. Pass a batch of the "
+                "size that is trained on."
+            )
         size = sum(seen.delta.numel() for seen in calls) / largest.delta.numel()
         found = self._once(candidate, largest)
         plain, attached = (replace(kept, own=kept.own * size) for kept in (found.plain, found.attached))
@@ -118,7 +130,7 @@ class Trials:
         )
 
     def _once(self, candidate: Candidate, seen: Seen) -> _Found:
-        plain, attached = _Pass(copy.deepcopy(candidate.layer), seen), _Attached(candidate, seen)
+        plain, attached = _Pass(_copied(candidate.layer), seen), _Attached(candidate, seen)
         for left in reversed(range(_WARMUPS)):
             plain()
             # As in a real step, one pass brings the rows.
@@ -193,7 +205,7 @@ class _Attached(_Pass):
     """
 
     def __init__(self, candidate: Candidate, seen: Seen) -> None:
-        layer, kind = copy.deepcopy(candidate.layer), candidate.site.kind
+        layer, kind = _copied(candidate.layer), candidate.site.kind
         self._tiers = candidate.tiers
         rules = candidate.make_rules(layer)
         self.program = LayerProgram(candidate.name, rules, 0, kind.names(layer))
@@ -314,12 +326,14 @@ def _compare(plain: _Pass, attached: _Attached, zeros: float) -> _Found:
         found = quantiles((m / t for t, m in pairs[mine]), n=4, method="inclusive")
         low, ratio, high = (sum_ + share * q for sum_, q in zip((low, ratio, high), found, strict=True))
         seconds += share * median(backward[mine])
+    tally = program.tally.kernels
     forecast = LayerForecast(
         alone,
         alone * ratio,
         seconds,
         zeros,
-        {name: count / program.tally.kernels.total() for name, count in program.tally.kernels.items()},
+        # Where the bias alone learns, there is no product.
+        {name: count / max(1, tally.total()) for name, count in tally.items()},
         (alone * low, alone * high),
     )
     inputs = zip(*([share * part for part in each.inputs] for share, each in kept), strict=True)
@@ -347,6 +361,20 @@ def _output(output: Any) -> Tensor:
     found = differentiable(output)
     assert found is not None
     return found
+
+
+def _copied(layer: nn.Module) -> nn.Module:
+    """Without hooks, which may belong to anything, but for those by which torch computes weights."""
+    memo: dict[int, Any] = {}
+    for module in layer.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
+            elif "_hooks" in name and isinstance(value, dict):
+                hooks = cast("dict[int, Any]", value)
+                kept = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils")}
+                memo[id(hooks)] = OrderedDict(copy.deepcopy(kept))
+    return copy.deepcopy(layer, memo)
 
 
 def _fresh(tensor: Tensor) -> Tensor:

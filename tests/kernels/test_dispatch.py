@@ -209,3 +209,11 @@ def test_something_narrower_is_multiplied_alone(joint: bool, wanted: int) -> Non
         found = products.convolution_weight_grad(x, weight, PLAIN)
         torch.testing.assert_close(found.value, expected_dw)
     torch.testing.assert_close(products.convolution_input_grad(weight, x.shape, PLAIN).value, expected_dx)
+
+
+def test_small_gradients_whose_sign_is_still_to_be_turned() -> None:
+    delta = normal((8, 5))
+    turned = torch._neg_view(-delta)
+    assert turned.is_neg()
+    expected = dispatch.dithered(Delta(delta), 1.0, 8, 7, small=True).delta.values
+    assert torch.equal(dispatch.dithered(Delta(turned), 1.0, 8, 7, small=True).delta.values, expected)

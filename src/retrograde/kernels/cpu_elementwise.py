@@ -229,7 +229,7 @@ def dither(delta: Tensor, scale: float, key: int, bits: int) -> tuple[Tensor, fl
         δ̃ (whatever was in memory where Δ is 0); Δ, 0 where δ does not vary or is not finite; whether it is finite;
         zeros of δ and of δ̃; the largest level.
     """
-    delta = delta.contiguous()
+    delta = delta.resolve_neg().contiguous()
     out, limit = torch.empty_like(delta), float(2 ** (bits - 1) - 1)
     step, pattern, own, zeros, largest = _dither(
         delta.data_ptr(), out.data_ptr(), delta.numel(), scale, limit, key & 0xFFFFFFFF, key >> 32
