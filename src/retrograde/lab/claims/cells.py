@@ -12,7 +12,7 @@ from typing import Any
 from retrograde.lab import files
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.jobs import Stop, Tell
-from retrograde.lab.data import Data
+from retrograde.lab.data import Data, steps_in_epoch
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.record import Outcome, read_outcome, read_run
 from retrograde.lab.trainer import Progress, Trainer
@@ -21,6 +21,8 @@ DataSets = dict[tuple[Any, ...], Data]
 """Loaded data sets, by what they depend on."""
 
 _TURNS = 10
+_FORWARD = 1 / 3
+"""What a batch that is only evaluated takes of a training step."""
 
 TRIED_STEPS = 10
 """Of each run beforehand: the first ones compile and choose kernels, the others tell how long a step takes."""
@@ -148,7 +150,11 @@ def seconds_of_seed(
     cells = [Cell(name, claim.recipe_of(name), folder / name) for name in claim.contestants]
     seconds, steps = pace(cells, TRIED_STEPS, data_dir, stop)
     folder.rmdir()
-    return OVERHEAD * sum(seconds.values()) * steps
+    recipe = cells[0].recipe
+    data = recipe.load_data(data_dir)
+    readings = recipe.evaluations * steps / steps_in_epoch(data.train, recipe.batch_size)
+    rows = readings * len(data.validation) + len(data.test)
+    return OVERHEAD * sum(seconds.values()) * (steps + _FORWARD * rows / recipe.batch_size)
 
 
 def _load(recipe: Recipe, data_dir: Path | None, sets: DataSets) -> Data:
