@@ -134,10 +134,9 @@ def pace(
         turns[cell.name] = [(b.seconds - a.seconds) / (b.step - a.step) for a, b in counted]
         trainers[cell.name].close()
         shutil.rmtree(cell.folder)
-    first = cells[0]
-    base = median(turns[first.name])
+    first, base = cells[0], turns[cells[0].name]
     found = {
-        name: base * median(ours / theirs for ours, theirs in zip(mine, turns[first.name], strict=True))
+        name: median(base) * median(ours / theirs for ours, theirs in zip(mine, base, strict=True))
         for name, mine in turns.items()
     }
     return found, first.recipe.length(_load(first.recipe, data_dir, sets))
