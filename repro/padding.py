@@ -28,6 +28,8 @@ from retrograde.lab.source import read
 
 LONGEST, BATCH, WIDTH, WORDS = 512, 32, 256, 20_000
 IGNORED = 0.7
+LEAST = 10
+"""Steps before those that count, and of those: kernels are tried in the first few."""
 Step = Callable[[], tuple[float, float]]
 
 
@@ -107,10 +109,10 @@ def compared(
         runs[name], runs[f"{name}, exact"] = (step(m, inputs, loss, half) for m in (plain, attached))
     turns = max(len(inputs) for inputs in groups.values())
     for run in runs.values():
-        for _ in range(2 * turns):
+        for _ in range(max(2 * turns, LEAST)):
             run()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(max(rounds, LEAST // turns)):
         for name, run in runs.items():
             # A round is every input once, so that lengths weigh alike.
             times = [run() for _ in range(turns)]
