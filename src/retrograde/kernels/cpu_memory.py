@@ -103,10 +103,9 @@ class _Loan:
     """Memory that numpy keeps alive as the base of an array, and that goes back when the array is gone."""
 
     def __init__(self, size: int) -> None:
-        kept = _returned.get(size)
         try:
-            self.memory = kept.pop() if kept else _memory(size)
-        except IndexError:  # another thread took the last one
+            self.memory = _returned.get(size, []).pop()
+        except IndexError:  # there is none, or another thread took the last one
             self.memory = _memory(size)
         self.__array_interface__ = self.memory.__array_interface__
 

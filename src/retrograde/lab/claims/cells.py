@@ -24,11 +24,11 @@ _TURNS = 10
 _FORWARD = 1 / 3
 """What a batch that is only evaluated takes of a training step."""
 
-TRIED_STEPS = 10
+_TRIED_STEPS = 10
 """Of each run beforehand: the first ones compile and choose kernels, the others tell how long a step takes."""
 
-OVERHEAD = 1.3
-"""Time of a run over that of its steps: setting up, reading the validation split, writing checkpoints."""
+_OVERHEAD = 1.3
+"""Time of a run over that of its steps and evaluations: setting up, writing checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,15 @@ def train_together(
 
 
 def pace(
-    cells: Sequence[Cell], steps: int, data_dir: Path | None, stop: Stop
+    cells: Sequence[Cell], steps: int, data_dir: Path | None, stop: Stop, sets: DataSets | None = None
 ) -> tuple[dict[str, float], int]:
     """Seconds of a step of each variant, and the steps of the first one's whole run.
 
     They run `steps` steps in ten turns, of which the second half counts: methods warm up. The median of what a turn
-    takes over the first variant's own turn beside it: a machine that is disturbed for a while is so for all.
+    takes over the first variant's own turn beside it: a machine that is disturbed for a while is so for all. The data
+    sets that it loads are added to `sets`.
     """
-    sets: DataSets = {}
+    sets = {} if sets is None else sets
     trainers: dict[str, Trainer] = {}
     for cell in cells:
         part = max(1, steps // _TURNS)
@@ -147,13 +148,14 @@ def seconds_of_seed(
 ) -> float:
     """What one seed of all variants should take, from a few steps of each, which also bring their kernels."""
     cells = [Cell(name, claim.recipe_of(name), folder / name) for name in claim.contestants]
-    seconds, steps = pace(cells, TRIED_STEPS, data_dir, stop)
+    sets: DataSets = {}
+    seconds, steps = pace(cells, _TRIED_STEPS, data_dir, stop, sets)
     folder.rmdir()
     recipe = cells[0].recipe
-    data = recipe.load_data(data_dir)
+    data = _load(recipe, data_dir, sets)
     readings = recipe.evaluations * steps / steps_in_epoch(data.train, recipe.batch_size)
     rows = readings * len(data.validation) + len(data.test)
-    return OVERHEAD * sum(seconds.values()) * (steps + _FORWARD * rows / recipe.batch_size)
+    return _OVERHEAD * sum(seconds.values()) * (steps + _FORWARD * rows / recipe.batch_size)
 
 
 def _load(recipe: Recipe, data_dir: Path | None, sets: DataSets) -> Data:
