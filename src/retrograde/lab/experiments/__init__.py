@@ -1,0 +1,1 @@
+"""Experiments that claims run where training by a recipe is not what is claimed."""

@@ -1,0 +1,5 @@
+"""Spectral methods beside the backward pass: adaptation, factorisation, meta learning, transfer, orthogonal weights.
+
+Each is grounded in published work and acts on an ordinary model: the training loop stays the user's own. The rule of
+the backward pass itself is `retrograde.Spectral`.
+"""
