@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retrograde.kernels import cpu, cpu_threads, linear, reference
+from retrograde.kernels.delta import Delta
 from retrograde.maths import dither
 from retrograde.maths.philox import mix_key, uniform
 
@@ -82,6 +83,19 @@ def test_zeros_are_counted_in_any_layout() -> None:
     last = delta.contiguous(memory_format=torch.channels_last)
     expected = int((delta == 0).sum())
     assert cpu.count_zeros(last) == cpu.count_zeros(delta.transpose(1, 3)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_zeros_of_every_dtype(dtype: torch.dtype) -> None:
+    """Of either sign; what is smaller than any normal number, infinite or no number at all is none."""
+    values = torch.arange(-5000, 5000).clamp(-100, 100).to(dtype)
+    values[::3] = 0
+    if dtype.is_floating_point:
+        least = torch.finfo(dtype).smallest_normal / 4
+        values[:7] = torch.tensor([-0.0, least, -least, math.inf, -math.inf, math.nan, 0.0], dtype=dtype)
+    expected = sum(value == 0 for value in values.tolist())
+    assert cpu.count_zeros(values) == expected
+    assert Delta(values.repeat(10)).zeros == 10 * expected  # enough of them for the kernel
 
 
 def test_deviation_of_a_gradient_far_from_zero() -> None:

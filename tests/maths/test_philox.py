@@ -1,4 +1,4 @@
-"""Philox4x32-10: known answers, uniformity, independence, and no dependence on size or shape."""
+"""Philox4x32-7: known answers, uniformity, independence, and no dependence on size or shape."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from retrograde.maths.philox import mix_key, numbers, philox, uniform
 
 
 def reference(key: int, counter: int) -> tuple[int, ...]:
-    """Philox4x32-10 in unbounded Python integers, after the paper."""
+    """Philox4x32-7 in unbounded Python integers, after the paper."""
     c = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
     k = [key & 0xFFFFFFFF, key >> 32]
-    for _ in range(10):
+    for _ in range(7):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
@@ -25,8 +25,8 @@ def words(key: int, counter: int) -> tuple[int, ...]:
 
 
 def test_known_answer() -> None:
-    """The all-zero vector of Random123's kat_vectors (philox4x32 10)."""
-    assert words(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    """The all-zero vector of Random123's kat_vectors (philox4x32 7)."""
+    assert words(0, 0) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
     assert reference(0, 0) == words(0, 0)
 
 

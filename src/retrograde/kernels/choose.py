@@ -34,7 +34,7 @@ from retrograde.errors import RetrogradeWarning
 from retrograde.kernels import int8, linear
 from retrograde.kernels.kept import COMPACT
 
-_VERSION = 13
+_VERSION = 14
 """Raised with every change of a kernel, so that what was measured of older ones is no longer found."""
 
 _PATIENCE = 3.0

@@ -13,7 +13,7 @@ from numba import prange
 from numba.np.numpy_support import carray
 from torch import Tensor
 
-from retrograde.kernels.cpu_memory import flat, in_memory_order, lent, lies_channels_last
+from retrograde.kernels.cpu_memory import flat, in_memory_order, lent, lies_channels_last, patterns
 from retrograde.kernels.cpu_threads import address, inlined, jit, serial, use_threads
 from retrograde.kernels.delta import Levels
 
@@ -86,31 +86,31 @@ def statistics(delta: Tensor) -> Statistics:
 
 
 @jit
-def _count_zeros(x: Any, zeros: Any) -> None:
+def _count_zeros(bits: Any, mask: Any, zeros: Any) -> None:
     for b in prange(zeros.size):
-        block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        none = 0
+        block = bits[b * _BLOCK : min(bits.size, (b + 1) * _BLOCK)]
+        none = np.int32(0)
         for j in range(block.size):
-            none += block[j] == 0
+            none += np.int32((block[j] & mask) == 0)
         zeros[b] = none
 
 
 def count_zeros(tensor: Tensor) -> int:
-    """Number of zero entries."""
-    _, entries = in_memory_order(tensor)
-    use_threads(entries.size)
-    zeros = np.empty(-(-entries.size // _BLOCK), np.int64)
-    _count_zeros(entries, zeros)
+    """Number of zero entries, of a dtype in `cpu_memory.PATTERNS`."""
+    bits, mask = patterns(tensor.permute(0, 2, 3, 1) if lies_channels_last(tensor) else tensor)
+    use_threads(bits.size)
+    zeros = np.empty(-(-bits.size // _BLOCK), np.int64)
+    _count_zeros(bits.reshape(-1), mask, zeros)
     return int(zeros.sum())
 
 
 @inlined
 def _random(counter: Any, key0: Any, key1: Any) -> Any:
-    """Four random numbers of 24 bits (Philox4x32-10: see `retrograde.maths.philox`)."""
+    """Four random numbers of 24 bits (Philox4x32-7: see `retrograde.maths.philox`)."""
     half, eighth = np.uint64(32), np.uint32(8)
     c0, c1, c2, c3 = np.uint32(counter), np.uint32(counter >> half), np.uint32(0), np.uint32(0)
     k0, k1 = np.uint32(key0), np.uint32(key1)
-    for _ in range(10):
+    for _ in range(7):
         # Products of 32-bit words: one instruction, where 64-bit ones take three.
         p0, p1 = np.uint64(c0) * np.uint64(0xD2511F53), np.uint64(c2) * np.uint64(0xCD9E8D57)
         c0, c2 = np.uint32(p1 >> half) ^ c1 ^ k0, np.uint32(p0 >> half) ^ c3 ^ k1

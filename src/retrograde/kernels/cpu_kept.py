@@ -10,17 +10,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from retrograde.kernels.cpu_memory import array, lies_channels_last
+from retrograde.kernels.cpu_memory import PATTERNS, lies_channels_last, patterns
 from retrograde.kernels.cpu_threads import jit, use_threads
 
-_BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {
-    torch.float32: (torch.int32, 0x7FFFFFFF),
-    torch.bfloat16: (torch.int16, 0x7FFF),
-    torch.float16: (torch.int16, 0x7FFF),
-    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF),
-    torch.int8: (torch.int8, -1),
-}
-"""Patterns of entries, and the bits of them of which one is set where the entry is not zero."""
 _AT_ONCE = 64
 """Entries that are looked at at a time."""
 _EVERY = 8
@@ -67,16 +59,10 @@ def _columns(bits: Any, mask: Any, kept: Any) -> None:
             kept[c] = (some[c - low] & mask) != 0
 
 
-def _bits(values: Tensor) -> tuple[Any, Any]:
-    kind, mask = _BITS[values.dtype]
-    bits = array(values.resolve_neg().view(kind))
-    return bits, bits.dtype.type(mask)
-
-
 def rows(values: Tensor) -> Tensor:
     """Whether each row of a matrix, or each image of a batch, holds a non-zero: (n,), bool."""
     ordered = values.permute(0, 2, 3, 1) if lies_channels_last(values) else values
-    bits, mask = _bits(ordered.detach())
+    bits, mask = patterns(ordered.detach())
     return _kept(_planes, bits.reshape(1, values.shape[0], -1), mask, values.shape[0])
 
 
@@ -85,9 +71,9 @@ def columns(values: Tensor) -> Tensor:
     channels = values.shape[1]
     if values.dim() == 2 or lies_channels_last(values):
         ordered = values if values.dim() == 2 else values.permute(0, 2, 3, 1)
-        bits, mask = _bits(ordered.detach())
+        bits, mask = patterns(ordered.detach())
         return _kept(_columns, bits.reshape(-1, channels), mask, channels)
-    bits, mask = _bits(values.detach())
+    bits, mask = patterns(values.detach())
     return _kept(_planes, bits.reshape(values.shape[0], channels, -1), mask, channels)
 
 
@@ -100,4 +86,4 @@ def _kept(kernel: Any, bits: Any, mask: Any, size: int) -> Tensor:
 
 def supports(values: Tensor) -> bool:
     """Whether its entries are of a known pattern."""
-    return values.dtype in _BITS
+    return values.dtype in PATTERNS

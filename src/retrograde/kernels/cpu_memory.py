@@ -22,6 +22,14 @@ _TYPES = {
     torch.int32: np.int32,
     torch.int64: np.int64,
 }
+PATTERNS: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.float32: (torch.int32, 0x7FFFFFFF),
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF),
+    torch.int8: (torch.int8, -1),
+}
+"""Patterns of entries, and the bits of them of which one is set where the entry is not zero."""
 _scratch = threading.local()
 
 _LENT = 1 << 17
@@ -64,6 +72,13 @@ def array(tensor: Tensor) -> Any:
     # Kept alive by whatever is made of the array.
     memory.tensor = tensor
     return np.frombuffer(memory, kind).reshape(tensor.shape)
+
+
+def patterns(tensor: Tensor) -> tuple[Any, Any]:
+    """The patterns of a tensor's entries as integers, and the mask of the bits that are all 0 in a zero."""
+    kind, mask = PATTERNS[tensor.dtype]
+    bits = array(tensor.detach().resolve_neg().view(kind))
+    return bits, bits.dtype.type(mask)
 
 
 def flat(tensor: Tensor) -> Any:

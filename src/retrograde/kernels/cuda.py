@@ -152,11 +152,11 @@ def statistics(delta: Tensor) -> tuple[float, float]:
 @_jit(do_not_specialize=["key"])
 def _round_kernel(delta, out, found, counts, key, limit, size, QUADS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
-    # Philox4x32-10, one counter for four entries: see retrograde.maths.philox.
+    # Philox4x32-7, one counter for four entries: see retrograde.maths.philox.
     counter = block * QUADS + tl.arange(0, QUADS)
     nothing = tl.zeros((QUADS,), tl.uint32)
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    first, second, third, fourth = tl.philox(key, low, high, nothing, nothing)
+    first, second, third, fourth = tl.philox(key, low, high, nothing, nothing, n_rounds=7)
     words = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
     noise = (words >> 8).to(tl.float32) * (2.0**-24)
     at = block * (4 * QUADS) + tl.arange(0, 4 * QUADS)

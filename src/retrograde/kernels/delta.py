@@ -7,6 +7,8 @@ from torch import Tensor
 
 from retrograde.kernels import compiled
 
+_COUNTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+"""Dtypes whose zeros a kernel counts."""
 _SMALL = 1 << 15
 """Entries below which torch counts zeros faster than a kernel of ours is called."""
 
@@ -52,9 +54,7 @@ class Delta:
             values = self.values
             if values.device.type != "cpu":
                 self.counted = values.numel() - values.count_nonzero()
-            elif (
-                values.numel() > _SMALL and values.dtype in (torch.float32, torch.int8) and compiled.usable()
-            ):
+            elif values.numel() > _SMALL and values.dtype in _COUNTED and compiled.usable():
                 from retrograde.kernels import cpu  # where it is needed: a compiler comes with it
 
                 self.counted = cpu.count_zeros(values)
