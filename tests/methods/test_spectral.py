@@ -2,11 +2,13 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -32,11 +34,13 @@ from cases import (
 from retrograde.accounting.memory import saved_bytes
 from retrograde.errors import AttachError, NoEffectError, OptionError
 from retrograde.maths import spectral
-from retrograde.methods.spectral import Spectral
+from retrograde.methods.spectral import Spectral, sketch
 
 Make = Callable[[], nn.Module]
 ALWAYS = partial(Spectral, rank=3, warmup=0, residual="none", every=2, skip_head=False)
 """Projects from the second step on."""
+UNBIASED = partial(Spectral, rank=3, residual="unbiased", every=3, skip_head=False)
+"""Keeps a sketch in every step: one direction and two channels."""
 
 
 def net() -> nn.Sequential:
@@ -308,19 +312,23 @@ def test_flops_of_other_layers(name: str) -> None:
 
 
 @pytest.mark.parametrize("make_optimizer", [sgd, adam])
+@pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled(name: str, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+def test_compiled(
+    name: str, unbiased: bool, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
     """Eager and compiled end in the same weights, through warm-up, projected and full steps; few graphs."""
     make, shape = MODELS[name]
+    options: dict[str, Any] = {"residual": "unbiased", "rank": 2, "random": 1} if unbiased else {"rank": 3}
     torch._dynamo.reset()
     ends = []
     for fast in (False, True):
         model = seeded(make)
-        _session = rg.attach(model, Spectral(3, warmup=2, full_every=3, every=2), seed=1)
+        _session = rg.attach(model, Spectral(warmup=2, full_every=3, every=2, **options), seed=1)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         run: Any = torch.compile(model, fullgraph=True, backend=counter) if fast else model
         train(run, make_optimizer(model), shape, 12)
-        assert rule(model[0])._inputs.rank == 3
+        assert rule(model[0])._inputs.rank == options["rank"] - options.get("random", 0)
         ends.append(model.state_dict())
     # Rows sampled or not, projected or not: by step, never more.
     assert 2 <= counter.frame_count <= 4
@@ -329,11 +337,12 @@ def test_compiled(name: str, make_optimizer: Callable[[nn.Module], torch.optim.O
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", [ALWAYS(), UNBIASED(rank=2)], ids=["projected", "unbiased"])
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpointing(name: str, reentrant: bool) -> None:
+def test_checkpointing(name: str, method: Spectral, reentrant: bool) -> None:
     """Bit for bit, though forward runs twice."""
     make, shape = MODELS[name]
-    one, two = (projecting(make, shape, ALWAYS()) for _ in range(2))
+    one, two = (projecting(make, shape, method) for _ in range(2))
     x = batch(shape)
 
     def run(y: Tensor) -> Tensor:
@@ -343,7 +352,9 @@ def test_checkpointing(name: str, reentrant: bool) -> None:
     assert_bitwise(gradients(two, x, run), gradients(one, x))
 
 
-@pytest.mark.parametrize("method", [ALWAYS(), ALWAYS(side="both", decay=1e-2)], ids=["input", "both"])
+@pytest.mark.parametrize(
+    "method", [ALWAYS(), ALWAYS(side="both", decay=1e-2), UNBIASED()], ids=["input", "both", "unbiased"]
+)
 def test_accumulation(method: Spectral) -> None:
     """Two half batches give the gradient of the whole one, and train alike."""
     model = projecting(net, (16, 8), method)
@@ -377,8 +388,9 @@ def test_autocast() -> None:
         Spectral(None, warmup=3, full_every=3, every=2, residual="scaled", decay=1e-2),
         ALWAYS(update="lie", random=1, side="both"),
         ALWAYS(basis="random"),
+        UNBIASED(every=2),
     ],
-    ids=["scaled", "lie", "random"],
+    ids=["scaled", "lie", "random", "unbiased"],
 )
 def test_resumed_is_uninterrupted(
     method: Spectral, make_optimizer: Callable[[nn.Module], Any], tmp_path: Path
@@ -703,6 +715,118 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one["metrics"] != two["metrics"]
 
 
+WIDER: dict[str, tuple[Make, tuple[int, ...]]] = LAYERS | {
+    "conv1d_dilation": (conv(1, 8, 8, 3, dilation=2, padding=2, groups=2), (3, 8, 11)),
+    "conv2d_groups": (conv(2, 8, 6, 3, stride=2, padding=2, groups=2), (3, 8, 7, 8)),
+    "conv3d": (conv(3, 4, 4, 3, stride=(1, 2, 1), padding=1, dilation=(1, 1, 2)), (2, 4, 5, 6, 7)),
+}
+"""With more than three channels to a group."""
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_unbiased(name: str) -> None:
+    """Over 900 draws the mean of dW is G within 5 σ at every entry, from the first step on; dx and db are exact."""
+    make, shape = WIDER[name]
+    layer = seeded(make).double()
+    plain = copy.deepcopy(layer)
+    x = batch(shape).double()
+    exact = gradients(plain, x)
+    width = rg.attach(layer, UNBIASED(), seed=3) and rule(layer)._sketch.channels
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    assert rule(layer).projecting
+    assert_same(
+        {k: v for k, v in gradients(layer, x).items() if k != "weight"},
+        {k: v for k, v in exact.items() if k != "weight"},
+        1e-9,
+    )
+    for _ in range(4):
+        gradients(layer, x)
+        optimizer.step()
+    total, squares, draws = 0.0, 0.0, 900
+    for key in range(draws):
+        rule(layer)._sketch.redraw(key, x)
+        dw = gradients(layer, x)["weight"]
+        total, squares = total + dw, squares + dw.square()
+    mean = total / draws
+    sigma = (squares / draws - mean.square()).clamp_min(0).div(draws).sqrt()
+    assert width > 3  # or nothing would be left out
+    assert float(sigma.max()) > 0
+    assert bool(((mean - exact["weight"]).abs() <= 5 * sigma + 1e-9).all())
+
+
+@pytest.mark.parametrize(
+    "p",
+    [[0.5] * 8, [0.1, 0.9, 1.0, 0.35, 0.65], [1.0, 1.0], [1e-3] * 1000],
+    ids=["even", "uneven", "all", "rare"],
+)
+def test_channels_are_drawn_with_their_probabilities(p: list[float]) -> None:
+    """Each as often as it should be, always the same number, none twice."""
+    number, draws = round(sum(p)), 4000
+    counts = np.zeros(len(p))
+    for key in range(draws):
+        chosen = sketch.systematic(np.array(p), number, key)
+        assert len(set(chosen)) == chosen.size == number
+        counts[chosen] += 1
+    expected = np.array(p)
+    spread = np.sqrt(expected * (1 - expected) / draws)
+    assert (np.abs(counts / draws - expected) <= 5 * spread + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5]),
+        ([10, 1, 1, 2], [1, 0.25, 0.25, 0.5]),
+        ([10, 10, 0, 0], [1, 1, 0, 0]),
+        ([0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]),
+        ([10, 0, 0, 0], [1, 1 / 3, 1 / 3, 1 / 3]),
+        ([math.nan, 0, 0, 1], [0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_inclusion(weights: list[float], expected: list[float]) -> None:
+    np.testing.assert_allclose(sketch.inclusion(np.array(weights, float), 2), expected)
+
+
+def test_unbiased_keeps_an_eighth_from_the_first_step_on() -> None:
+    """n·d/8 numbers in place of n·d, and an eighth of that again in rows; U, d·k, is state of the layer."""
+    n, d = 1024, 64
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(d, d), nn.Identity())
+
+    model = seeded(make)
+    session = rg.attach(model, Spectral(residual="unbiased", skip_head=False))
+    x, optimizer = batch((n, d)), sgd(model)
+    state = d * 2 + 6 + 6 * 2
+    for _ in range(3):
+        kept = saved_bytes(model, lambda: model(x))
+        assert kept <= 4 * (n * d // 8 + n * d // 64 + state)
+        gradients(model, x)
+        optimizer.step()
+    assert session.metrics()["layers"]["0"]["saved_bytes_fraction"] == 1 / 8
+
+
+def test_unbiased_learns_where_a_projection_stalls() -> None:
+    """Least squares with a target along the weakest direction: what a fixed subspace never sees."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 32) * torch.logspace(0, -1, 32)
+    y = x[:, 20:] @ torch.randn(12, 4)
+    ends: dict[str, float] = {}
+    for residual in ("none", "unbiased"):
+        model = seeded(partial(nn.Linear, 32, 4))
+        rg.attach(model, Spectral(8, residual=residual, warmup=0, every=10, skip_head=False))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 400)
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        ends[residual] = float(loss)
+    assert ends["unbiased"] < 0.2 * ends["none"]
+
+
 def test_changed_geometry_is_refused() -> None:
     layer = projecting(conv(2, 4, 6, 3, padding=1), (3, 4, 7, 8), ALWAYS())
     layer.dilation = (2, 2)
@@ -734,7 +858,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"energy": 1.1}, "energy"),
     ({"side": "left"}, "input, output, both"),
     ({"update": "svd"}, "qr, lie"),
-    ({"residual": True}, "full-step, scaled, none"),
+    ({"residual": True}, "unbiased, full-step, scaled, none"),
     ({"basis": "last"}, "top, random, bulk"),
     ({"every": 0}, "every=0"),
     ({"full_every": 1}, "full_every=1"),
@@ -745,6 +869,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tau": 0.0}, "tau"),
     ({"rows": 0}, "rows=0"),
     ({"rank": 4, "random": 4}, "leaves none"),
+    ({"random": -1}, "random=-1"),
+    ({"residual": "unbiased", "random": 0}, "no random"),
+    ({"residual": "unbiased", "side": "output"}, "needs side='input'"),
     ({"random": 2, "basis": "bulk", "residual": "none"}, "needs basis='top'"),
     ({"residual": "scaled", "basis": "bulk"}, "stable only with"),
 ]

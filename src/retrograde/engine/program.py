@@ -146,7 +146,8 @@ class LayerProgram:
             return None
         with torch.no_grad():
             # Detached: rows may be a view of x, which would keep its graph, and whoever computes with them record one.
-            return map.rows(x.detach(), weight, self.statistics.spec.rows)
+            width = weight.numel() // map.outputs(weight.shape) * map.groups
+            return map.rows(x.detach(), weight, self.statistics.spec.budget(x.numel(), width))
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, map: Map

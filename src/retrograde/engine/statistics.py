@@ -38,19 +38,29 @@ class StatisticsSpec:
         every: steps between refreshes.
         rank: eigenpairs to track; 0 for none.
         until: no refresh from this step on; None refreshes to the end.
+        portion: the largest share of a call's input that rows may hold: they are kept for its backward pass.
     """
 
     rows: int = 2048
     every: int = 32
     rank: int = 0
     until: int | None = None
+    portion: float = 1.0
 
     def merged(self, other: "StatisticsSpec") -> "StatisticsSpec":
         """Enough for both."""
         until = None if self.until is None or other.until is None else max(self.until, other.until)
         return StatisticsSpec(
-            max(self.rows, other.rows), min(self.every, other.every), max(self.rank, other.rank), until
+            max(self.rows, other.rows),
+            min(self.every, other.every),
+            max(self.rank, other.rank),
+            until,
+            max(self.portion, other.portion),
         )
+
+    def budget(self, entries: int, width: int) -> int:
+        """Rows of one call, at least one, for an input of so many entries and rows of so many."""
+        return self.rows if self.portion == 1 else max(1, min(self.rows, int(self.portion * entries / width)))
 
 
 class InputStatistics:

@@ -127,6 +127,42 @@ class Map(ABC):
     ) -> Work:
         """``(δ̃ᵀ (x U)) Uᵀ``, shaped as `weight`; counted are the FLOPs of the product with δ̃ alone."""
 
+    # Products with some channels of the input: of all d entries of a row or, in a convolution, of a group's channels at
+    # every pixel.
+
+    def channels(self, weight: Tensor) -> int:
+        """Channels of a group; 0 where `sketch` is not there."""
+        return 0
+
+    def by_channel(self, rows: Tensor, channels: int) -> Tensor:
+        """Rows (g, n, d) cut into vectors of the channels, (g, n', channels)."""
+        return rows
+
+    def sketch(self, x: Tensor, basis: Tensor, chosen: Tensor) -> Tensor:
+        """``[x U, x_J]`` of every vector, for U (g, channels, k) of x's dtype and J, (j,), numbers of channels."""
+        raise NotImplementedError
+
+    def sketch_weight_grad(
+        self,
+        products: Products,
+        kept: Tensor | Quantised,
+        basis: Tensor,
+        chosen: Tensor,
+        factors: Tensor,
+        weight: Tensor,
+    ) -> Work:
+        """``(δ̃ᵀ [x U, x_J]) [V, E]ᵀ``, shaped as `weight`; counted are the FLOPs of the product with δ̃ alone.
+
+        Args:
+            products: with δ̃.
+            kept: from `sketch`.
+            basis: V, (g, channels, k).
+            chosen: J: column i of E is `factors` [i] at channel `chosen` [i], and 0 elsewhere.
+            factors: (j,).
+            weight: in whose shape.
+        """
+        raise NotImplementedError
+
 
 M = TypeVar("M", bound=Map)
 

@@ -104,6 +104,20 @@ class SpatialMap(Map):
         """See `convolution_flops`."""
         return convolution_flops(input_shape, weight_shape, output_shape, self.geometry)
 
+    def sketch(self, x: Tensor, basis: Tensor, chosen: Tensor) -> Tensor:
+        """(N, g · (k + j), spatial…)."""
+        ones, none = (1,) * len(self.geometry.stride), (0,) * len(self.geometry.stride)
+        groups, channels, rank = basis.shape
+        filters = basis.mT.reshape(groups * rank, channels, *ones)
+        narrow = torch.convolution(x, filters, None, ones, none, ones, False, none, groups)
+        if groups == 1:
+            return torch.cat((narrow, x.index_select(1, chosen)), 1)
+        parts = (
+            narrow.unflatten(1, (groups, rank)),
+            x.unflatten(1, (groups, channels)).index_select(2, chosen),
+        )
+        return torch.cat(parts, 2).flatten(1, 2)
+
 
 @register_map
 @dataclass(frozen=True)
@@ -123,6 +137,35 @@ class ConvolutionMap(SpatialMap):
     def narrow_width(self, weight: Tensor) -> int:
         """x U is smaller than x below the channels of a group times the stride's product."""
         return weight.shape[1] * prod(self.geometry.stride)
+
+    def channels(self, weight: Tensor) -> int:
+        """C_in/groups."""
+        return weight.shape[1]
+
+    def by_channel(self, rows: Tensor, channels: int) -> Tensor:
+        """The pixels of patches."""
+        return rows.unflatten(2, (channels, -1)).transpose(2, 3).flatten(1, 2)
+
+    def sketch_weight_grad(
+        self,
+        products: Products,
+        kept: Tensor | Quantised,
+        basis: Tensor,
+        chosen: Tensor,
+        factors: Tensor,
+        weight: Tensor,
+    ) -> Work:
+        """The same convolution with k + j channels of input to a group, widened by V, and added to the channels J."""
+        assert isinstance(kept, Tensor)
+        groups, _, rank = basis.shape
+        width = rank + chosen.numel()
+        narrow = kept.new_empty(weight.shape[0], width, *weight.shape[2:])
+        work = products.convolution_weight_grad(kept, narrow, self.geometry, joint=False)
+        taps = work.value.reshape(groups, -1, width, weight[0, 0].numel())
+        value = basis.unsqueeze(1) @ taps[:, :, :rank]
+        value.index_add_(2, chosen, taps[:, :, rank:] * factors.unsqueeze(1))
+        work.value = value.reshape(weight.shape)
+        return work
 
     def rows(self, x: Tensor, weight: Tensor, budget: int) -> Tensor:
         """Patches, (groups, n, C_in/groups · kernel)."""
@@ -172,6 +215,31 @@ class TransposedMap(SpatialMap):
     def narrow_width(self, weight: Tensor) -> int:
         """Channels of a group."""
         return weight.shape[0] // self.groups
+
+    def channels(self, weight: Tensor) -> int:
+        """C_in/groups."""
+        return self.narrow_width(weight)
+
+    def sketch_weight_grad(
+        self,
+        products: Products,
+        kept: Tensor | Quantised,
+        basis: Tensor,
+        chosen: Tensor,
+        factors: Tensor,
+        weight: Tensor,
+    ) -> Work:
+        """The same transposed convolution with k + j channels of input to a group, widened by V and J."""
+        assert isinstance(kept, Tensor)
+        groups, _, rank = basis.shape
+        width = rank + chosen.numel()
+        narrow = kept.new_empty(groups * width, *weight.shape[1:])
+        work = products.convolution_weight_grad(kept, narrow, self.geometry, joint=False)
+        channels = work.value.reshape(groups, width, -1)
+        value = basis @ channels[:, :rank]
+        value.index_add_(1, chosen, channels[:, rank:] * factors.unsqueeze(1))
+        work.value = value.reshape(weight.shape)
+        return work
 
     def rows(self, x: Tensor, weight: Tensor, budget: int) -> Tensor:
         """Pixels, (groups, n, C_in/groups)."""

@@ -122,6 +122,30 @@ class LinearMap(Map):
         work.value = work.value @ basis[0].mT
         return self._turn(work)
 
+    def channels(self, weight: Tensor) -> int:
+        """I."""
+        return self.narrow_width(weight)
+
+    def sketch(self, x: Tensor, basis: Tensor, chosen: Tensor) -> Tensor:
+        """(…, k + j)."""
+        return torch.cat((x @ basis[0], x.index_select(-1, chosen)), -1)
+
+    def sketch_weight_grad(
+        self,
+        products: Products,
+        kept: Tensor | Quantised,
+        basis: Tensor,
+        chosen: Tensor,
+        factors: Tensor,
+        weight: Tensor,
+    ) -> Work:
+        """The product with what was kept, widened by V, and added to the columns J."""
+        work = products.linear_weight_grad(kept)
+        rank = basis.shape[2]
+        value = work.value[:, :rank] @ basis[0].mT
+        work.value = value.index_add_(1, chosen, work.value[:, rank:] * factors)
+        return self._turn(work)
+
 
 LINEAR, TURNED = LinearMap(), LinearMap(turned=True)
 

@@ -9,6 +9,13 @@ leading eigenvectors of E[xxᵀ], all steps but a few use
     W ← W − η β λ₁ e₁ e₁ᵀ W                             (4)   decay of the largest output direction (λ₁, e₁ of E[zzᵀ])
     U ← orth(E[xxᵀ] U)  or  Cayley(τA) U                (5)   every `every` steps; M ← M P_old P_new + M(I − P_old)
     G + (s − 1)(G − G U Uᵀ),  s = min(m, λ₁/λ_k)        (6)   every m-th step: ``residual="scaled"``; s = 1: "full-step"
+    dW = Dᵀ X̂,  X̂ = X U Uᵀ + (X − X U Uᵀ) Π,  E[Π] = I   (7)   every step: ``residual="unbiased"``
+
+**The unbiased form.** Π keeps some channels of X, drawn anew in every step and divided by their probability (`sketch`).
+E[X̂] = X, so dW is unbiased in every step, whatever U is: no step is full, and X U and the channels that were drawn,
+n × (k + j), are all that is ever kept of X. The variance that this adds is that of what U leaves of the gradient, times
+about d/j; U is learnt from the few rows that each step can keep beside them, an eighth of their memory. Convolutions
+keep channels of every pixel in place of patches, which makes the share (k + j)/channels whatever the kernel's size.
 
 **Why a residual path is on by default.** Steps confined to a dominant subspace stop making progress, and steps
 confined to its complement train about as well as free ones (Song, Ahn, Yun 2025). `basis` and `residual` let that
@@ -39,6 +46,8 @@ backpropagation; every 4th saves more and loses a few tenths of a percent, and `
 References:
     Muthuraman, *Dynamic spectral backpropagation*, arXiv 2505.23369 (its base rule, from summaries).
     Song, Ahn, Yun, *Does SGD really happen in tiny subspaces?*, ICLR 2025.
+    *PRAC: principal and random subspace compression of activations*, ICML 2026: equation (7) with random directions in
+    place of drawn channels, which costs two products more and, measured, a third more variance.
     Zhao et al., *GaLore*, ICML 2024; Chen et al., *Fira*, arXiv 2410.01623: projected gradients and their residual.
 """
 
@@ -53,15 +62,18 @@ from retrograde.engine.slots import Method, Rule, Site
 from retrograde.errors import OptionError, check_option, check_steps
 from retrograde.maths.philox import key_of
 from retrograde.methods.spectral.core import SpectralRule
+from retrograde.methods.spectral.sketch import Sketch
 from retrograde.methods.spectral.subspace import Directions, Policy, Subspace, Update
 
 __all__ = ["Spectral"]
 
 Side = Literal["input", "output", "both"]
-Residual = Literal["full-step", "scaled", "none"]
+Residual = Literal["unbiased", "full-step", "scaled", "none"]
 
 _LARGEST_RANK = 64
 _SMALLEST_RANK = 4
+_SHARE = 8
+"""Of the width, one part in so many is the unbiased form's rank."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +82,19 @@ class Spectral(Method):
 
     Args:
         rank: k; None takes the smallest that holds `energy`, at most 64, d/4 and, for a convolution, half of what would
-            save memory.
+            save memory. With ``residual="unbiased"`` k + j, by default an eighth of d or of the channels.
         energy: θ, share of E‖x‖² that the automatic rank holds.
         side: project the gradient from the side of the layer's ``"input"``, its ``"output"``, or ``"both"``.
         every: steps between refreshes of the basis.
         update: refresh by ``"qr"`` or on the Stiefel manifold by Cayley's transform, ``"lie"``.
         tau: length of a Cayley step.
-        residual: the way out of the subspace: ``"scaled"`` (equation 6), ``"full-step"`` or ``"none"``.
+        residual: the way out of the subspace: ``"scaled"`` (equation 6), ``"full-step"``, ``"unbiased"`` (7) or
+            ``"none"``.
         full_every: m, of each so many steps one is full.
-        warmup: full steps at the start, or their share of the run.
+        warmup: full steps at the start, or their share of the run; None: none for ``"unbiased"``, 200 for the others.
         decay: β, in 0 to 1e-3 as a rule.
-        random: how many of the k directions are random, drawn anew at each refresh.
+        random: how many of `rank` are random: channels drawn in each step, j, with ``residual="unbiased"``, of which
+            None makes three quarters; directions drawn at each refresh otherwise, of which None makes none.
         basis: ``"top"``; for ablations ``"random"``, and ``"bulk"``, the complement, which saves no memory.
         rows: rows of the input that a refresh sees.
         skip_head: train the model's last linear-like layer in full.
@@ -104,9 +118,9 @@ class Spectral(Method):
     tau: float = 1.0
     residual: Residual = "scaled"
     full_every: int = 2
-    warmup: int | float = 200
+    warmup: int | float | None = None
     decay: float = 0.0
-    random: int = 0
+    random: int | None = None
     basis: Directions = "top"
     rows: int = 1024
     skip_head: bool = True
@@ -120,9 +134,11 @@ class Spectral(Method):
         ):
             known = get_args(choices)
             check_option(self, option, getattr(self, option) in known, f"one of {', '.join(known)}")
-        for option, least in (("every", 1), ("full_every", 2), ("random", 0), ("rows", 1)):
+        for option, least in (("every", 1), ("full_every", 2), ("rows", 1)):
             check_option(self, option, getattr(self, option) >= least, f"{least} or more")
-        check_steps(self, "warmup")
+        check_option(self, "random", self.random is None or self.random >= 0, "0 or more, or None")
+        if self.warmup is not None:
+            check_steps(self, "warmup")
         check_option(
             self, "rank", self.rank is None or self.rank >= 1, "1 or more, or None to follow `energy`"
         )
@@ -136,6 +152,18 @@ class Spectral(Method):
                 f"Spectral: random={self.random} leaves none of rank={self.rank} to the leading directions. "
                 "For random directions alone use basis='random'."
             )
+        if self.residual == "unbiased":
+            if self.side != "input" or self.basis != "top":
+                raise OptionError(
+                    f"Spectral: residual='unbiased' needs side='input' and basis='top', not side={self.side!r} and "
+                    f"basis={self.basis!r}: the layer's input is what is compressed, and random directions are in it "
+                    "already (`random`)."
+                )
+            if self.random == 0:
+                raise OptionError(
+                    "Spectral: random=0 leaves no random direction, and without them nothing is unbiased. Give 1 or "
+                    "more, or residual='none'."
+                )
         if self.residual == "scaled" and self.basis != "top":
             raise OptionError(
                 f"Spectral: residual='scaled' is stable only with basis='top', not {self.basis!r}: otherwise steep "
@@ -159,6 +187,8 @@ class Spectral(Method):
         weight = torch.empty(site.shape, device="meta")
         _, outputs, inputs = site.map.matrix(weight).shape
         limit = site.map.narrow_width(weight)
+        if self.residual == "unbiased":
+            return self._unbiased(site, weight)
         caps = [min(_LARGEST_RANK, inputs // 4, limit // 2), min(_LARGEST_RANK, outputs // 4)]
         sides = {"input": [0], "output": [1], "both": [0, 1]}[self.side]
         for side in sides:
@@ -172,6 +202,25 @@ class Spectral(Method):
         outside = subspaces[1] if wants_outputs else None
         return SpectralRule(site.name, self, subspaces[0], outside, tied=site.tied)
 
+    def _unbiased(self, site: Site, weight: torch.Tensor) -> Rule | str:
+        """Equation (7): leading directions and drawn channels."""
+        width = site.map.channels(weight)
+        rank = width // _SHARE if self.rank is None else self.rank
+        if not width:
+            return "its map has no channels to draw from (`Map.channels`)"
+        if self.rank is None and rank < _SMALLEST_RANK:
+            return f"{width} channels: too few for an eighth of them to stand for all (give `rank` to insist)"
+        if rank < 2:
+            return f"rank={rank}: one direction and one drawn channel are the least"
+        if rank >= width:
+            return f"rank={rank} is no less than its {width} channels: nothing is saved"
+        # Measured: beyond a quarter, directions hold less of the gradient than drawn channels would save of variance.
+        leading = min(max(1, rank // 4), _LARGEST_RANK) if self.random is None else rank - self.random
+        policy = Policy(leading, leading, 1.0, 0, "top", self.update, self.tau, key_of(f"{site.name}/0"))
+        outside = self._subspace(site.name, 1, 1) if self.decay > 0 else None
+        sketch = Sketch(site.map.groups, width, rank - leading)
+        return SpectralRule(site.name, self, Subspace(policy), outside, tied=site.tied, sketch=sketch)
+
     def _subspace(self, name: str, cap: int, side: int) -> Subspace:
         seed = key_of(f"{name}/{side}")
         # Where the output side is only there for the decay, any rank will do.
@@ -179,5 +228,5 @@ class Spectral(Method):
             return Subspace(Policy(1, 1, 1.0, 0, "top", self.update, self.tau, seed))
         cap = max(cap, 1)
         return Subspace(
-            Policy(self.rank, cap, self.energy, self.random, self.basis, self.update, self.tau, seed)
+            Policy(self.rank, cap, self.energy, self.random or 0, self.basis, self.update, self.tau, seed)
         )

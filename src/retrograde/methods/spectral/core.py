@@ -5,7 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
@@ -15,13 +15,19 @@ from retrograde.errors import AttachError
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.work import Work, linear_flops
 from retrograde.maths import spectral
+from retrograde.maths.philox import key_of, mix_key
 from retrograde.methods.spectral.diagnostics import Diagnostics
+from retrograde.methods.spectral.sketch import Sketch, widening
 from retrograde.methods.spectral.subspace import Subspace
 
 if TYPE_CHECKING:
     from retrograde.methods.spectral import Spectral
 
 _MOMENTS = {"exp_avg", "momentum_buffer"}
+_WARMUP = 200
+"""Steps, where every later one is not unbiased."""
+_PORTION = 1 / 64
+"""Of a call's input, what is kept in rows for the next refresh where nothing else is kept whole."""
 
 
 class SpectralRule(Rule):
@@ -33,6 +39,7 @@ class SpectralRule(Rule):
         inputs: the subspace of the layer's input, U.
         outputs: the subspace of its output, V; None where neither ``side`` nor ``decay`` needs it.
         tied: whether others learn by the same weight, whose moments are then theirs too.
+        sketch: the channels that are kept beside U, which is then of channels: equation (7).
     """
 
     def __init__(
@@ -43,9 +50,14 @@ class SpectralRule(Rule):
         outputs: Subspace | None,
         *,
         tied: bool = False,
+        sketch: Sketch | None = None,
     ) -> None:
         super().__init__(name)
-        self.needs_statistics = StatisticsSpec(method.rows, method.every)
+        self._sketch = sketch
+        self._seen: Tensor | None = None
+        """Vectors of the last refreshes, as many as `rows`: with a sketch few of them come in a step."""
+        portion = 1.0 if sketch is None else _PORTION
+        self.needs_statistics = StatisticsSpec(method.rows, method.every, portion=portion)
         self.projecting = False
         """Whether this step projects: a plain flag, set between steps, so that compiled code knows two programs."""
         self._method = method
@@ -53,11 +65,17 @@ class SpectralRule(Rule):
         self._tied = tied
         self._scale = 1.0
         """s of equation (6) in this step; 1 where nothing is scaled."""
-        self.cycle = 1 if method.residual == "none" else method.full_every
+        self.cycle = 1 if method.residual in ("none", "unbiased") else method.full_every
+        self._warmup = method.warmup if method.warmup is not None else _WARMUP if sketch is None else 0
         self._narrows = method.side != "output" and method.basis != "bulk"
         self._map: Map | None = None
         self._refreshed_at = -1
         self._diagnostics = Diagnostics()
+
+    def prepare(self, layer: nn.Module) -> None:
+        """Without a warm-up the first step, too, keeps a sketch."""
+        if self._sketch is not None and self._past_warmup(0):
+            self._redraw(layer, 0)
 
     # In the passes.
 
@@ -67,30 +85,43 @@ class SpectralRule(Rule):
         if not (self.projecting and self._narrows) or basis is None:
             return (x,)
         basis = basis.to(x)
-        return map.narrow(x, basis, weight), basis
+        if self._sketch is None or self._sketch.chosen is None or self._sketch.factors is None:
+            return map.narrow(x, basis, weight), basis
+        chosen, factors = self._sketch.chosen, self._sketch.factors
+        return map.sketch(x, basis, chosen), basis, chosen, factors.to(x)
 
     def product(self, call: Call, delta: Delta) -> Work:
         """Equation (1); on full steps the layer's own product, scaled as equation (6) says."""
         if len(call.saved) == 1:
             return self._treated(call, call.map.weight_grad(call.products, call.operand, call.weight))
-        kept, basis = call.saved
+        kept, basis, *drawn = call.saved
         if self._map is not None and call.map != self._map:
             raise AttachError(
                 f"layer {self.name!r} was given another stride, padding or dilation while it trained, and its basis "
                 "belongs to the earlier ones. Detach, change the layer, and attach again."
             )
-        work = call.map.narrow_weight_grad(call.products, call.operand, basis, call.weight)
+        if drawn:
+            chosen, factors = drawn
+            right = widening(basis, chosen, factors)
+            work = call.map.sketch_weight_grad(
+                call.products, call.operand, right, chosen, factors, call.weight
+            )
+        else:
+            work = call.map.narrow_weight_grad(call.products, call.operand, basis, call.weight)
         if kept.numel():
             _, d, rank = basis.shape
             self._diagnostics.saved_fraction = kept.numel() / prod(call.input_shape)
             # Narrowing x, and widening the product by Uᵀ.
-            call.spend(linear_flops(kept.numel() // rank, rank, d))
+            vectors = kept.numel() // (rank + (drawn[0].numel() if drawn else 0))
+            call.spend(linear_flops(vectors, rank, d))
             call.spend(linear_flops(rank, call.weight.numel() // d, d))
         return self._treated(call, work)
 
     def _treated(self, call: Call, work: Work) -> Work:
         """What this step makes of the call's dW: here, and not of ``weight.grad``, to which others may add."""
         narrow = len(call.saved) > 1
+        if self._sketch is not None:
+            return work
         done = self.projecting and narrow and self._method.side != "both"
         if done or any(subspace.basis is None for subspace in self._subspaces()):
             return work
@@ -147,6 +178,10 @@ class SpectralRule(Rule):
                 self._refreshed_at = step.index
                 self._refresh(step, map, rows, weight, moments=group is not None)
         following = step.index + 1
+        if self._sketch is not None:
+            if self._past_warmup(following):
+                self._redraw(step.layer, following)
+            return
         ready = map is not None and all(subspace.basis is not None for subspace in self._subspaces())
         self.projecting = ready and self._past_warmup(following) and not self._is_full(following)
         if self.projecting:
@@ -155,12 +190,22 @@ class SpectralRule(Rule):
         scaled = self._method.residual == "scaled" and self._past_warmup(following) and not self.projecting
         self._scale = self._residual_scale() if scaled else 1.0
 
+    def _redraw(self, layer: nn.Module, index: int) -> None:
+        """The channels of the step that follows."""
+        assert self._sketch is not None
+        weight = next(layer.parameters())
+        like = weight.new_empty(0, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        if self._inputs.basis is None:
+            self._inputs.begin(self._sketch.groups, self._sketch.channels, like)
+        self._sketch.redraw(mix_key(self.seed, index, key_of(self.name)), like)
+        self.projecting = True
+
     def _past_warmup(self, index: int) -> bool:
-        return index >= self._method.warmup
+        return index >= self._warmup
 
     def _is_full(self, index: int) -> bool:
         m = self._method.full_every
-        return self._method.residual != "none" and (index - self._method.warmup) % m == m - 1
+        return self._method.residual != "none" and (index - self._warmup) % m == m - 1
 
     def _subspaces(self) -> list[Subspace]:
         inputs = [] if self._method.side == "output" else [self._inputs]
@@ -169,13 +214,21 @@ class SpectralRule(Rule):
     @torch.no_grad()
     def _refresh(self, step: Step, map: Map, rows: Tensor, weight: Tensor | None, *, moments: bool) -> None:
         old = self._inputs.basis, self._output_basis()
-        if self._method.side != "output":
+        if self._sketch is not None:
+            vectors = map.by_channel(rows, self._sketch.channels)
+            before = self._seen.to(vectors) if self._seen is not None else vectors[:, :0]
+            self._seen = torch.cat((before, vectors), 1)[:, -self._method.rows :]
+            step.spend(self._inputs.refresh(self._seen))
+            assert self._inputs.basis is not None
+            self._sketch.refresh(self._seen, self._inputs.basis)
+        elif self._method.side != "output":
             step.spend(self._inputs.refresh(rows))
         if self._outputs is not None and weight is not None:
             w = map.matrix(ranks.whole(weight)).to(rows)
             step.spend(linear_flops(rows.shape[0] * rows.shape[1], w.shape[1], w.shape[2]))
             step.spend(self._outputs.refresh(rows @ w.mT))
-        known = any(basis is not None for basis in old)
+        # Where every step is unbiased, moments lie in no subspace.
+        known = any(basis is not None for basis in old) and self._sketch is None
         if weight is not None and moments and known and not self._tied and self._method.basis != "bulk":
             self._reexpress(step, map, weight, *old)
 
@@ -224,6 +277,8 @@ class SpectralRule(Rule):
             "inputs": self._inputs.state_dict(),
             "outputs": None if self._outputs is None else self._outputs.state_dict(),
             "diagnostics": self._diagnostics.state_dict(),
+            "sketch": None if self._sketch is None else self._sketch.state_dict(),
+            "seen": self._seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,6 +289,9 @@ class SpectralRule(Rule):
         if self._outputs is not None and state["outputs"] is not None:
             self._outputs.load_state_dict(state["outputs"])
         self._diagnostics = Diagnostics(**state["diagnostics"])
+        self._seen = state["seen"]
+        if self._sketch is not None:
+            self._sketch.load_state_dict(state["sketch"])
 
 
 def _group(step: Step, weight: Tensor) -> dict[str, Any] | None:

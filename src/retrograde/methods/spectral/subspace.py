@@ -109,6 +109,10 @@ class Subspace:
         # C Q once an iteration and once for the eigenpairs; QR, or Cayley's 2k × 2k, at about 6dk².
         return groups * ((steps + 1) * 4.0 * m * d * k + (steps + 1) * 6.0 * d * k * k)
 
+    def begin(self, groups: int, d: int, like: Tensor) -> None:
+        """Random directions until the first refresh, on the device of `like` and in its dtype."""
+        self.basis = self._start(groups, d, self._tracked(d), like)
+
     def settle(self) -> None:
         """Fix the rank for good: from here on shapes stay, so compiled code does too."""
         if self._settled or self._leading is None or self.eigenvalues is None or self.trace is None:
