@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,10 +10,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from retrograde.lab import files
+import torch
+
+from retrograde.lab import files, measure
 from retrograde.lab.claims.definition import Claim
 from retrograde.lab.claims.jobs import Stop, Tell
 from retrograde.lab.data import Data, steps_in_epoch
+from retrograde.lab.experiments import Experiment
+from retrograde.lab.experiments.base import Context
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.record import Outcome, read_outcome, read_run
 from retrograde.lab.trainer import Progress, Trainer
@@ -37,14 +42,14 @@ class Cell:
 
     Attributes:
         name: of the variant.
-        recipe: with its seed.
+        recipe: with its seed; for a claim that trains nothing by one, the experiment.
         folder: of the run; its name holds a hash of the recipe, so that another recipe has another folder.
         group: of the runs that it is compared with, in reports.
         label: of the variant, in reports.
     """
 
     name: str
-    recipe: Recipe
+    recipe: Recipe | Experiment
     folder: Path
     group: str | None = None
     label: str | None = None
@@ -77,6 +82,10 @@ def train_together(
         sets: data sets that are loaded already; what else is needed is added.
     """
     waiting = [cell for cell in cells if cell.outcome() is None]
+    for number, cell in enumerate(waiting):
+        if isinstance(cell.recipe, Experiment):
+            _run(cell.recipe, cell.folder, data_dir, trial, partial(_part, tell, number, len(waiting)), stop)
+    waiting = [cell for cell in waiting if isinstance(cell.recipe, Recipe)]
     done = dict.fromkeys((cell.name for cell in waiting), 0.0)
     sets = {} if sets is None else sets
     trainers: list[Trainer] = []
@@ -87,10 +96,11 @@ def train_together(
 
     try:
         for cell in waiting:
+            recipe = _trained(cell)
             trainer = Trainer(
-                cell.recipe,
+                recipe,
                 cell.folder,
-                _load(cell.recipe, data_dir, sets),
+                _load(recipe, data_dir, sets),
                 resume=(cell.folder / files.CHECKPOINT).exists(),
                 progress=partial(note, cell),
                 stop=stop,
@@ -123,8 +133,9 @@ def pace(
     trainers: dict[str, Trainer] = {}
     for cell in cells:
         part = max(1, steps // _TURNS)
-        short = cell.recipe.model_copy(
-            update={"limit": cell.recipe.batch_size * part, "epochs": _TURNS, "steps": None, "evaluations": 1}
+        recipe = _trained(cell)
+        short = recipe.model_copy(
+            update={"limit": recipe.batch_size * part, "epochs": _TURNS, "steps": None, "evaluations": 1}
         )
         shutil.rmtree(cell.folder, ignore_errors=True)
         trainers[cell.name] = Trainer(short, cell.folder, _load(short, data_dir, sets), stop=stop)
@@ -135,12 +146,12 @@ def pace(
         turns[cell.name] = [(b.seconds - a.seconds) / (b.step - a.step) for a, b in counted]
         trainers[cell.name].close()
         shutil.rmtree(cell.folder)
-    first, base = cells[0], turns[cells[0].name]
+    first, base = _trained(cells[0]), turns[cells[0].name]
     found = {
         name: median(base) * median(ours / theirs for ours, theirs in zip(mine, base, strict=True))
         for name, mine in turns.items()
     }
-    return found, first.recipe.length(_load(first.recipe, data_dir, sets))
+    return found, first.length(_load(first, data_dir, sets))
 
 
 def seconds_of_seed(
@@ -151,11 +162,38 @@ def seconds_of_seed(
     sets: DataSets = {}
     seconds, steps = pace(cells, _TRIED_STEPS, data_dir, stop, sets)
     folder.rmdir()
-    recipe = cells[0].recipe
+    recipe = _trained(cells[0])
     data = _load(recipe, data_dir, sets)
     readings = recipe.evaluations * steps / steps_in_epoch(data.train, recipe.batch_size)
     rows = readings * len(data.validation) + len(data.test)
     return _OVERHEAD * sum(seconds.values()) * (steps + _FORWARD * rows / recipe.batch_size)
+
+
+def _trained(cell: Cell) -> Recipe:
+    assert isinstance(cell.recipe, Recipe)
+    return cell.recipe
+
+
+def _run(
+    settings: Experiment, folder: Path, data_dir: Path | None, trial: bool, tell: Tell, stop: Stop
+) -> None:
+    """Run an experiment whole; interrupted, it begins again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    figures = settings.run(Context(folder, data_dir, trial, tell, stop))
+    outcome = Outcome(
+        status="finished",
+        seconds=time.perf_counter() - start,
+        measures=dict(figures),
+        peak_memory_bytes=measure.peak_memory(torch.device("cpu")),
+    )
+    accuracy = {"accuracy": figures.get("accuracy")}
+    outcome = outcome.model_copy(update={"validation" if trial else "test": accuracy})
+    files.write_json(folder / files.RESULT, outcome.model_dump(mode="json", by_alias=True))
+
+
+def _part(tell: Tell, number: int, count: int, share: float) -> None:
+    tell((number + share) / count)
 
 
 def _load(recipe: Recipe, data_dir: Path | None, sets: DataSets) -> Data:

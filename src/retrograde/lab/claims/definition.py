@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from retrograde.errors import OptionError
 from retrograde.lab.claims import metrics
+from retrograde.lab.experiments import Experiment, experiment
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.methods.registry import suggest
 
@@ -129,6 +130,7 @@ class Claim(_Table):
         claim: what the source says, in a sentence, with its figure.
         source: where it says so.
         pending: why it cannot be run yet; then nothing else is needed.
+        experiment: what is run in place of training; recipes are then its settings (`retrograde.lab.experiments`).
         note: what a reader of the result must know: how this differs from the source.
         recipe: what all variants share; the seed is replaced. No layer is declined unless it says so: a claim is of
             the method wherever it is attached, not of the forecast.
@@ -149,6 +151,7 @@ class Claim(_Table):
     claim: str
     source: str
     pending: str | None = None
+    experiment: str | None = None
     note: str = ""
     recipe: dict[str, Any] = Field(default_factory=dict)
     seeds: int = Field(default=5, ge=1)
@@ -175,7 +178,8 @@ class Claim(_Table):
     def hash(self) -> str:
         """Of the whole definition: a result belongs to one."""
         # The order of variants says which one is the baseline, and a hash sorts by name.
-        return content_hash([self.model_dump(mode="json"), list(self.contestants)])
+        content = self.model_dump(mode="json", exclude=None if self.experiment else {"experiment"})
+        return content_hash([content, list(self.contestants)])
 
     @model_validator(mode="after")
     def _named(self) -> "Claim":
@@ -188,12 +192,18 @@ class Claim(_Table):
         for name in named:
             if name is not None and name not in self.contestants:
                 raise ValueError(f"there is no variant {name!r}.{suggest(name, self.contestants)}")
+        if self.experiment is not None:
+            training = [name for name, one in self.contestants.items() if one.methods or one.peers]
+            if training or self.equal != "steps" or self.target or self.measures:
+                raise ValueError(
+                    "an experiment has neither methods, peers, measures, a target nor an equal time"
+                )
         if self.target is None and any(check.metric in metrics.TO_TARGET for check in self.checks):
             raise ValueError("a check of the time to a target needs `target`")
         return self
 
-    def recipe_of(self, name: str, changes: dict[str, Any] | None = None) -> Recipe:
-        """The recipe of a variant.
+    def recipe_of(self, name: str, changes: dict[str, Any] | None = None) -> Recipe | Experiment:
+        """The recipe of a variant, or its settings of the experiment.
 
         Args:
             name: of the variant.
@@ -203,15 +213,16 @@ class Claim(_Table):
             OptionError: a field that a recipe does not have, or a refused value.
         """
         one = self.contestants[name]
-        fields = _merged({"decline": False, **self.recipe}, one.recipe) | {
-            "methods": one.methods,
-            "peers": one.peers,
-        }
+        fields = _merged(self.recipe, one.recipe)
+        if self.experiment is None:
+            fields = {"decline": False, **fields, "methods": one.methods, "peers": one.peers}
         for key, value in (changes or {}).items():
             fields = _merged(fields, _nested(key, value))
         where = f"{self.id}, variant {name!r}"
         # They come from files, of searches and of results.
         refuse_code(changes or {}, where)
+        if self.experiment is not None:
+            return _settings(self.experiment, fields, where)
         try:
             return make_recipe(fields, where)
         except OptionError as error:
@@ -262,6 +273,15 @@ def _checked(content: dict[str, Any], where: str) -> Claim:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise OptionError(f"{where}: {place or 'the definition'} is refused: {first['msg']}.") from error
+
+
+def _settings(name: str, fields: dict[str, Any], where: str) -> Experiment:
+    try:
+        return experiment(name).model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise OptionError(f"{where}: {place or name} is refused: {first['msg']}.") from error
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from retrograde.lab import files, machine
 from retrograde.lab.claims.cells import Cell, pace, train_together
 from retrograde.lab.claims.definition import Claim, content_hash
 from retrograde.lab.claims.jobs import Job, Show, State, Stop, run_all
-from retrograde.lab.claims.metrics import summary
+from retrograde.lab.claims.metrics import of_run, summary
 from retrograde.lab.claims.result import Entry, Result, Run, Trial
 from retrograde.lab.claims.tuning import Search
 from retrograde.lab.claims.verdict import complete
-from retrograde.lab.record import read_run
+from retrograde.lab.experiments import Experiment
+from retrograde.lab.recipe import Recipe
+from retrograde.lab.record import Outcome, read_run
 from retrograde.lab.trainer import pick_device
 
 RUNS = "runs"
@@ -57,13 +59,15 @@ class Grid:
         if places.jobs < 1:
             raise OptionError(f"jobs={places.jobs} runs nothing: give 1 or more.")
         self._hash = claim.hash
+        if places.device is not None and claim.experiment is not None:
+            raise OptionError(f"{claim.id} runs on the CPU: leave device={places.device!r} out.")
         if places.device is not None:
             pick_device(places.device)
             claim = claim.model_copy(update={"recipe": {**claim.recipe, "device": places.device}})
         self.claim, self.places = claim, places
         self.labels = {
             # What differs in the recipe alone is plain backpropagation by its methods: its name says more.
-            name: one.label or (claim.recipe_of(name).label if one.methods or one.peers else name)
+            name: one.label or _label(claim.recipe_of(name), name)
             for name, one in claim.contestants.items()
         }
         folder = places.folder / "search"
@@ -172,7 +176,7 @@ class Grid:
             source=claim.source,
             note=claim.note,
             command=command,
-            machine=machine.describe(pick_device(claim.recipe_of(claim.baseline).device)),
+            machine=machine.describe(_device(claim.recipe_of(claim.baseline))),
             jobs=self.places.jobs,
             threads=max(1, torch.get_num_threads() // self.places.jobs),
             seeds=list(range(claim.seeds)),
@@ -194,8 +198,27 @@ class Grid:
         return complete(result, claim.checks)
 
 
+def _label(recipe: Recipe | Experiment, name: str) -> str:
+    return recipe.label if isinstance(recipe, Recipe) and (recipe.methods or recipe.peers) else name
+
+
+def _device(recipe: Recipe | Experiment) -> torch.device:
+    return pick_device(recipe.device if isinstance(recipe, Recipe) else "cpu")
+
+
 def run_of(cell: Cell) -> Run:
     """A finished cell, for the result."""
+    if isinstance(cell.recipe, Experiment):
+        outcome = cell.outcome() or Outcome()
+        return Run(
+            contestant=cell.name,
+            seed=cell.recipe.seed,
+            commit=machine.commit(),
+            metrics=of_run(outcome),
+            flops={},
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            curve=[],
+        )
     return summary(read_run(cell.folder), cell.name)
 
 

@@ -13,6 +13,7 @@ from retrograde.lab import files
 from retrograde.lab.claims.cells import Cell, DataSets, train_together
 from retrograde.lab.claims.definition import Claim, Range, Space, Tuning, content_hash
 from retrograde.lab.claims.jobs import Stop, Tell
+from retrograde.lab.experiments import Experiment
 from retrograde.lab.recipe import Recipe
 from retrograde.lab.record import Outcome
 
@@ -96,7 +97,8 @@ class Search:
         try:
             train_together([cell], data_dir, tell, stop, trial=True, sets=sets)
             outcome = cell.outcome() or Outcome()
-            accuracy = outcome.score("best_validation" if recipe.keep == "best" else "validation") or 0.0
+            best = isinstance(recipe, Recipe) and recipe.keep == "best"
+            accuracy = outcome.score("best_validation" if best else "validation") or 0.0
         except (RetrogradeError, ArithmeticError, RuntimeError) as broken:
             if not self.trials():
                 # By its own settings it cannot train: a package is missing, or a definition is wrong.
@@ -111,7 +113,7 @@ class Search:
         assert self.claim.tuning is not None, "a claim without tuning has no searches"
         return self.claim.tuning
 
-    def _recipe(self, changes: dict[str, Any]) -> Recipe:
+    def _recipe(self, changes: dict[str, Any]) -> Recipe | Experiment:
         shorter = {**self._tuning.recipe, "seed": self._tuning.seed}
         return self.claim.recipe_of(self.name, {**shorter, **changes})
 
