@@ -1,6 +1,7 @@
 """Better backward passes for PyTorch: one line attaches them, and what they save is measured."""
 
 from retrograde import errors as errors
+from retrograde import spectral as spectral
 from retrograde.accounting.flops import Flops as Flops
 from retrograde.engine.branches import Residual as Residual
 from retrograde.engine.maps.base import LayerKind as LayerKind

@@ -3,3 +3,8 @@
 Each is grounded in published work and acts on an ordinary model: the training loop stays the user's own. The rule of
 the backward pass itself is `retrograde.Spectral`.
 """
+
+from retrograde.spectral.factorisation import factorise as factorise
+from retrograde.spectral.factorisation_report import FactorReport as FactorReport
+from retrograde.spectral.factorisation_report import FactorRow as FactorRow
+from retrograde.spectral.factors import load_factors as load_factors

@@ -1,0 +1,232 @@
+"""Mean, second moment and cost of each layer's outputs, gathered while a model runs.
+
+For rows y of a layer's outputs without its bias, y = W x, over all positions of a convolution,
+
+    m = E[y],   C = E[(y − m)(y − m)ᵀ]   (centred)   or   E[y yᵀ]   (not)     (1)
+
+Rows are shifted by the first batch's mean and multiplied in float32 (float64 where they are float64), at most 8,192 at
+a time, and each product is added to a float64 sum: m may be large against the deviations. A linear layer with fewer
+inputs than outputs keeps its inputs' moments instead, from which C = W C_x Wᵀ follows exactly.
+
+Cost: n·d² multiply-adds for n rows of width d = d_out, or d_in where that is smaller; 8·d² bytes; an eigenproblem of
+about 9·d³ operations in float64. Of a layer whose outputs are constant every direction is as good as another.
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.engine import ranks
+from retrograde.maths.spectral import eigh
+
+_CHUNK = 8192
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Plain = nn.Linear | Convolution
+"""The layers that can be factorised."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The principal directions of a layer's outputs.
+
+    Attributes:
+        basis: Q (d_out, k) float64, orthonormal columns, leading first.
+        eigenvalues: λ (k,) float64.
+        offset: (d_out,) float64, the part of E[y] that a bias keeps, whatever the rank: m, or 0 where not centred.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    offset: Tensor
+
+    def shares(self) -> list[float]:
+        """E(1), …, E(k): the share of Σλ in the leading r directions; 1 throughout where all are 0."""
+        total = self.eigenvalues.sum()
+        if not total > 0:
+            return [1.0] * len(self.eigenvalues)
+        return (self.eigenvalues.cumsum(0) / total).clamp_max(1.0).tolist()
+
+
+class Moments:
+    """Sums over rows (n, d), as they come."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        """The shift (d,), and of shifted rows the sum (d,) and the sum of outer products (d, d), in float64."""
+
+    @property
+    def width(self) -> int:
+        """d; 0 before the first rows."""
+        return 0 if self._sums is None else self._sums[0].numel()
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows (n, d) in."""
+        if not len(rows):
+            return
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
+            for chunk in rows.detach().split(_CHUNK):
+                part = chunk.to(wide)
+                if self._sums is None:
+                    shift = part.mean(0)
+                    total = torch.zeros_like(shift, dtype=torch.float64)
+                    self._sums = shift, total, total.new_zeros(part.shape[1], part.shape[1])
+                shift, total, products = self._sums
+                part = part - shift
+                total += part.sum(0, dtype=torch.float64)
+                products += part.mT @ part
+                self.count += len(chunk)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and centred second moment (d, d), float64, over all ranks' rows."""
+        if self._sums is None:
+            raise ValueError("no rows were added")
+        shift, total, products = self._sums
+        delta = total / self.count
+        mean, second = shift.double() + delta, products / self.count - torch.outer(delta, delta)
+        if ranks.count() > 1:
+            count = torch.tensor(float(self.count), dtype=torch.float64, device=mean.device)
+            total, around = mean * count, (second + torch.outer(mean, mean)) * count
+            ranks.add([count, total, around])
+            mean = total / count
+            second = around / count - torch.outer(mean, mean)
+        return mean, second
+
+
+def spectrum_of_outputs(layer: Plain, moments: Moments, centred: bool) -> Spectrum:
+    """Eigenpairs of C, equation (1).
+
+    Args:
+        layer: whose outputs, or inputs, they are the moments of.
+        moments: as `Watch` gathered them.
+        centred: which C.
+    """
+    mean, second = moments.finish()
+    weight = layer.weight.detach().flatten(1).double()
+    if _by_inputs(layer):
+        if not centred:
+            second = second + torch.outer(mean, mean)
+        values, vectors = eigh(second)
+        half = (weight @ vectors) * values.clamp_min(0).sqrt()
+        basis, roots, _ = torch.linalg.svd(half, full_matrices=False)
+        offset = weight @ mean
+        eigenvalues = roots.square()
+    else:
+        offset = mean if layer.bias is None else mean - layer.bias.detach().double()
+        if not centred:
+            second = second + torch.outer(offset, offset)
+        values, vectors = eigh(second)
+        eigenvalues, basis = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    return Spectrum(basis, eigenvalues, offset if centred else torch.zeros_like(offset))
+
+
+def spectrum_of_weight(layer: Plain) -> Spectrum:
+    """Left singular vectors of W: with them Q_r Q_rᵀ W is W's truncated SVD, and nothing is known of the data."""
+    weight = layer.weight.detach().flatten(1).double()
+    basis, roots, _ = torch.linalg.svd(weight, full_matrices=False)
+    return Spectrum(basis, roots.square(), weight.new_zeros(len(weight)))
+
+
+class Watch:
+    """Forward hooks that gather moments and count multiply-adds. Copies and pickles of a watched layer are unwatched.
+
+    Args:
+        layers: those whose multiply-adds are counted, by name.
+        of: names of those whose moments are gathered too.
+        when: asked of each layer before anything is gathered.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        of: set[str],
+        when: Callable[[nn.Module], bool] = lambda layer: True,
+    ) -> None:
+        self._when = when
+        self.moments = {name: Moments() for name in layers if name in of}
+        self.macs = dict.fromkeys(layers, 0.0)
+        self.inputs: dict[str, Tensor] | None = None
+        """Each layer's first input, once this is a dict."""
+        self._handles = [
+            layer.register_forward_hook(_Ear(self, name, layer)) for name, layer in layers.items()
+        ]
+
+    def reset(self) -> None:
+        """Forget what was gathered."""
+        self.moments = {name: Moments() for name in self.moments}
+        self.macs = dict.fromkeys(self.macs, 0.0)
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self, name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        """What one call of a layer brings."""
+        if not self._when(layer):
+            return
+        if self.inputs is not None:
+            self.inputs.setdefault(name, x.detach())
+        self.macs[name] += macs_of_call(layer, x, y)
+        moments = self.moments.get(name)
+        if moments is not None:
+            moments.add(_rows(layer, x, y))
+
+
+class _Ear:
+    """A hook that stays with its layer: a copy of it, in a copied or unpickled model, hears nothing."""
+
+    def __init__(self, watch: Watch | None = None, name: str = "", layer: nn.Module | None = None) -> None:
+        self._watch = watch
+        self._name = name
+        self._layer = None if layer is None else weakref.ref(layer)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._watch is not None and self._layer is not None and self._layer() is layer and args:
+            self._watch.take(self._name, layer, args[0], output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Ear":
+        return _Ear()
+
+    def __reduce__(self) -> tuple[type["_Ear"], tuple[()]]:
+        return _Ear, ()
+
+
+def macs_of_call(layer: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Multiply-adds of a linear or convolutional layer, grouped or transposed ones included, x → y."""
+    weight: Any = layer.weight
+    if isinstance(layer, nn.Linear):
+        return float(y.numel()) * weight.shape[1]
+    if getattr(layer, "transposed", False):
+        return float(x.numel()) * weight[0].numel()
+    return float(y.numel()) * weight[0].numel()
+
+
+def macs_for_a_rank(layer: Plain) -> float:
+    """u of `retrograde.spectral.ranks`, over M: what a rank of the two layers costs of the whole layer."""
+    fan_in, outputs = layer.weight[0].numel(), len(layer.weight)
+    return (fan_in + outputs) / (fan_in * outputs)
+
+
+def largest_rank(layer: Plain) -> int:
+    """The largest r < d_in·d_out/(d_in + d_out), d_in being a convolution's k×k·inputs; 0: no rank saves."""
+    return math.ceil(1 / macs_for_a_rank(layer)) - 1
+
+
+def _by_inputs(layer: Plain) -> bool:
+    return isinstance(layer, nn.Linear) and layer.in_features < layer.out_features
+
+
+def _rows(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        kept = x if _by_inputs(layer) else y
+        return kept.reshape(-1, kept.shape[-1])
+    assert isinstance(layer, Convolution)
+    return y.movedim(-len(layer.kernel_size) - 1, -1).reshape(-1, layer.out_channels)

@@ -1,0 +1,130 @@
+"""A model run over data in evaluation, its layers watched."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as tree
+
+from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.forecast import untouched
+from retrograde.patterns import ROOT
+from retrograde.spectral.moments import Moments, Plain, Spectrum, Watch, spectrum_of_outputs
+
+Call = Callable[[nn.Module, Any], object]
+"""Runs a model on one batch of data."""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """In evaluation mode and without gradients; modes, buffers and torch's random state come back as they were."""
+    training = [module for module in model.modules() if module.training]
+    with untouched(model), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def run_on_input(model: nn.Module, batch: Any) -> object:
+    """``model(batch)``, ``model(batch[0])`` of a tuple or list, whose others are targets, ``model(**batch)``."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
+        return model(batch[0])
+    raise OptionError(
+        f"data holds {type(batch).__name__}, which is not a batch: give tensors, tuples whose first entry is the "
+        "model's input, or dicts of its keyword arguments; or say with `call` how the model is run on one."
+    )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the layers of a model did.
+
+    Attributes:
+        macs: multiply-adds of each layer for one example.
+        moments: of the layers that were asked for.
+        first: the first batch.
+    """
+
+    macs: dict[str, float]
+    moments: dict[str, Moments]
+    first: Any
+
+    def spectrum(self, name: str, layer: Plain, centred: bool) -> Spectrum:
+        """Of a layer's outputs; warns where there were fewer rows than directions.
+
+        Raises:
+            OptionError: they are not finite.
+        """
+        moments = self.moments[name]
+        if not all(bool(part.isfinite().all()) for part in moments.finish()):
+            raise OptionError(
+                f"layer {name or ROOT!r} gives outputs on the data that are not finite, and they have no spectrum. "
+                "Look for what overflows there, or leave the layer with `skip`."
+            )
+        if moments.count < moments.width:
+            warnings.warn(
+                f"layer {name or ROOT!r} saw {moments.count} rows of {moments.width} values: its spectrum says little, "
+                "and directions that the data did not show are cut. Give more data.",
+                RetrogradeWarning,
+                stacklevel=3,
+            )
+        return spectrum_of_outputs(layer, moments, centred)
+
+
+def observe(
+    model: nn.Module, data: Tensor | Iterable[Any], run: Call, layers: dict[str, nn.Module], of: set[str]
+) -> Observation:
+    """Run all of the data through the model.
+
+    Args:
+        model: left as it was.
+        data: one tensor, or batches.
+        run: the model on a batch.
+        layers: whose multiply-adds are counted.
+        of: those whose moments are gathered.
+
+    Raises:
+        OptionError: there are no rows.
+    """
+    watch, examples, first = Watch(layers, of), 0, None
+    try:
+        with evaluating(model):
+            for batch in [data] if isinstance(data, Tensor) else data:
+                rows = next(
+                    (t.shape[0] for t in tree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0
+                )
+                run(model, batch)
+                examples += rows
+                first = batch if first is None else first
+    finally:
+        watch.stop()
+    if not examples:
+        raise OptionError(
+            "data holds no rows, so no layer has a spectrum. Give one tensor or an iterable of batches; a generator "
+            "that has been read already is empty."
+        )
+    macs = {name: count / examples for name, count in watch.macs.items()}
+    return Observation(macs, watch.moments, first)
+
+
+def inputs_of(model: nn.Module, layers: dict[str, nn.Module], run: Call, example: Any) -> dict[str, Tensor]:
+    """The first input of each layer when the model runs on the example."""
+    watch = Watch(layers, set())
+    watch.inputs = {}
+    try:
+        with evaluating(model):
+            run(model, example)
+    finally:
+        watch.stop()
+    return watch.inputs
