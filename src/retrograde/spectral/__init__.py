@@ -4,6 +4,7 @@ Each is grounded in published work and acts on an ordinary model: the training l
 the backward pass itself is `retrograde.Spectral`.
 """
 
+from retrograde.spectral.budget import BudgetSchedule as BudgetSchedule
 from retrograde.spectral.factorisation import factorise as factorise
 from retrograde.spectral.factorisation_report import FactorReport as FactorReport
 from retrograde.spectral.factorisation_report import FactorRow as FactorRow

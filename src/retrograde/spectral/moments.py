@@ -16,10 +16,12 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as tree
 
 from retrograde.engine import ranks
 from retrograde.maths.spectral import eigh
@@ -141,6 +143,13 @@ class Watch:
         layers: those whose multiply-adds are counted, by name.
         of: names of those whose moments are gathered too.
         when: asked of each layer before anything is gathered.
+        model: whose examples are counted, by the leading dimension of the first tensor that it is given.
+
+    Attributes:
+        macs: multiply-adds of each layer so far.
+        moments: by name.
+        examples: that the model was given.
+        inputs: the first input of each layer, once this is a dict.
     """
 
     def __init__(
@@ -148,55 +157,68 @@ class Watch:
         layers: dict[str, nn.Module],
         of: set[str],
         when: Callable[[nn.Module], bool] = lambda layer: True,
+        model: nn.Module | None = None,
     ) -> None:
         self._when = when
         self.moments = {name: Moments() for name in layers if name in of}
         self.macs = dict.fromkeys(layers, 0.0)
+        self.examples = 0
         self.inputs: dict[str, Tensor] | None = None
-        """Each layer's first input, once this is a dict."""
         self._handles = [
-            layer.register_forward_hook(_Ear(self, name, layer)) for name, layer in layers.items()
+            layer.register_forward_hook(_Ear(layer, partial(self._take, name)))
+            for name, layer in layers.items()
         ]
+        if model is not None:
+            ear = _Ear(model, self._count)
+            self._handles.append(model.register_forward_hook(ear, with_kwargs=True))
 
     def reset(self) -> None:
         """Forget what was gathered."""
         self.moments = {name: Moments() for name in self.moments}
         self.macs = dict.fromkeys(self.macs, 0.0)
+        self.examples = 0
 
     def stop(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def take(self, name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        """What one call of a layer brings."""
-        if not self._when(layer):
+    def _take(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not args or not self._when(layer):
             return
+        x: Tensor = args[0]
         if self.inputs is not None:
             self.inputs.setdefault(name, x.detach())
-        self.macs[name] += macs_of_call(layer, x, y)
-        moments = self.moments.get(name)
-        if moments is not None:
-            moments.add(_rows(layer, x, y))
+        self.macs[name] += macs_of_call(layer, x, output)
+        if name in self.moments:
+            self.moments[name].add(_rows(layer, x, output))
+
+    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._when(model):
+            self.examples += rows_of((args, kwargs))
 
 
 class _Ear:
-    """A hook that stays with its layer: a copy of it, in a copied or unpickled model, hears nothing."""
+    """A hook that stays with its module: a copy of it, in a copied or unpickled model, hears nothing."""
 
-    def __init__(self, watch: Watch | None = None, name: str = "", layer: nn.Module | None = None) -> None:
-        self._watch = watch
-        self._name = name
-        self._layer = None if layer is None else weakref.ref(layer)
+    def __init__(self, module: nn.Module | None = None, take: Callable[..., None] | None = None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        self._take = take
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._watch is not None and self._layer is not None and self._layer() is layer and args:
-            self._watch.take(self._name, layer, args[0], output)
+    def __call__(self, module: nn.Module, *call: Any) -> None:
+        if self._take is not None and self._module is not None and self._module() is module:
+            self._take(module, *call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Ear":
         return _Ear()
 
     def __reduce__(self) -> tuple[type["_Ear"], tuple[()]]:
         return _Ear, ()
+
+
+def rows_of(batch: Any) -> int:
+    """The leading dimension of the first tensor in a batch; 0 without one."""
+    return next((t.shape[0] for t in tree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0)
 
 
 def macs_of_call(layer: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as tree
 
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.forecast import untouched
 from retrograde.patterns import ROOT
-from retrograde.spectral.moments import Moments, Plain, Spectrum, Watch, spectrum_of_outputs
+from retrograde.spectral.moments import Moments, Plain, Spectrum, Watch, rows_of, spectrum_of_outputs
 
 Call = Callable[[nn.Module, Any], object]
 """Runs a model on one batch of data."""
@@ -101,11 +100,8 @@ def observe(
     try:
         with evaluating(model):
             for batch in [data] if isinstance(data, Tensor) else data:
-                rows = next(
-                    (t.shape[0] for t in tree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 0
-                )
                 run(model, batch)
-                examples += rows
+                examples += rows_of(batch)
                 first = batch if first is None else first
     finally:
         watch.stop()
