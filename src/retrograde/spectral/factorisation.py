@@ -63,7 +63,8 @@ def factorise(
 
     The result holds torch's own modules alone, and needs torch alone to be saved, loaded and run. Statistics are
     taken in evaluation mode without gradients; training modes, buffers and torch's random state stay what they were.
-    Frozen layers are replaced by frozen ones, a layer that is used in several places by one pair in all of them.
+    Frozen layers are replaced by frozen ones, a layer that is used in several places by one pair in all of them. In a
+    distributed run every rank must call it, with its own data: statistics are those of all.
 
     Args:
         model: any module. Grouped and transposed convolutions, subclasses of layers, layers with hooks or
@@ -92,7 +93,7 @@ def factorise(
         OptionError: an option's value, a batch that is not one, data without rows, outputs that are not finite, or a
             budget that even ranks of 1 exceed.
         NoEffectError: no layer can be factorised.
-        AttachError: the model is attached, compiled or wrapped.
+        AttachError: the model is compiled or wrapped, or attached and to be changed in place.
 
     Warns:
         RetrogradeWarning: no rank saves anything, or a layer saw fewer rows than it is wide.

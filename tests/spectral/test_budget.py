@@ -1,0 +1,262 @@
+"""Ranks that shrink during training: the schedule, what is projected, what folding gives, and resuming."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retrograde as rg
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
+
+Optimizer = torch.optim.Optimizer
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 4))
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3),
+        nn.Flatten(),
+        nn.Linear(12 * 4, 4),
+    )
+
+
+def adam(model: nn.Module) -> Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def schedule_of(model: nn.Module, optimizer: Optimizer, **options: Any) -> rg.spectral.BudgetSchedule:
+    chosen: dict[str, Any] = {"budget": 0.5, "start": 2, "end": 12, "every": 3, "window": 2}
+    return rg.spectral.BudgetSchedule(model, optimizer, **(chosen | options))
+
+
+def train(
+    model: nn.Module, optimizer: Optimizer, steps: int, shape: tuple[int, ...] = (16,), first: int = 0
+) -> float:
+    loss = torch.zeros(())
+    for step in range(first, first + steps):
+        x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(model(x), x.flatten(1)[:, :4].argmax(1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss)
+
+
+def rank_of(weight: Tensor) -> int:
+    s = torch.linalg.svdvals(weight.detach().flatten(1).double())
+    return int((s > 1e-5 * s[0]).sum())
+
+
+def test_the_budget_falls_as_a_cube():
+    model = net()
+    schedule = schedule_of(model, sgd(model), budget=0.2, start=10, end=30)
+    assert [schedule.share(t) for t in (0, 9, 10, 20, 30, 99)] == pytest.approx(
+        [1, 1, 1, 0.2 + 0.8 / 8, 0.2, 0.2]
+    )
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+def test_the_folded_model_computes_what_was_trained(make: Any):
+    model = net()
+    optimizer = make(model)
+    schedule = schedule_of(model, optimizer)
+    train(model, optimizer, 30)
+    small, report = schedule.fold()
+    x = torch.randn(50, 16)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    before, after = report.macs
+    assert before == 16 * 24 + 24 * 20 + 20 * 4
+    assert 0.4 * before < after <= 0.5 * before
+    assert report.ranks == schedule.ranks
+    assert {type(m).__module__.split(".")[0] for m in small.modules()} == {"torch"}
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_weight_and_momentum_stay_in_the_subspace_after_the_end():
+    for make, key in ((sgd, "momentum_buffer"), (adam, "exp_avg")):
+        model = net()
+        optimizer = make(model)
+        schedule = schedule_of(model, optimizer)
+        for step in range(12, 20):
+            train(model, optimizer, 1 if step > 12 else 12, first=step)
+            assert schedule.ranks
+            for name, rank in schedule.ranks.items():
+                weight = model.get_submodule(name).weight
+                assert rank_of(weight) <= rank
+                assert rank_of(optimizer.state[weight][key]) <= rank
+
+
+def test_between_projections_the_weight_is_free():
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer, start=2, end=100, every=4, budget=0.2)
+    train(model, optimizer, 18)
+    cut = dict(schedule.ranks)
+    assert cut
+    train(model, optimizer, 1, first=18)
+    name, rank = next(iter(cut.items()))
+    assert rank_of(model.get_submodule(name).weight) > rank
+
+
+def test_the_mean_is_kept_in_the_bias():
+    model = nn.Sequential(nn.Linear(16, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(400, 16) @ torch.diag(0.5 ** torch.arange(16.0)) + 2
+    before = model(x).mean(0)
+    schedule = schedule_of(model, optimizer, start=1, end=1, window=1, budget=0.5)
+    model(x).sum().backward()
+    optimizer.step()
+    assert schedule.ranks
+    torch.testing.assert_close(model(x).mean(0), before, rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_and_norms():
+    model = conv_net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer)
+    train(model, optimizer, 25, (2, 4, 4))
+    small, report = schedule.fold()
+    assert "3" in report.ranks
+    model.eval(), small.eval()
+    x = torch.randn(9, 2, 4, 4)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_accumulation_and_one_row():
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer)
+    for step in range(14):
+        for _ in range(3):
+            nn.functional.mse_loss(model(torch.randn(1, 16)), torch.zeros(1, 4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(p.isfinite().all() for p in model.parameters()), step
+    assert schedule.fold()[1].macs[1] <= 0.5 * schedule.fold()[1].macs[0]
+
+
+def test_evaluation_brings_no_rows():
+    models: list[nn.Module] = []
+    for evaluate in (False, True):
+        model = net()
+        optimizer = sgd(model)
+        schedule_of(model, optimizer)
+        for step in range(14):
+            train(model, optimizer, 1, first=step)
+            if evaluate:
+                model.eval()
+                model(100 * torch.randn(64, 16))
+                model.train()
+        models.append(model)
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_copies_and_pickles_hear_nothing():
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer, start=1, end=3, every=1)
+    twin = copy.deepcopy(model)
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    loaded = torch.load(kept, weights_only=False)
+    for other in (twin, loaded):
+        other(torch.randn(64, 16))
+    with pytest.raises(NoEffectError, match="no forward pass in training mode"):
+        optimizer.step()
+    assert schedule.step == 1
+
+
+def test_resuming_goes_on_as_if_nothing_had_been():
+    schedule: Any = None
+    runs: list[nn.Module] = []
+    for stop in (None, 9, 15):
+        model = net()
+        optimizer = adam(model)
+        schedule = schedule_of(model, optimizer)
+        if stop is not None:
+            train(model, optimizer, stop)
+            state = [copy.deepcopy(each.state_dict()) for each in (model, optimizer, schedule)]
+            model = net()
+            optimizer = adam(model)
+            schedule = schedule_of(model, optimizer)
+            for each, saved in zip((model, optimizer, schedule), state, strict=True):
+                each.load_state_dict(saved)
+        train(model, optimizer, 20 - (stop or 0), first=stop or 0)
+        runs.append(schedule.fold()[0])
+    for other in runs[1:]:
+        for one, two in zip(runs[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, two)
+    stranger = nn.Sequential(nn.Tanh(), nn.Linear(9, 9))
+    strange = schedule_of(stranger, sgd(stranger))
+    with pytest.raises(StateError, match="layers that the model does not have"):
+        strange.load_state_dict(schedule.state_dict())
+
+
+def test_a_skipped_step_does_not_count():
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for bad in (False, True, False):
+        loss = model(torch.randn(8, 16)).sum() * (float("inf") if bad else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert schedule.step == 2
+
+
+def test_frozen_layers_are_left():
+    model = net()
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    schedule = schedule_of(model, optimizer, budget=0.8)
+    before = model[2].weight.clone()
+    train(model, optimizer, 15)
+    assert "2" not in schedule.ranks
+    assert torch.equal(model[2].weight, before)
+    row = next(row for row in schedule.fold()[1].rows if row.name == "2")
+    assert row.why == "frozen"
+
+
+def test_a_layer_that_is_silent_is_said():
+    model = nn.ModuleDict({"used": nn.Linear(16, 16), "other": nn.Linear(16, 16)})
+    optimizer = sgd(model)
+    schedule_of(model, optimizer, start=1, end=2, every=1)
+    model["used"](torch.randn(64, 16)).sum().backward()
+    with pytest.warns(RetrogradeWarning, match="no forward pass went through \\['other'\\]"):
+        optimizer.step()
+
+
+def test_errors():
+    model = net()
+    optimizer = sgd(model)
+    for options in ({"budget": 1.0}, {"budget": 0.0}, {"start": 0}, {"start": 20}, {"every": 0}):
+        with pytest.raises(OptionError, match="must be"):
+            schedule_of(model, optimizer, **options)
+    with pytest.raises(NoEffectError, match="trains no layer"):
+        schedule_of(model, sgd(net()))
+    schedule = schedule_of(model, optimizer)
+    train(model, optimizer, 3)
+    with pytest.raises(NoEffectError, match="reached at optimizer step 12, and 3 have been made"):
+        schedule.fold()
+    schedule.stop()
+    train(model, optimizer, 3)
+    assert schedule.step == 3
