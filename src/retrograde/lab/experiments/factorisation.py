@@ -1,5 +1,6 @@
 """Accuracy, size and forward time of smaller networks made from a trained one, at equal multiply-adds."""
 
+import copy
 import hashlib
 import io
 import json
@@ -11,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import nn
 
 from retrograde import spectral
@@ -21,6 +21,11 @@ from retrograde.lab.data import Data, Split, batches, evaluation_batches, load, 
 from retrograde.lab.experiments.base import Context, Experiment
 from retrograde.lab.peers.pruning import macs_of, prune
 
+_NETWORKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cnn": ("cifar10", "vgg-small-bn", {"stages": ((32,), (64,), (128, 128)), "channels_last": True}),
+    "mlp": ("fashion_mnist", "mlp", {}),
+}
+"""Data set, model and its options."""
 _CALIBRATION = 2048
 _ROUNDS = {1: 60, 128: 12}
 """Rounds of timing, by batch size."""
@@ -32,9 +37,7 @@ class Factorisation(Experiment):
     The trained network is kept beside the runs' folders, where all variants of a seed find it.
 
     Attributes:
-        data: data set.
-        model: by name.
-        model_options: of its class.
+        network: a VGG with BatchNorm on CIFAR-10, or an MLP on Fashion-MNIST.
         limit: rows of each split; None takes all.
         epochs: of training.
         rate: largest learning rate of training.
@@ -42,28 +45,24 @@ class Factorisation(Experiment):
             the outputs and by truncated SVD; ``schedule`` shrinks ranks during the first half of fine-tuning;
             ``pruning`` takes channels away.
         share: of the multiply-adds that may stay.
-        faster: factorise only what measures faster at a batch of 128.
         all_layers: rank the channels to prune of all layers together.
         tune_epochs: of fine-tuning.
         tune_rate: its largest learning rate.
     """
 
-    data: str = "cifar10"
-    model: str = "vgg-small-bn"
-    model_options: dict[str, Any] = Field(default_factory=dict)
+    network: Literal["cnn", "mlp"] = "cnn"
     limit: int | None = 20000
-    epochs: int = 8
+    epochs: int = 6
     rate: float = 0.05
     method: Literal["original", "spectral", "weights", "schedule", "pruning"] = "spectral"
     share: float = 0.5
-    faster: bool = False
     all_layers: bool = True
     tune_epochs: int = 2
     tune_rate: float = 0.01
 
     def run(self, context: Context) -> dict[str, float]:
         """Accuracy with and without fine-tuning, share of multiply-adds, bytes, milliseconds and speed-ups."""
-        loaded = load(self.data, data_dir=context.data_dir, seed=self.seed, limit=self.limit)
+        loaded = load(_NETWORKS[self.network][0], data_dir=context.data_dir, seed=self.seed, limit=self.limit)
         split = loaded.validation if context.trial else loaded.test
         original = self._trained(loaded, context)
         x = loaded.train.inputs[:_CALIBRATION]
@@ -94,13 +93,12 @@ class Factorisation(Experiment):
                 x.split(256),
                 budget=self.share,
                 spectrum="outputs" if self.method == "spectral" else "weights",
-                faster=x[:128] if self.faster else False,
             )[0]
         return original
 
     def _tuned(self, model: nn.Module, split: Split, context: Context) -> nn.Module:
         """Fine-tuned, a copy where the model was not made smaller yet."""
-        model = _copy(model)
+        model = copy.deepcopy(model)
         optimizer = torch.optim.SGD(model.parameters(), self.tune_rate, 0.9, weight_decay=5e-4, nesterov=True)
         steps = self.tune_epochs * steps_in_epoch(split, 128)
         schedule = None
@@ -112,12 +110,11 @@ class Factorisation(Experiment):
         return (schedule.fold()[0] if schedule else model).eval()
 
     def _trained(self, loaded: Data, context: Context) -> nn.Module:
-        fields = self.model_dump(
-            include={"seed", "data", "model", "model_options", "limit", "epochs", "rate"}
-        )
+        fields = self.model_dump(include={"seed", "network", "limit", "epochs", "rate"})
         key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
         path = context.folder.parent / f"network-{key}.pt"
-        model = models.build(self.model, loaded, seed=self.seed, options=self.model_options)
+        _, name, options = _NETWORKS[self.network]
+        model = models.build(name, loaded, seed=self.seed, options=options)
         with _alone(path):
             if not path.exists():
                 optimizer = torch.optim.SGD(
@@ -145,7 +142,7 @@ class Factorisation(Experiment):
             optimizer, lambda step: min((step + 1) / (0.1 * total + 1), (total - step) / (0.9 * total + 1))
         )
         for epoch in range(epochs):
-            images = batches(split, 128, seed=self.seed, epoch=epoch, augment=self.data == "cifar10")
+            images = batches(split, 128, seed=self.seed, epoch=epoch, augment=self.network == "cnn")
             for number, (x, y) in enumerate(images):
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
@@ -153,13 +150,6 @@ class Factorisation(Experiment):
                 schedule.step()
                 done = (epoch * each + number + 1) / total
                 context.note(span[0] + (span[1] - span[0]) * done)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    kept = io.BytesIO()
-    torch.save(model, kept)
-    kept.seek(0)
-    return torch.load(kept, weights_only=False)
 
 
 def _bytes(model: nn.Module) -> int:
