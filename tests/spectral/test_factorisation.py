@@ -379,6 +379,8 @@ class TestLayersThatAreLeft:
         model = Reader()
         with pytest.raises(OptionError, match=r"fails on the first batch.*leave it with `skip`"):
             rg.spectral.factorise(model, torch.randn(50, 16), budget=0.5)
+        with pytest.raises(OptionError, match="fails on the first batch"):
+            rg.spectral.factorise(model, torch.randn(50, 16), budget=0.5, inplace=True)
         assert isinstance(model.fc, nn.Linear)
 
     def test_a_layer_used_twice_is_replaced_in_both_places(self):

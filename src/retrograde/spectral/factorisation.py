@@ -19,7 +19,8 @@ mean in the bias, convolutions, the joint budget and the choice by measured time
 of the model as it was: errors of the layers before do not enter the statistics of those behind them.
 
 Symbols: W `weight` (d_out, d_in), Q `basis`, λ `eigenvalues`, θ `energy`. Cost: one forward pass of the data, and
-`retrograde.spectral.moments`.
+`retrograde.spectral.moments`: 8 d² bytes for each layer of width d until its rank is chosen, so a model of many wide
+layers is better done in parts, with `only`.
 
 References: Muthuraman, arXiv 2505.23369, 2025; Zhang, Zou, He, Sun, *Accelerating very deep convolutional networks for
 classification and detection*, IEEE TPAMI 38, 2016; Yu, Wu, *Compressing transformers: features are low-rank, but
@@ -34,7 +35,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from retrograde.errors import OptionError, RetrogradeWarning
-from retrograde.patterns import Choice
+from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation_report import FactorReport
 from retrograde.spectral.factors import candidates, parameters_of, place
 from retrograde.spectral.moments import Plain, spectrum_of_weight
@@ -143,16 +144,21 @@ def factorise(
     if not pairs:
         first = next(iter(left))
         warnings.warn(
-            f"no layer was factorised; the first, {first!r}: {left[first]}. The model is returned as it was. Ask for "
-            "less `energy` or a smaller `budget`, or leave `faster` out.",
+            f"no layer was factorised; the first, {first or ROOT!r}: {left[first]}. The model is returned as it was. "
+            "Ask for less `energy` or a smaller `budget`, or leave `faster` out.",
             RetrogradeWarning,
             stacklevel=2,
         )
     rows = report_rows(layers, parts, ranks, pairs, left, seen.macs, seconds)
     size = parameters_of(model)
     whole = copy.deepcopy(model) if example is not None and inplace else original
-    small = place(model, {parts[name].layer: pair for name, pair in pairs.items()})
-    took = _try(whole, small, run, seen.first, example)
+    new: dict[nn.Module, nn.Module] = {parts[name].layer: pair for name, pair in pairs.items()}
+    small = place(model, new)
+    try:
+        took = _try(whole, small, run, seen.first, example)
+    except BaseException:
+        place(model, {pair: layer for layer, pair in new.items()})
+        raise
     return small, FactorReport(rows, goal, (size, parameters_of(small)), took)
 
 

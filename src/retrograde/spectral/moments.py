@@ -38,8 +38,8 @@ class Spectrum:
     """The principal directions of a layer's outputs.
 
     Attributes:
-        basis: Q (d_out, k) float64, orthonormal columns, leading first.
-        eigenvalues: λ (k,) float64.
+        basis: Q (d_out, k) float64, orthonormal columns, leading first; as many as the largest rank that saves.
+        eigenvalues: λ float64, all of them.
         offset: (d_out,) float64, the part of E[y] that a bias keeps, whatever the rank: m, or 0 where not centred.
     """
 
@@ -48,7 +48,7 @@ class Spectrum:
     offset: Tensor
 
     def shares(self) -> list[float]:
-        """E(1), …, E(k): the share of Σλ in the leading r directions; 1 throughout where all are 0."""
+        """E(1), E(2), …: the share of Σλ in the leading r directions; 1 throughout where all are 0."""
         total = self.eigenvalues.sum()
         if not total > 0:
             return [1.0] * len(self.eigenvalues)
@@ -126,6 +126,8 @@ def spectrum_of_outputs(layer: Plain, moments: Moments, centred: bool) -> Spectr
             second = second + torch.outer(offset, offset)
         values, vectors = eigh(second)
         eigenvalues, basis = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    # A copy, so that the rest is freed.
+    basis = basis[:, : max(1, largest_rank(layer))].clone()
     return Spectrum(basis, eigenvalues, offset if centred else torch.zeros_like(offset))
 
 

@@ -60,12 +60,12 @@ class Observation:
     first: Any
 
     def spectrum(self, name: str, layer: Plain, centred: bool) -> Spectrum:
-        """Of a layer's outputs; warns where there were fewer rows than directions.
+        """Of a layer's outputs, whose moments are then forgotten; warns where there were fewer rows than directions.
 
         Raises:
             OptionError: they are not finite.
         """
-        moments = self.moments[name]
+        moments = self.moments.pop(name)
         if not all(bool(part.isfinite().all()) for part in moments.finish()):
             raise OptionError(
                 f"layer {name or ROOT!r} gives outputs on the data that are not finite, and they have no spectrum. "
