@@ -245,6 +245,33 @@ def test_a_layer_that_is_silent_is_said():
         optimizer.step()
 
 
+def test_a_silent_layers_mean_is_not_added_twice_and_folding_says_what_was_silent():
+    model = nn.ModuleDict({"used": nn.Linear(16, 16), "late": nn.Linear(16, 16), "never": nn.Linear(16, 16)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = schedule_of(model, optimizer, start=1, end=3, every=1, window=1, budget=0.6)
+    x = torch.randn(64, 16) + 3
+    for _ in range(2):
+        (model["used"](x) + model["late"](x)).sum().backward()
+        with pytest.warns(RetrogradeWarning, match="'never'"):
+            optimizer.step()
+    assert "late" in schedule.ranks
+    before = model["late"].bias.clone()
+    model["used"](x).sum().backward()
+    with pytest.warns(RetrogradeWarning, match="'late', 'never'"):
+        optimizer.step()
+    assert torch.equal(model["late"].bias, before)
+    report = schedule.fold()[1]
+    assert next(row for row in report.rows if row.name == "never").why.startswith("no forward pass")
+
+
+def test_a_budget_that_cannot_be_reached_is_an_error():
+    model = net()
+    optimizer = sgd(model)
+    schedule_of(model, optimizer, budget=0.01, start=1)
+    with pytest.raises(OptionError, match="cannot be reached"):
+        train(model, optimizer, 1)
+
+
 def test_errors():
     model = net()
     optimizer = sgd(model)

@@ -26,6 +26,7 @@ Reference: Zhang et al., *AdaLoRA: adaptive budget allocation for parameter-effi
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
 from retrograde.patterns import Choice
 from retrograde.spectral.factorisation_report import FactorReport
-from retrograde.spectral.factors import candidates, parameters_of, place
+from retrograde.spectral.factors import candidates, parameters_of, place, split
 from retrograde.spectral.moments import Plain, Spectrum, Watch, spectrum_of_outputs
 from retrograde.spectral.parts import Part, ranks_within, report_rows
 
@@ -59,7 +60,7 @@ class BudgetSchedule:
         skip: likewise; layers that it chooses are left.
 
     Raises:
-        OptionError: an option's value.
+        OptionError: an option's value; or, at the first projection, a budget that even ranks of 1 exceed.
         NoEffectError: no layer can be factorised, or no training forward pass goes through them.
         AttachError: the model is attached, compiled or wrapped.
 
@@ -154,13 +155,12 @@ class BudgetSchedule:
         self.stop()
         model = self._model if inplace else copy.deepcopy(self._model)
         own = dict(model.named_modules())
-        pairs: dict[str, nn.Sequential] = {}
-        for name, rank in self.ranks.items():
-            # The bias holds the mean already, and has been trained since.
-            spectrum = self._parts[name].spectrum
-            plain = Spectrum(spectrum.basis, spectrum.eigenvalues, torch.zeros_like(spectrum.offset))
-            pairs[name] = Part(name, cast(Plain, own[name]), plain, self._macs[name]).pair(rank)
-        left = self._left | {name: part.why for name, part in self._parts.items() if name not in pairs}
+        pairs = {
+            name: split(cast(Plain, own[name]), self._parts[name].spectrum, rank)
+            for name, rank in self.ranks.items()
+        }
+        left = dict.fromkeys(self._layers, "no forward pass in training went through it") | self._left
+        left |= {name: part.why for name, part in self._parts.items() if name not in pairs}
         rows = report_rows(self._layers, self._parts, self.ranks, pairs, left, self._macs, {})
         size = parameters_of(model)
         small = place(model, {own[name]: pair for name, pair in pairs.items()})
@@ -246,6 +246,12 @@ class BudgetSchedule:
                 self._parts[name] = Part(name, layer, spectrum, self._macs[name])
         total = sum(self._macs.values())
         free = sum(part.macs for part in self._parts.values())
+        least = total - sum(part.macs - part.cost(1) for part in self._parts.values() if part.largest)
+        if self._budget * total < least:
+            raise OptionError(
+                f"BudgetSchedule: budget={self._budget!r} cannot be reached: with all ranks 1 the model costs "
+                f"{least / total:.1%} of its multiply-adds, layers that are left included."
+            )
         found = ranks_within(self._parts, self.share(self.step) * total - (total - free))
         self.ranks = {name: rank for name, rank in found.items() if rank is not None}
         for name, rank in self.ranks.items():
@@ -261,6 +267,8 @@ class BudgetSchedule:
         if shift and layer.bias is not None:
             offset = part.spectrum.offset
             layer.bias.add_((offset - q @ (q.mT @ offset)).to(layer.bias.dtype))
+            # The bias has it now, and is trained from here on.
+            part.spectrum = replace(part.spectrum, offset=torch.zeros_like(offset))
 
     def _momenta(self, weight: Tensor) -> list[Tensor]:
         state: dict[str, Any] = cast(Any, self._optimizer.state).get(weight, {})
