@@ -5,6 +5,7 @@ import sys
 import threading
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,7 +25,60 @@ _STRAY_STEPS = 16
 Attached = Sequence[tuple[nn.Module, LayerProgram]]
 
 
-class Clock:
+class Listener(ABC):
+    """Hears of every optimizer step of the process; of steps inside each other, of the outermost that it owns.
+
+    Some optimizers step another one inside their own step (sharpness-aware, lookahead): the outer one counts. A step
+    that ``GradScaler`` skips is not heard of.
+    """
+
+    def __init__(self) -> None:
+        self._outermost = threading.local()
+
+    def listen(self) -> None:
+        """Hear of steps from now on, as long as someone keeps this object."""
+        _listen(self)
+
+    def stop(self) -> None:
+        """Hear no more steps."""
+        _running.discard(self)
+
+    @abstractmethod
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of this optimizer is one of ours."""
+
+    def inside(self, outer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Another step begins within one of `outer`, which counts."""
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step that begins counts: no other one is under way around it, in this thread."""
+        outer = getattr(self._outermost, "optimizer", None)
+        outer = None if outer is None else outer()
+        if outer is not None and _depth(outer) > (outer is optimizer):
+            self.inside(outer)
+            return False
+        # One that owns nothing here is no step of ours, and others inside it are.
+        if self.owns(optimizer):
+            self._outermost.optimizer = weakref.ref(optimizer)
+        return True
+
+    def end(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step that ends is one that counted."""
+        outer = getattr(self._outermost, "optimizer", None)
+        if outer is None or outer() is not optimizer or _depth(optimizer) > 1:
+            return False
+        self._outermost.optimizer = None
+        return True
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """The gradients are there, and the optimizer is about to use them."""
+
+    @abstractmethod
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped."""
+
+
+class Clock(Listener):
     """Calls the programs of the layers whose parameters an optimizer owns, before and after each of its steps.
 
     Ownership is by parameter identity, and whatever could change it is looked at in every step, so sharding, added
@@ -49,6 +103,7 @@ class Clock:
         strict: bool,
         blocks: Blocks | None = None,
     ) -> None:
+        super().__init__()
         self._attached = list(attached)
         self._conductors = conductors
         self._blocks = blocks
@@ -74,12 +129,16 @@ class Clock:
                 "nothing. Make it over the parameters of the attached model."
             )
         self._only = None if optimizer is None else weakref.ref(optimizer)
-        self._outermost = threading.local()
-        _listen(self)
+        self.listen()
 
-    def stop(self) -> None:
-        """Hear no more steps."""
-        _running.discard(self)
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a layer is this optimizer's."""
+        return bool(self._owned(optimizer))
+
+    def inside(self, outer: torch.optim.Optimizer) -> None:
+        """The layers still learn that they are stepped by `outer`."""
+        for layer, program in self._owned(outer):
+            program.remember(layer, outer)
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> Attached:
         """The layers whose first trainable parameter (the weight, if it trains) is this optimizer's."""
@@ -94,30 +153,13 @@ class Clock:
         return found
 
     def begin(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step that begins counts: no other one is under way around it, in this thread."""
+        """Whether a step that begins counts."""
         if self._only is not None and self._only() is not optimizer:
             return False
-        # Some optimizers step another one inside their own step (sharpness-aware, lookahead): the outer one counts.
-        outer = getattr(self._outermost, "optimizer", None)
-        outer = None if outer is None else outer()
-        if outer is not None and _depth(outer) > (outer is optimizer):
-            for layer, program in self._owned(outer):
-                program.remember(layer, outer)
-            return False
-        # One that owns nothing here is no step of ours, and others inside it are.
-        if self._owned(optimizer):
-            self._outermost.optimizer = weakref.ref(optimizer)
-        elif self._concerns(optimizer):
+        counts = super().begin(optimizer)
+        if counts and not self._owned(optimizer) and self._concerns(optimizer):
             self._look_for_strays(())
-        return True
-
-    def end(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a step that ends is one that counted."""
-        outer = getattr(self._outermost, "optimizer", None)
-        if outer is None or outer() is not optimizer or _depth(optimizer) > 1:
-            return False
-        self._outermost.optimizer = None
-        return True
+        return counts
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradients are there, and the optimizer is about to use them."""
@@ -245,12 +287,12 @@ def _first_trainable(layer: nn.Module, weight: str) -> nn.Parameter | None:
 
 
 # Clocks come and go, by garbage collection too, which may strike while torch walks through its hooks: so the process
-# has one pair of hooks, made with the first clock and never removed, and a weak set of the clocks that it tells.
-_running: "weakref.WeakSet[Clock]" = weakref.WeakSet()
+# has one pair of hooks, made with the first clock and never removed, and a weak set of the listeners that it tells.
+_running: "weakref.WeakSet[Listener]" = weakref.WeakSet()
 _hooks: list[Any] = []
 
 
-def _listen(clock: Clock) -> None:
+def _listen(clock: Listener) -> None:
     _running.add(clock)
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_tell_before))

@@ -9,3 +9,4 @@ from retrograde.spectral.factorisation import factorise as factorise
 from retrograde.spectral.factorisation_report import FactorReport as FactorReport
 from retrograde.spectral.factorisation_report import FactorRow as FactorRow
 from retrograde.spectral.factors import load_factors as load_factors
+from retrograde.spectral.transfer import TransferPenalty as TransferPenalty
