@@ -87,11 +87,13 @@ def test_subspace_is_found(method: str) -> None:
     torch.testing.assert_close((vectors * u).sum(1).abs(), torch.ones(1, 4, dtype=torch.float64))
 
 
-def test_cayley_step_is_the_full_formula() -> None:
-    """Equation (5) is (4), without its d × d matrices."""
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 6, 9])
+def test_cayley_step_is_the_full_formula(k: int, symmetric: bool) -> None:
+    """Equation (5) is (4), without its d × d matrices: for M = CQ and for any other M, whose QᵀM is not symmetric."""
     rows = spectrum(50, 9, 0.7, 1)
-    q = start(9, 3)
-    m = spectral.second_moment(rows)(q)
+    q = start(9, k)
+    m = spectral.second_moment(rows)(q) if symmetric else torch.randn_like(q)
     a = m @ q.mT - q @ m.mT
     eye = torch.eye(9, dtype=torch.float64)
     expected = torch.linalg.solve(eye - 0.35 * a, (eye + 0.35 * a) @ q)

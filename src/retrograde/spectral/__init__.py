@@ -10,3 +10,6 @@ from retrograde.spectral.factorisation_report import FactorReport as FactorRepor
 from retrograde.spectral.factorisation_report import FactorRow as FactorRow
 from retrograde.spectral.factors import load_factors as load_factors
 from retrograde.spectral.transfer import TransferPenalty as TransferPenalty
+from retrograde.spectral import theory as theory
+from retrograde.spectral.orthogonal import Orthogonal as Orthogonal
+from retrograde.spectral.orthogonal import keep_orthogonal as keep_orthogonal

@@ -106,8 +106,9 @@ class Subspace:
         self._leading = leading
         self._refreshes += 1
         self.basis = self._chosen(leading)
-        # C Q once an iteration and once for the eigenpairs; QR, or Cayley's 2k × 2k, at about 6dk².
-        return groups * ((steps + 1) * 4.0 * m * d * k + (steps + 1) * 6.0 * d * k * k)
+        # C Q once an iteration and once for the eigenpairs; QR at about 6dk², Cayley's step with its check at 10dk².
+        update = 6.0 if self._policy.update == "qr" else 10.0
+        return groups * (steps + 1) * (4.0 * m * d * k + update * d * k * k)
 
     def begin(self, groups: int, d: int, like: Tensor) -> None:
         """Random directions until the first refresh, on the device of `like` and in its dtype."""

@@ -1,0 +1,89 @@
+"""Line plots as SVG, for notebooks: no package is needed to draw or to show them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, FOOT = 620, 320, 70, 190, 40, 50
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+FONT = "-apple-system,'Segoe UI','Helvetica Neue',Arial,sans-serif"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: `dashed` for what is predicted, `points` for what is measured."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dashed: bool = False
+    points: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a notebook shows of it is `_repr_svg_`."""
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+    log: bool = False
+
+    def _repr_svg_(self) -> str:
+        scale = math.log10 if self.log else float
+        xs = [scale(v) for line in self.lines for v in line.x]
+        ys = [scale(v) for line in self.lines for v in line.y]
+        across = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+        up = _axis(min(ys), max(ys), HEIGHT - FOOT, TOP)
+        parts = [_text(LEFT, 22, self.title, size=15, weight=600)]
+        parts += [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, self.x, anchor="middle")]
+        parts += [_text(LEFT, TOP - 4, self.y, size=11)]
+        for low, high, place, horizontal in ((min(xs), max(xs), across, True), (min(ys), max(ys), up, False)):
+            for tick in _ticks(low, high):
+                at, shown = place(tick), f"{10**tick if self.log else tick:.3g}"
+                if horizontal:
+                    parts.append(_text(at, HEIGHT - FOOT + 16, shown, size=11, anchor="middle"))
+                else:
+                    parts.append(_text(LEFT - 8, at + 4, shown, size=11, anchor="end"))
+                    parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="#e3e6ea"/>')
+        for at, line in enumerate(self.lines):
+            colour = COLOURS[line.colour % len(COLOURS)]
+            places = [(across(scale(a)), up(scale(b))) for a, b in zip(line.x, line.y, strict=True)]
+            dash = ' stroke-dasharray="6 4"' if line.dashed else ""
+            path = "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
+            if not line.points:
+                parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>')
+            else:
+                parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
+            y = TOP + 14 + 18 * at
+            key = f'<path d="M{WIDTH - RIGHT + 12} {y - 4}h22" stroke="{colour}" stroke-width="1.8"{dash}/>'
+            if line.points:
+                key = f'<circle cx="{WIDTH - RIGHT + 23}" cy="{y - 4}" r="3" fill="{colour}"/>'
+            parts += [key, _text(WIDTH - RIGHT + 40, y, line.label, size=11)]
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+            f'font-family="{FONT}">'
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{"".join(parts)}</svg>'
+        )
+
+
+def _axis(low: float, high: float, start: float, end: float):
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10 ** math.floor(math.log10((high - low) or 1.0))
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 6)
+    first = math.ceil(low / step - 1e-9)
+    return [step * at for at in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _text(x: float, y: float, text: str, *, size: int = 12, weight: int = 400, anchor: str = "start") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" '
+        f'fill="#24292f">{escape(text)}</text>'
+    )

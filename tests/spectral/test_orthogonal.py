@@ -1,0 +1,354 @@
+"""Weights kept orthogonal: the transform against its formula, and what an ordinary training loop does with them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from retrograde.errors import AttachError, NoEffectError, PatternError
+from retrograde.maths import spectral
+from retrograde.spectral import keep_orthogonal
+from retrograde.spectral.orthogonal import nearest_orthonormal, stiefel_step, tangent
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+def point(n: int, p: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, p, dtype=torch.float64))[0].to(dtype)
+
+
+def network(width: int = 12) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 30), nn.ReLU(), nn.Linear(30, 3))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, inputs: int = 20) -> list[float]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(64, inputs, generator=generator)
+    y = (x @ torch.randn(inputs, 3, generator=generator)).argmax(1)
+    losses: list[float] = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+# The transform.
+
+
+@pytest.mark.parametrize(("n", "p"), [(9, 2), (9, 4), (9, 5), (6, 6), (4, 1), (1, 1)])
+def test_step_is_the_formula(n: int, p: int) -> None:
+    """Both ways to solve equation (3) are Cayley's transform of A from equation (2)."""
+    q, z = point(n, p), 0.3 * torch.randn(n, p, dtype=torch.float64)
+    eye = torch.eye(n, dtype=torch.float64)
+    m = (eye - 0.5 * q @ q.T) @ z
+    a = m @ q.T - q @ m.T
+    expected = torch.linalg.inv(eye - a / 2) @ (eye + a / 2) @ q
+    torch.testing.assert_close(stiefel_step(q, z), expected)
+    torch.testing.assert_close(a @ q, tangent(q, z))
+
+
+@pytest.mark.parametrize(("n", "p"), [(12, 3), (12, 8), (7, 7)])
+def test_first_order(n: int, p: int) -> None:
+    """The step departs from q + tangent(q, z) by O(z²), with the slope to show it."""
+    q, z = point(n, p), torch.randn(n, p, dtype=torch.float64)
+    errors = [torch.linalg.matrix_norm(stiefel_step(q, h * z) - q - tangent(q, h * z)) for h in (1e-2, 1e-3)]
+    assert 1.9 < float(torch.log10(errors[0] / errors[1])) < 2.1
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("n", "p"), [(64, 8), (64, 40), (48, 48)])
+def test_steps_of_any_length_stay(n: int, p: int, length: float) -> None:
+    q = point(n, p, torch.float32)
+    assert spectral.orthonormality(stiefel_step(q, length * torch.randn(n, p))) <= 1e-6
+
+
+def test_normal_steps_do_nothing() -> None:
+    """Weight decay, Z ∝ Q, is normal to the manifold."""
+    q = point(10, 4)
+    torch.testing.assert_close(stiefel_step(q, -0.3 * q), q)
+    assert tangent(q, q).abs().max() < 1e-14
+
+
+def test_nearest() -> None:
+    """The polar factor: the symmetric factor that is left is positive."""
+    w = torch.randn(8, 3, dtype=torch.float64)
+    q = nearest_orthonormal(w)
+    assert spectral.orthonormality(q) < 1e-14
+    left = q.T @ w
+    torch.testing.assert_close(left, left.T)
+    assert torch.linalg.eigvalsh(left).min() > 0
+    assert nearest_orthonormal(q) is q
+
+
+# Training.
+
+
+@pytest.mark.parametrize(("optimizer", "shape"), [("sgd", (4, 12)), ("adam", (12, 4))])
+def test_ten_thousand_steps(optimizer: str, shape: tuple[int, int]) -> None:
+    """Orthonormal to 1e-6 in float32, wide and tall, at every reading, under gradients that keep turning the weight."""
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    made = OPTIMIZERS[optimizer](layer.parameters())
+    kept = keep_orthogonal(layer, made)
+    start, worst = layer.weight.detach().clone(), 0.0
+    gradients = torch.randn(16, *shape)
+    for step in range(10_000):
+        layer.weight.grad = gradients[step % 16].clone()
+        made.step()
+        if step % 100 == 99:
+            worst = max(worst, *kept.orthonormality().values())
+    assert worst <= 1e-6
+    assert torch.linalg.matrix_norm(layer.weight - start) > 0.5
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_learns(optimizer: str) -> None:
+    model = network(12)
+    made = OPTIMIZERS[optimizer](model.parameters())
+    kept = keep_orthogonal(model, made)
+    assert kept.layers == ("0", "2")
+    losses = train(model, made, 200)
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+def test_step_in_training_is_the_optimizers_turned() -> None:
+    """Against the same optimizer by hand: SGD's first step is −ηG, its tangent part the first-order move."""
+    model = network().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    keep_orthogonal(model, optimizer, "2")
+    before = model[2].weight.detach().clone()
+    F.cross_entropy(model(torch.randn(16, 20, dtype=torch.float64)), torch.randint(3, (16,))).backward()
+    grad = model[2].weight.grad.clone()
+    optimizer.step()
+    expected = stiefel_step(before, -0.05 * tangent(before, grad))
+    torch.testing.assert_close(model[2].weight.detach(), expected)
+    torch.testing.assert_close(model[2].weight.grad, tangent(before, grad))
+
+
+def test_other_layers_train_as_before() -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keep_orthogonal(model, optimizer, "0")
+    with torch.no_grad():
+        plain[0].weight.copy_(model[0].weight)
+    train(model, optimizer, 1)
+    train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), 1)
+    torch.testing.assert_close(model[2].weight, plain[2].weight)
+    torch.testing.assert_close(model[0].bias, plain[0].bias)
+    assert not torch.allclose(model[0].weight, plain[0].weight)
+
+
+def test_param_groups_and_patterns() -> None:
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters(), "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    kept = keep_orthogonal(model, optimizer, lambda name, layer: isinstance(layer, nn.Linear))
+    assert kept.layers == ("0", "2")
+    assert kept.left_out == {"4": "its weight is not among the optimizer's parameters"}
+    before = model[0].weight.detach().clone()
+    train(model, optimizer, 3)
+    torch.testing.assert_close(model[0].weight.detach(), before)
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+def test_steps_that_the_scaler_skips() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = keep_orthogonal(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model[0].weight.detach().clone()
+    for bad in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(torch.randn(8, 20)), torch.randint(3, (8,)))).backward()
+        if bad:
+            model[2].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(model[0].weight, before) is bad
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+def test_closure() -> None:
+    """The gradient is made inside the step; the step is turned all the same."""
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    kept = keep_orthogonal(model, optimizer)
+    x, y = torch.randn(32, 20), torch.randint(3, (32,))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    before = model[0].weight.detach().clone()
+    for _ in range(3):
+        optimizer.step(closure)
+    assert not torch.equal(model[0].weight, before)
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, groups=groups), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    kept = keep_orthogonal(model, optimizer, "0")
+    x, y = torch.randn(1, 2, 8, 8), torch.tensor([1])
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    w = model[0].weight.detach().reshape(groups, 8 // groups, -1)
+    eye = torch.eye(min(w.shape[1:])).expand(groups, -1, -1)
+    gram = w @ w.mT if w.shape[1] <= w.shape[2] else w.mT @ w
+    torch.testing.assert_close(gram, eye, atol=1e-6, rtol=0)
+    assert kept.orthonormality()["0"] <= 1e-6
+
+
+def test_bfloat16_and_autocast() -> None:
+    model = network().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = keep_orthogonal(model, optimizer)
+    for _ in range(50):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(8, 20).bfloat16()).float(), torch.randint(3, (8,))).backward()
+        optimizer.step()
+    assert max(kept.orthonormality().values()) <= 4 * torch.finfo(torch.bfloat16).eps
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = keep_orthogonal(model, optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(model(torch.randn(8, 20)), torch.randint(3, (8,))).backward()
+            optimizer.step()
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+def test_shared_weight_is_turned_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = keep_orthogonal(model, optimizer)
+    assert kept.layers == ("0",)
+    train(model, optimizer, 30, 6)
+    assert kept.orthonormality()["0"] <= 1e-6
+
+
+# torch's parametrization.
+
+
+@pytest.mark.parametrize("kind", ["matrix_exp", "cayley", "householder"])
+@pytest.mark.parametrize("width", [12, 30])
+def test_parametrization_is_replaced(kind: str, width: int) -> None:
+    """The function stays, the optimizer's parameter is the weight itself, and old moments are gone."""
+    model = network(width)
+    for at in (0, 2):
+        parametrizations.orthogonal(model[at], orthogonal_map=kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    x = torch.randn(4, 20)
+    before = model(x)
+    kept = keep_orthogonal(model, optimizer)
+    assert kept.replaced == ("0", "2")
+    torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == set(network().state_dict())
+    assert model[0].weight not in optimizer.state
+    assert model[4].weight in optimizer.state
+    losses = train(model, optimizer, 100)
+    assert losses[-1] < 0.7 * losses[0]
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+def test_other_parametrizations_are_refused() -> None:
+    model = network()
+    parametrizations.spectral_norm(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AttachError, match=r"'0' has a parametrization.*remove_parametrizations"):
+        keep_orthogonal(model, optimizer)
+    assert keep_orthogonal(model, optimizer, "2").layers == ("2",)
+
+
+# State, ends and errors.
+
+
+def test_resumed_run_is_the_uninterrupted_one() -> None:
+    torch.manual_seed(3)
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    keep_orthogonal(model, optimizer)
+    train(model, optimizer, 10)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 10)
+    other = network()
+    resumed = torch.optim.Adam(other.parameters(), lr=1e-2)
+    keep_orthogonal(other, resumed)
+    other.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    train(other, resumed, 10)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_a_plain_checkpoint_loaded_later_is_made_orthonormal() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = keep_orthogonal(model, optimizer)
+    model.load_state_dict({name: 7 * value for name, value in network().state_dict().items()})
+    assert max(kept.orthonormality().values()) > 1
+    train(model, optimizer, 1)
+    assert max(kept.orthonormality().values()) <= 1e-6
+
+
+def test_copies_and_pickles() -> None:
+    """Nothing is left on the model; hooks stay with the optimizer that they were given."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keep_orthogonal(model, optimizer)
+    train(model, optimizer, 2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(torch.ones(1, 20)), model(torch.ones(1, 20)))
+    pickle.loads(pickle.dumps(optimizer))
+
+
+def test_removed() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = keep_orthogonal(model, optimizer)
+    kept.remove()
+    train(model, optimizer, 5)
+    assert max(kept.orthonormality().values()) > 1e-3
+    assert keep_orthogonal(model, optimizer).layers == ("0", "2")
+
+
+def test_refusals() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    keep_orthogonal(model, optimizer, "0")
+    with pytest.raises(AttachError, match=r"'0'.*already.*remove\(\)"):
+        keep_orthogonal(model, optimizer)
+    with pytest.raises(PatternError, match="matches no layer"):
+        keep_orthogonal(model, optimizer, "encoder.*")
+    frozen = network().requires_grad_(False)
+    frozen[4].requires_grad_(True)
+    with pytest.raises(NoEffectError, match="'0': its weight is frozen"):
+        keep_orthogonal(frozen, torch.optim.SGD(frozen[4].parameters(), lr=0.1))
+    with pytest.raises(NoEffectError, match="no linear layer"):
+        keep_orthogonal(nn.ReLU(), optimizer)
+    attention = nn.MultiheadAttention(4, 2)
+    with pytest.raises(NoEffectError, match="three matrices"):
+        keep_orthogonal(
+            attention, torch.optim.SGD(attention.parameters(), lr=0.1), lambda name, _: name == "(root)"
+        )
