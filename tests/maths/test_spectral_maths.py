@@ -186,3 +186,28 @@ def test_eigenpairs_of_nearly_equal_eigenvalues() -> None:
     values, vectors = spectral.eigh(matrix)
     assert values.dtype == vectors.dtype == torch.float32
     torch.testing.assert_close((vectors * values.unsqueeze(-2)) @ vectors.mT, matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_optimal_transport_is_the_symmetric_map_between_covariances() -> None:
+    """T C_old T = C_new with T symmetric and positive; the identity between equals; in one dimension σ_new/σ_old."""
+    x, y = (torch.randn(2, 30, 5, dtype=torch.float64) @ torch.randn(5, 5).double() for _ in range(2))
+    old, new = x.mT @ x, y.mT @ y
+    t = spectral.optimal_transport(old, spectral.root(new, 0.5))
+    torch.testing.assert_close(t, t.mT)
+    assert torch.linalg.eigvalsh(t).min() > 0
+    torch.testing.assert_close(t @ old @ t, new)
+    same = spectral.optimal_transport(old, spectral.root(old, 0.5))
+    torch.testing.assert_close(same, torch.eye(5).double().expand(2, 5, 5))
+    torch.testing.assert_close(
+        spectral.optimal_transport(torch.tensor([[4.0]]), torch.tensor([[3.0]])), torch.tensor([[1.5]])
+    )
+
+
+def test_root() -> None:
+    """C^½ C^½ = C, and C^-½ inverts it; what is not positive counts as nearly 0."""
+    x = torch.randn(30, 5, dtype=torch.float64)
+    c = x.T @ x
+    half = spectral.root(c, 0.5)
+    torch.testing.assert_close(half @ half, c)
+    torch.testing.assert_close(half @ spectral.root(c, -0.5), torch.eye(5).double())
+    assert spectral.root(torch.zeros(2, 2), 0.5).isfinite().all()

@@ -206,3 +206,23 @@ def decayed(weight: Tensor, direction: Tensor, amount: Tensor) -> Tensor:
     """
     along = direction.unsqueeze(-2) @ weight
     return weight - amount.clamp_max(1.0)[..., None, None] * direction.unsqueeze(-1) @ along
+
+
+def root(matrix: Tensor, power: float) -> Tensor:
+    """``C^power`` of a symmetric positive definite C (…, d, d), computed in float64; eigenvalues are kept above 0."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values = values.clamp_min(torch.finfo(matrix.dtype).tiny).pow(power)
+    return ((vectors * values.unsqueeze(-2)) @ vectors.mT).to(matrix)
+
+
+def optimal_transport(old: Tensor, half: Tensor) -> Tensor:
+    """The symmetric T with ``T C_old T = C_new`` that moves N(0, C_old) least (Bures, Wasserstein).
+
+    T = C_new^½ (C_new^½ C_old C_new^½)^-½ C_new^½; the identity where the two are the same.
+
+    Args:
+        old: C_old (…, d, d), symmetric positive definite.
+        half: C_new^½, the same.
+    """
+    wide = half.double()
+    return (wide @ root(wide @ old.double() @ wide, -0.5) @ wide).to(old)

@@ -13,3 +13,6 @@ from retrograde.spectral.transfer import TransferPenalty as TransferPenalty
 from retrograde.spectral import theory as theory
 from retrograde.spectral.orthogonal import Orthogonal as Orthogonal
 from retrograde.spectral.orthogonal import keep_orthogonal as keep_orthogonal
+from retrograde.spectral.adaptation import Adapted as Adapted
+from retrograde.spectral.adaptation import Shift as Shift
+from retrograde.spectral.adaptation import adapt as adapt

@@ -1,0 +1,405 @@
+r"""Dynamic spectral inference: features of a drifting test stream are taken back to where training left them.
+
+For features h (d,) of a layer, a convolution's being those of each pixel, the source has mean μ_s and covariance
+C_s ≈ Q_s Λ_s Q_sᵀ + ρ_s (I − Q_s Q_sᵀ), Q_s (d × k). Of each batch of n test examples, with mean m and covariance S,
+
+    μ_t ← (1 − a) μ_t + a m,  C_t ← (1 − a) C_t + a S + a(1 − a)(m − μ_t)(m − μ_t)ᵀ,  a = 1 − exp(−n/N)   (1)
+    Q_t ← orth(C_t Q_t)                                     (2)   one QR step a batch
+    drift = (k − ‖Q_sᵀ Q_t‖²)/k                             (3)   of the subspace, 0 to 1
+    displacement = mean_i (q_iᵀ(μ_t − μ_s))²/λ_i            (4)   q_i, λ_i the source's
+    spectrum = mean_i log²(q_iᵀ C_t q_i/λ_i)                (5)
+
+and the test statistics start as the source's, so that a first small batch moves them little and a batch of one works.
+
+The gate. A brighter picture moves μ_t, a paler one shrinks C_t, and neither turns Q_t: (3) alone would miss them. With
+q the `quantile` and m the median of each of (3) to (5) over a stream of source batches, q/m says how far it scatters
+there, and s is the median of q/m over all layers and measures. The largest one of all, each divided by its limit, is
+
+    level = max of (3) to (5) over q·max(q/m, s);  the gate opens above 1 and closes below the level's quantile  (6)
+
+so both limits come from source data alone. That stream is every second batch of the source, held against statistics
+of the others, for rows that statistics were taken from are nearer to them than new ones are. While the gate is closed
+the model runs as it is, bit for bit.
+
+While it is open, with P_s = Q_s Q_sᵀ, P_t = Q_t Q_tᵀ and τ relative to the mean of Λ_s,
+
+    μ_s + T (h − μ_t),  T C_t T = C_s, T = Tᵀ ≻ 0           (7)   ``"transport"``: C_s, C_t as above, each plus τI
+    μ_s + (h − μ_t)                                         (8)   ``"mean"``
+    μ_s + [Q_s diag(√((λ_i + τ)/(q_iᵀC_tq_i + τ))) Q_sᵀ + √(ρ_s/ρ_t)(I − P_s)](h − μ_t)     (9)   ``"scale"``
+    μ_s + [Q_s R Q_tᵀ + (I − P_s)(I − P_t)](h − μ_t)        (10)  ``"align"``: R the polar factor of Q_sᵀQ_t
+    μ_s + [Q_t diag(λ/(λ + τ)) Q_tᵀ + (I − P_t)](h − μ_t)   (11)  ``"shrink"``: λ_i = q_iᵀC_tq_i of Q_t
+
+(7) is the optimal transport between the two normal distributions: of all maps that give back the source's covariance
+the one that moves features least. ``"colour"`` is T = C_s^{1/2} C_t^{-1/2} in its place, which gives it back too.
+Layers are corrected in order, so that a later one sees what the earlier ones left.
+
+Deviations from the sources. Published forms of (10) and (11) are without the second term, which drops what lies
+outside the subspace: that is ``rest="drop"``. Q_s Q_tᵀ pairs eigenvectors by their number, and they come in any order
+and sign where eigenvalues are close; R does not depend on either. The sources act on the last features alone; here
+the outputs of all linear-like layers but the last one are corrected, which are the inputs of norms where these follow.
+
+Cost for each batch and layer: 2·rows·d² for C_t, 2d²k for (2); while open 4dk (or 2d²) for each row, and in (7) the
+eigenvectors of one matrix of min(2k, d) a side. Memory 2d² + 2dk numbers a layer. On a GPU the
+gate waits for the device a few times in each layer.
+
+References:
+    Muthuraman, *Dynamic spectral backpropagation*, arXiv 2505.23369 (the idea, from summaries).
+    Cordier et al., *Test-time adaptation with principal component analysis*, 2022: TTAwPCA, (11).
+    You et al., *Test-time correlation alignment*, 2025: LinearTCA, ``"colour"`` of the last features.
+    Schneider et al., *Improving robustness against common corruptions by covariate shift adaptation*, NeurIPS 2020.
+    Fernando et al., *Unsupervised visual domain adaptation using subspace alignment*, ICCV 2013: (10).
+    Sun, Feng, Saenko, *Return of frustratingly easy domain adaptation*, AAAI 2016: ``"colour"``.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.engine.layers import find_kind
+from retrograde.errors import AttachError, NoEffectError, OptionError, StateError, check_option
+from retrograde.patterns import ROOT, Choice, select, some
+from retrograde.spectral.features import channel_axis, features, hooked, rows_of, run
+from retrograde.spectral.tracking import (
+    SOURCE,
+    Correction,
+    Moments,
+    Tracker,
+    corrected,
+    source_of,
+    weight_of,
+)
+
+__all__ = ["Adapted", "Shift", "adapt"]
+
+Statistics = Mapping[str, Mapping[str, Tensor]]
+Gate = Literal["auto", "open", "closed"]
+_FEWEST_BATCHES = 10
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far the test stream is from the source at one layer.
+
+    Attributes:
+        layer: full name.
+        rank: k.
+        drift: equation (3), 0 to 1.
+        displacement: equation (4), in variances.
+        spectrum: equation (5), in squared logarithms.
+        level: the largest of the three, each divided by its limit; equation (6).
+    """
+
+    layer: str
+    rank: int
+    drift: float
+    displacement: float
+    spectrum: float
+    level: float
+
+
+@dataclass(frozen=True)
+class _Options:
+    at: Literal["output", "input"]
+    correction: Correction
+    tau: float
+    rest: Literal["keep", "drop"]
+    window: float
+    rows: int
+
+    def __post_init__(self) -> None:
+        for option, choices in (
+            ("at", ("output", "input")),
+            ("correction", get_args(Correction)),
+            ("rest", ("keep", "drop")),
+        ):
+            check_option(self, option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
+        check_option(self, "tau", math.isfinite(self.tau) and self.tau >= 0, "a finite number, 0 or more")
+        check_option(self, "window", math.isfinite(self.window) and self.window > 0, "a positive number")
+        check_option(self, "rows", self.rows >= 2, "2 or more")
+
+
+class Adapted(nn.Module):
+    """A model with the statistics that correct its features; made by `adapt`.
+
+    It is called as the model is. In evaluation mode every call counts as a batch of the test stream; in training mode
+    the model runs as it is. The model itself is never changed: hooks are on it during a call alone. The statistics are
+    buffers, saved and moved with the rest, and stay float32 or wider when the model is cast.
+
+    Attributes:
+        model: the model, as it was.
+        gate: ``"auto"``, or ``"open"`` or ``"closed"`` to have it so; with ``"closed"`` the stream is only watched.
+        limits: levels above which the gate opens and below which it closes, (2,).
+    """
+
+    limits: Tensor
+    is_open: Tensor
+
+    def __init__(
+        self, model: nn.Module, trackers: Mapping[str, Tracker], limits: Tensor, options: _Options
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.gate: Gate = "auto"
+        self._names = tuple(trackers)
+        self._options = options
+        self.trackers = nn.ModuleList(trackers.values())
+        self.register_buffer("limits", limits.clone())
+        self.register_buffer("is_open", torch.zeros((), dtype=torch.bool))
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward pass on corrected features.
+
+        Raises:
+            NoEffectError: none of the layers was called.
+        """
+        if self.training:
+            return self.model(*args, **kwargs)
+        levels: list[float] = []
+        hooks = {
+            name: partial(self._on_call, name, cast(Tracker, tracker), levels)
+            for name, tracker in zip(self._names, self.trackers, strict=True)
+        }
+        with hooked(self.model, hooks, self._options.at):
+            result = self.model(*args, **kwargs)
+        if not levels:
+            raise NoEffectError(
+                f"none of the layers that are adapted ({some(list(self._names))}) was called, so nothing was "
+                "corrected. Wrap a model that calls its layers, and do not replace them afterwards."
+            )
+        if self.active and max(levels) < float(self.limits[1]):
+            self.is_open.fill_(False)
+        return result
+
+    @property
+    def active(self) -> bool:
+        """Whether features are corrected."""
+        return self.gate == "open" or (self.gate == "auto" and bool(self.is_open))
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """Equation (3) by layer."""
+        return {shift.layer: shift.drift for shift in self.report()}
+
+    def report(self) -> tuple[Shift, ...]:
+        """How far the stream is from the source, by layer."""
+        found: list[Shift] = []
+        for name, module in zip(self._names, self.trackers, strict=True):
+            tracker = cast(Tracker, module)
+            shift = tracker.shift()
+            level = float((shift / tracker.usual).max())
+            drift, displacement, spectrum = shift.tolist()
+            rank = tracker.source_values.shape[0]
+            found.append(Shift(name, rank, drift, displacement, spectrum, level))
+        return tuple(found)
+
+    def reset(self) -> None:
+        """Forget the test stream and close the gate."""
+        for tracker in self.trackers:
+            cast(Tracker, tracker).reset()
+        self.is_open.fill_(False)
+
+    def statistics(self) -> dict[str, dict[str, Tensor]]:
+        """The source's statistics, in plain tensors to save and to give to `adapt` in place of source data."""
+        limits = {"limits": self.limits.clone()}
+        pairs = zip(self._names, self.trackers, strict=True)
+        return {name: source_of(cast(Tracker, tracker)) | limits for name, tracker in pairs}
+
+    def unwrap(self) -> nn.Module:
+        """The model, as it was."""
+        return self.model
+
+    def extra_repr(self) -> str:
+        """Layers and options."""
+        return f"layers={some(list(self._names))}, {self._options}, gate={self.gate!r}"
+
+    def _on_call(
+        self, name: str, tracker: Tracker, levels: list[float], layer: nn.Module, x: Any
+    ) -> Tensor | None:
+        x = features(name, x)
+        axis = channel_axis(layer, x)
+        # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows = rows_of(x, axis, self._options.rows).to(tracker.mean)
+            if rows.shape[0]:
+                examples = x.shape[0] if axis else 1
+                tracker.update(rows, weight_of(examples, self._options.window))
+            levels.append(float((tracker.shift() / tracker.usual).max()))
+            if levels[-1] > float(self.limits[0]):
+                self.is_open.fill_(True)
+            if not self.active:
+                return None
+            affine = tracker.map(self._options.correction, self._options.tau, self._options.rest == "drop")
+        return corrected(x, axis, tracker, affine)
+
+
+def adapt(
+    model: nn.Module,
+    source: Iterable[Any] | Statistics,
+    *,
+    layers: Choice | None = None,
+    at: Literal["output", "input"] = "output",
+    rank: int | None = None,
+    energy: float = 0.99,
+    correction: Correction = "transport",
+    tau: float = 1e-3,
+    rest: Literal["keep", "drop"] = "keep",
+    window: float = 100,
+    quantile: float = 0.99,
+    rows: int = 8192,
+) -> Adapted:
+    """Wrap a trained model so that it follows a drifting test stream, without labels or gradients.
+
+    Args:
+        model: it stays as it is; the wrapper calls it.
+        source: batches of data like those of training, held out where there are some, in random order, read twice:
+            inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave.
+        layers: by patterns over full names, or a function of name and layer; None takes every linear-like layer but the
+            last one that is called (the first one, with ``at="input"``).
+        at: correct what these layers return, or what they are given.
+        rank: k; None takes the smallest that holds `energy`.
+        energy: share of a layer's variance that the automatic rank holds. With 1 all directions count, and the
+            subspace cannot drift.
+        correction: equations (7) to (11), or ``"colour"``.
+        tau: τ, relative to the mean of the source's eigenvalues.
+        rest: ``"keep"`` what lies outside the subspace, or ``"drop"`` it as the sources of (10) and (11) do.
+        window: N, examples: how long the stream is remembered.
+        quantile: of source batches, by which shifts are measured; see equation (6).
+        rows: of a layer's features that a batch is represented by, at most.
+
+    Returns:
+        The wrapper, in the model's mode.
+
+    Raises:
+        OptionError: a value out of its range, or too few source batches, or batches that can be read only once.
+        PatternError: a pattern that matches no layer.
+        NoEffectError: no layer to adapt, or one that is never called.
+        AttachError: a compiled model, or a layer whose features are not one floating-point tensor.
+        StateError: ready statistics of other layers.
+
+    Examples:
+        >>> adapted = rg.spectral.adapt(model.eval(), loader)
+        >>> with torch.no_grad():
+        ...     for x in stream:
+        ...         logits = adapted(x)
+        >>> adapted.active, adapted.drift
+    """
+    options = _Options(at, correction, tau, rest, window, rows)
+    if not 0.5 < quantile <= 1:
+        raise OptionError(f"adapt: quantile={quantile} must be above 0.5 and at most 1.")
+    if not 0 < energy <= 1 or (rank is not None and rank < 1):
+        raise OptionError(
+            f"adapt: rank={rank}, energy={energy}: rank must be 1 or more, or None to follow `energy`, which must be "
+            "above 0 and at most 1."
+        )
+    for name, module in model.named_modules():
+        if (
+            type(module).__name__ == "OptimizedModule"
+            or module.__dict__.get("_compiled_call_impl") is not None
+        ):
+            raise AttachError(
+                f"module {name or ROOT!r} is compiled already, and compiled code does not see the hooks that correct "
+                "features. Adapt the plain model, and compile what is returned."
+            )
+    if isinstance(source, Mapping):
+        return _ready(model, cast(Statistics, source), layers, options)
+    halves = _measured(model, source, layers, options)
+    known = {name: Tracker.of(even, rank, energy) for name, (even, _) in halves.items()}
+    shifts = _watched(Adapted(model, known, torch.tensor([math.inf, 0.0]), options), source)
+    high, middle = shifts.quantile(quantile, 0).clamp_min(_TINY), shifts.median(0).values.clamp_min(_TINY)
+    scatter = high / middle
+    usual = high * scatter.clamp_min(scatter.median())
+    closing = (shifts / usual).amax((1, 2)).quantile(quantile).clamp_max(1)
+    trackers = {name: Tracker.of(even.plus(odd), rank, energy) for name, (even, odd) in halves.items()}
+    for tracker, own in zip(trackers.values(), usual, strict=True):
+        tracker.usual.copy_(own)
+    limits = torch.stack((torch.ones_like(closing), closing))
+    return Adapted(model, trackers, limits.to(next(iter(trackers.values())).mean), options)
+
+
+def _measured(
+    model: nn.Module, source: Iterable[Any], layers: Choice | None, options: _Options
+) -> dict[str, tuple[Moments, Moments]]:
+    """Moments of each layer's features, in the order of their calls: of even batches and of odd ones."""
+    modules = dict(model.named_modules())
+    chosen = [name for name, layer in modules.items() if _is_linear_like(layer)]
+    if layers is not None:
+        chosen = list(select({name: [name] for name in modules}, layers, "layers", True, modules)[0])
+    found: dict[str, tuple[Moments, Moments]] = {}
+    batches = 0
+
+    def add(name: str, layer: nn.Module, x: Any) -> None:
+        rows = rows_of(features(name, x), channel_axis(layer, x), 2**62)
+        found.setdefault(name, (Moments(), Moments()))[batches % 2].add(rows)
+
+    with hooked(model, {name: partial(add, name) for name in chosen}, options.at):
+        for _ in run(model, model, source):
+            batches += 1
+    if batches < _FEWEST_BATCHES:
+        raise OptionError(
+            f"adapt: the source has {batches} batches, and the gate's limits need {_FEWEST_BATCHES} or more. Give more "
+            "data, or smaller batches."
+        )
+    called = list(found)
+    if layers is None:
+        called = called[1:] if options.at == "input" else called[:-1]
+    elif len(called) < len(chosen):
+        missing = [name for name in chosen if name not in found]
+        raise NoEffectError(
+            f"adapt: {some(missing)} chosen by `layers` is never called by the model. Name other layers."
+        )
+    if not called:
+        raise NoEffectError(
+            "adapt: no layer to adapt: of the linear-like layers that the model calls, the last one (with "
+            f"at='input' the first one) is left out by default. It calls {some(list(found))}. Name some in `layers`."
+        )
+    return {name: found[name] for name in called}
+
+
+def _is_linear_like(layer: nn.Module) -> bool:
+    # Attention returns its weights too, and its own linear layers are not called as such.
+    return not isinstance(find_kind(layer), str | None) and not isinstance(layer, nn.MultiheadAttention)
+
+
+def _watched(adapted: Adapted, source: Iterable[Any]) -> Tensor:
+    """Equations (3) to (5) after each odd batch of the source, as a test stream: (batches, layers, 3), float64."""
+    adapted.gate = "closed"
+    odd = (batch for number, batch in enumerate(source) if number % 2)
+    found = [
+        torch.stack([cast(Tracker, tracker).shift() for tracker in adapted.trackers])
+        for _ in run(adapted, adapted.model, odd)
+    ]
+    if not found:
+        raise OptionError(
+            "adapt: the source gave no batches when it was read for the second time. Give a DataLoader or a list, not "
+            "an iterator."
+        )
+    return torch.stack(found).double().cpu()
+
+
+def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options: _Options) -> Adapted:
+    modules = dict(model.named_modules())
+    strange = [name for name in source if name not in modules]
+    lacking = [
+        name for name, own in source.items() if not {*SOURCE, "limits"} <= set(cast(Mapping[str, Any], own))
+    ]
+    if strange or lacking or not source:
+        raise StateError(
+            f"adapt: ready statistics of {some(list(source))} do not fit {type(model).__name__}: "
+            f"{f'it has no layer {some(strange)}' if strange else 'they are not what Adapted.statistics() gives'}. "
+            "Give source batches instead, or the statistics of this model."
+        )
+    names = list(source)
+    if layers is not None:
+        names = [
+            n for n in names if n in select({n: [n] for n in source}, layers, "layers", True, modules)[0]
+        ]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    trackers = {name: Tracker({key: source[name][key].to(device) for key in SOURCE}) for name in names}
+    return Adapted(model, trackers, source[names[0]]["limits"].to(device), options)

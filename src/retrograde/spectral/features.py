@@ -1,0 +1,93 @@
+"""How `retrograde.spectral.adapt` reaches features: hooks that are on the model during a call alone, and rows."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.engine.maps.base import spread, wide
+from retrograde.errors import AttachError
+
+_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
+
+
+def channel_axis(layer: nn.Module, x: Tensor) -> int:
+    """The axis of x that holds the features of `layer`: that of channels for convolutions and their norms, or last."""
+    if isinstance(layer, _FIRST):
+        return x.dim() - 1 - len(layer.kernel_size)
+    return 1 if isinstance(layer, _SECOND) and x.dim() > 1 else x.dim() - 1
+
+
+def rows_of(x: Tensor, axis: int, budget: int) -> Tensor:
+    """At most `budget` rows (n, d) of x, evenly spread; for images a row is a pixel."""
+    rows = x.detach().movedim(axis, -1).reshape(-1, x.shape[axis])
+    return wide(rows[spread(rows.shape[0], budget, rows.device)])
+
+
+def run(module: nn.Module, model: nn.Module, source: Iterable[Any]) -> Generator[None]:
+    """Call `module` on each batch of the source, in evaluation mode; modes are put back."""
+    modes = [(part, part.training) for part in module.modules()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    module.eval()
+    try:
+        for batch in source:
+            with torch.no_grad():
+                if isinstance(batch, Mapping):
+                    module(**{key: moved(value) for key, value in cast(Mapping[str, Any], batch).items()})
+                else:
+                    module(moved(cast(Any, batch[0] if isinstance(batch, tuple | list) else batch)))
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, Any], Any]], at: str
+) -> Generator[None]:
+    """Within: each hook is given its layer and the layer's output, or first input, and may return another."""
+    modules = dict(model.named_modules())
+    handles: list[Any] = []
+
+    def before(hook: Callable[[nn.Module, Any], Any], layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        found = hook(layer, args[0] if args else None)
+        return None if found is None else (found, *args[1:])
+
+    def after(hook: Callable[[nn.Module, Any], Any], layer: nn.Module, args: Any, output: Any) -> Any:
+        return hook(layer, output)
+
+    try:
+        for name, hook in hooks.items():
+            layer = modules[name]
+            if at == "input":
+                handles.append(layer.register_forward_pre_hook(partial(before, hook)))
+            else:
+                handles.append(layer.register_forward_hook(partial(after, hook)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def features(name: str, x: Any) -> Tensor:
+    """What the layer of this name returned or was given, when it is features.
+
+    Raises:
+        AttachError: it is not one floating-point tensor.
+    """
+    if isinstance(x, Tensor) and x.is_floating_point() and x.dim():
+        return x
+    what = f"{type(x).__name__} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+    raise AttachError(
+        f"layer {name!r} cannot be adapted: its features are a {what}, not one floating-point tensor. Leave it out of "
+        "`layers`, or name a layer within it."
+    )

@@ -1,0 +1,222 @@
+"""What `retrograde.spectral.adapt` keeps for each layer: source statistics, those of the test stream, and the map.
+
+The equations and symbols are those of `retrograde.spectral.adaptation`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.maths import spectral
+
+Correction = Literal["transport", "colour", "mean", "scale", "align", "shrink"]
+
+SOURCE = ("source_mean", "source_basis", "source_values", "source_rest", "usual")
+_RANKED = ("source_basis", "source_values", "basis")
+_TINY = 1e-12
+_FLOOR = 1e-6
+"""Of the largest eigenvalue: variances below it count as it does in ratios."""
+
+
+class Moments:
+    """Exact mean and covariance of all rows that were added, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.like = self._sum = self._squares = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows (n, d)."""
+        self.like, wider = rows[:0], rows.double()
+        self.count += rows.shape[0]
+        self._sum = self._sum.to(wider) + wider.sum(0)
+        self._squares = self._squares.to(wider) + wider.mT @ wider
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Of the rows of both."""
+        both = Moments()
+        both.count, both.like = self.count + other.count, self.like
+        both._sum, both._squares = self._sum + other._sum, self._squares + other._squares
+        return both
+
+    def done(self) -> tuple[Tensor, Tensor]:
+        """μ (d,) and C (d, d)."""
+        mean = self._sum / self.count
+        return mean, self._squares / self.count - mean.outer(mean)
+
+
+class Tracker(nn.Module):
+    """Statistics of one layer's features; all of them buffers, in float32 or float64 whatever the model is cast to."""
+
+    source_mean: Tensor
+    source_basis: Tensor
+    source_values: Tensor
+    source_rest: Tensor
+    usual: Tensor
+    mean: Tensor
+    covariance: Tensor
+    basis: Tensor
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name in SOURCE:
+            self.register_buffer(name, source[name].clone())
+        for name in ("mean", "covariance", "basis"):
+            self.register_buffer(name, torch.empty(0))
+        self.reset()
+
+    @classmethod
+    def of(cls, moments: Moments, rank: int | None, energy: float) -> "Tracker":
+        """From the source's exact moments: k is `rank`, or the smallest that holds the share `energy` of the trace."""
+        mean, covariance = moments.done()
+        d = mean.shape[0]
+        values, vectors = (x.flip(-1) for x in torch.linalg.eigh(covariance))
+        values = values.clamp_min(0)
+        k = min(rank, d) if rank else spectral.rank_for_energy(values[None], values.sum()[None], energy)
+        rest = values[k:].mean() if k < d else values.new_zeros(())
+        source = (mean, vectors[:, :k], values[:k], rest, values.new_ones(3))
+        return cls({name: tensor.to(moments.like) for name, tensor in zip(SOURCE, source, strict=True)})
+
+    def reset(self) -> None:
+        """Forget the test stream: it is taken to be like the source."""
+        q = self.source_basis
+        eye = torch.eye(q.shape[0], dtype=q.dtype, device=q.device)
+        self.mean, self.basis = self.source_mean.clone(), q.clone()
+        self.covariance = self.source_rest * eye + (q * (self.source_values - self.source_rest)) @ q.mT
+
+    def update(self, rows: Tensor, share: float) -> None:
+        """Equations (1) and (2): let the rows (n, d) of a batch count for `share` of the stream's statistics."""
+        mean = rows.mean(0)
+        centred, moved = rows - mean, mean - self.mean
+        fresh = centred.mT @ centred / rows.shape[0] + (1 - share) * moved.outer(moved)
+        if not bool(fresh.isfinite().all()):
+            return
+        self.covariance = self.covariance.lerp(fresh, share)
+        self.mean = self.mean + share * moved
+        # A stream that has less variance than directions would leave QR with zero columns.
+        floor = _FLOOR * self.source_values[0] + _TINY
+        self.basis = spectral.qr_steps(lambda q: self.covariance @ q + floor * q, self.basis, 1)
+
+    def shift(self) -> Tensor:
+        """Equations (3) to (5): drift of the subspace, displacement of the mean, change of the spectrum; (3,)."""
+        k = self.source_values.shape[0]
+        floor = _FLOOR * self.source_values[0] + _TINY
+        values = self.source_values + floor
+        drift = spectral.drift(self.source_basis, self.basis) / k
+        moved = self.source_basis.mT @ (self.mean - self.source_mean)
+        ratio = (self._along(self.source_basis) + floor) / values
+        spectrum = ratio.log().square().mean()
+        return torch.stack((drift, (moved.square() / values).mean(), spectrum))
+
+    def map(self, correction: Correction, tau: float, drop: bool) -> tuple[float | Tensor, Tensor, Tensor]:
+        """g, L (d, m) and R (d, m) of the corrections h' = μ_s + g(h − μ_t) + L Rᵀ(h − μ_t), equations (7) to (11)."""
+        q_s, q_t = self.source_basis, self.basis
+        ridge = tau * self.source_values.mean() + _TINY
+        kept: float | Tensor = 0.0 if drop else 1.0
+        if correction == "mean":
+            return 1.0, q_s[:, :0], q_s[:, :0]
+        if correction == "scale":
+            along = self._along(q_s)
+            gain = kept * self._rest_ratio(along)
+            inside = ((self.source_values + ridge) / (along + ridge)).sqrt()
+            return gain, q_s * (inside - gain), q_s
+        if correction == "shrink":
+            along = self._along(q_t)
+            return kept, q_t * (along / (along + ridge) - kept), q_t
+        if correction == "align":
+            overlap = q_s.mT @ q_t
+            left, _, right = torch.linalg.svd(overlap)
+            between = left @ right
+            if drop:
+                return 0.0, q_s @ between, q_t
+            return 1.0, torch.cat((-q_s, q_s @ (between + overlap) - q_t), 1), torch.cat((q_s, q_t), 1)
+        return self._matched(ridge, kept, correction == "transport")
+
+    def _matched(
+        self, ridge: Tensor, kept: float | Tensor, least: bool
+    ) -> tuple[float | Tensor, Tensor, Tensor]:
+        q_s, q_t = self.source_basis, self.basis
+        d, k = q_s.shape
+        # Both models are isotropic outside the two subspaces together.
+        u = torch.eye(d).to(q_s) if 2 * k >= d else torch.linalg.qr(torch.cat((q_s, q_t), 1))[0]
+        inner = q_t.mT @ self.covariance @ q_t
+        rest = self._rest(inner.diagonal())
+        gain = kept * ((self.source_rest + ridge) / (rest + ridge)).sqrt() if k < d else kept
+        eye = torch.eye(u.shape[1]).to(u)
+        s, t = u.mT @ q_s, u.mT @ q_t
+        # The source's root: its eigenvectors are known.
+        outside = (self.source_rest + ridge).sqrt()
+        half = outside * eye + (s * ((self.source_values + ridge).sqrt() - outside)) @ s.mT
+        target = (rest + ridge) * eye + t @ (inner - rest * torch.eye(k).to(t)) @ t.mT
+        inside = spectral.optimal_transport(target, half) if least else half @ spectral.root(target, -0.5)
+        return gain, u @ (inside - gain * eye), u
+
+    def _along(self, q: Tensor) -> Tensor:
+        """The stream's variance along the columns of q."""
+        return (q * (self.covariance @ q)).sum(0).clamp_min(0)
+
+    def _rest(self, along: Tensor) -> Tensor:
+        """The stream's mean variance in the other directions."""
+        d, k = self.source_basis.shape
+        return (self.covariance.diagonal().sum() - along.sum()).clamp_min(0) / max(d - k, 1)
+
+    def _rest_ratio(self, along: Tensor) -> Tensor:
+        floor = _FLOOR * self.source_values[0] + _TINY
+        return ((self.source_rest + floor) / (self._rest(along) + floor)).sqrt()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        state_dict, prefix = args[:2]
+        # The rank follows the source's energy, so that what is loaded may have another one.
+        for name, buffer in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and name in _RANKED:
+                setattr(self, name, buffer.new_empty(saved.shape))
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tracker":
+        # Of a model that is cast to half precision the statistics only follow the device.
+        for name, buffer in self.named_buffers(recurse=False):
+            like = fn(buffer)
+            setattr(
+                self, name, like if like.dtype in (torch.float32, torch.float64) else buffer.to(like.device)
+            )
+        return self
+
+
+def corrected(
+    x: Tensor, axis: int, tracker: Tracker, affine: tuple[float | Tensor, Tensor, Tensor]
+) -> Tensor:
+    """h' of every row of x, in its own layout and dtype; the arithmetic is that of the statistics."""
+    gain, left, right = affine
+    d, m = left.shape
+    dtype = torch.promote_types(x.dtype, tracker.mean.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        h = x.to(dtype)
+        shape = [-1 if i == axis else 1 for i in range(h.dim())]
+        h = h - tracker.mean.to(dtype).view(shape)
+        if m and axis == h.dim() - 1:
+            h = gain * h + (h @ right.to(dtype)) @ left.mT.to(dtype)
+        elif m:
+            flat = h.flatten(axis + 1)
+            if 2 * m < d:
+                flat = gain * flat + left.to(dtype) @ (right.mT.to(dtype) @ flat)
+            else:
+                dense = left @ right.mT
+                flat = (dense + gain * torch.eye(d).to(dense)).to(dtype) @ flat
+            h = flat.view(h.shape)
+        else:
+            h = gain * h
+        return (h + tracker.source_mean.to(dtype).view(shape)).to(x.dtype)
+
+
+def weight_of(examples: int, window: float) -> float:
+    """a = 1 − exp(−n/N): what n examples count for in a window of N, whatever batches they come in."""
+    return 1 - math.exp(-examples / window)
+
+
+def source_of(tracker: Tracker) -> dict[str, Any]:
+    """The source's part of a tracker's buffers."""
+    return {name: getattr(tracker, name).clone() for name in SOURCE}

@@ -1,0 +1,291 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from retrograde import spectral
+from retrograde.errors import AttachError, NoEffectError, OptionError, PatternError, StateError
+
+
+class Net(nn.Module):
+    """Convolution, norm, a shared linear layer, head."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.fc = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.head(self.fc(self.fc(h).relu()))
+
+
+def images(count=20, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    # Correlated pixels, as those of images are.
+    coarse = torch.randn(count * size, 2, 4, 4, generator=generator)
+    return list(nn.functional.interpolate(coarse, (8, 8), mode="bilinear").split(size))
+
+
+def paler(x):
+    return 0.3 * x + 1.5
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = Net()
+    for x in images():
+        net(x)
+    return net.eval()
+
+
+@pytest.fixture
+def adapted(model):
+    return spectral.adapt(model, images(60))
+
+
+def distance(a, b):
+    return (a - b).square().mean().sqrt().item()
+
+
+def test_a_clean_stream_leaves_the_gate_closed_and_the_model_bit_for_bit(model, adapted):
+    with torch.no_grad():
+        for x in images(40, seed=1):
+            assert torch.equal(adapted(x), model(x))
+    assert not adapted.active
+    assert list(adapted.drift) == ["conv", "fc"]
+
+
+@pytest.mark.parametrize("correction", ["transport", "colour", "scale"])
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_a_shifted_stream_opens_it_and_is_brought_back(model, correction, at):
+    adapted = spectral.adapt(model, images(60), correction=correction, at=at, window=64)
+    with torch.no_grad():
+        for x in images(20, seed=1):
+            adapted(paler(x))
+        assert adapted.active
+        found = [(adapted(paler(x)), model(paler(x)), model(x)) for x in images(5, seed=2)]
+    after = sum(distance(a, c) for a, _, c in found)
+    before = sum(distance(b, c) for _, b, c in found)
+    assert after < (0.5 if at == "output" else 0.7) * before
+
+
+def test_the_gate_closes_again_where_the_stream_is_clean(model, adapted):
+    with torch.no_grad():
+        for x in images(10, seed=1):
+            adapted(paler(x))
+        assert adapted.active
+        for x in images(60, seed=3):
+            adapted(x)
+        assert not adapted.active
+        assert adapted.limits[0] > adapted.limits[1] > 0
+
+
+def test_a_batch_of_one_and_one_image_alone(model, adapted):
+    with torch.no_grad():
+        for x in images(20, size=4, seed=1):
+            for one in x.split(1):
+                assert adapted(paler(one)).shape == (1, 3)
+    assert adapted.active
+    adapted.gate = "open"
+    conv = spectral.adapt(nn.Sequential(nn.Conv2d(2, 3, 3)).eval(), images(), layers="0")
+    assert conv(images()[0][0]).shape == (3, 6, 6)
+
+
+def test_gates_by_hand(model, adapted):
+    x = paler(images(1, seed=1)[0])
+    adapted.gate = "closed"
+    for _ in range(5):
+        assert torch.equal(adapted(x), model(x))
+    assert max(shift.level for shift in adapted.report()) > float(adapted.limits[0])
+    adapted.gate = "open"
+    assert not torch.equal(adapted(x), model(x))
+    adapted.reset()
+    assert all(shift.displacement == pytest.approx(0, abs=1e-9) for shift in adapted.report())
+    assert all(1 <= shift.rank < 6 for shift in adapted.report())
+
+
+def test_the_model_is_as_it_was(model):
+    before, keys = copy.deepcopy(model.state_dict()), set(model.__dict__)
+    adapted = spectral.adapt(model, images())
+    adapted(paler(images(1)[0]))
+    assert adapted.unwrap() is model
+    assert set(model.__dict__) == keys
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_training_mode_is_the_models_own(model, adapted):
+    adapted.train()
+    adapted.gate = "open"
+    x = paler(images(1)[0])
+    torch.testing.assert_close(adapted(x), copy.deepcopy(model).train()(x))
+    assert all(shift.displacement == pytest.approx(0, abs=1e-9) for shift in adapted.report())
+    model.train()
+    assert spectral.adapt(model, images()).training
+    assert model.training
+
+
+def test_state_is_saved_with_the_model(model, adapted):
+    with torch.no_grad():
+        for x in images(5, seed=1):
+            adapted(paler(x))
+    x = paler(images(1, seed=2)[0])
+    file = io.BytesIO()
+    torch.save(adapted.state_dict(), file)
+    file.seek(0)
+    other = spectral.adapt(Net().eval(), images(30, seed=5), rank=2)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    copies = [other, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))]
+    with torch.no_grad():
+        expected = adapted(x)
+        for one in copies:
+            assert one.active
+            # Not to the bit: what is loaded may lie otherwise in memory.
+            torch.testing.assert_close(one(x), expected)
+
+
+def test_ready_statistics(model, adapted):
+    file = io.BytesIO()
+    torch.save(adapted.statistics(), file)
+    file.seek(0)
+    again = spectral.adapt(model, torch.load(file, weights_only=True))
+    x = paler(images(1, seed=1)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), adapted(x))
+    assert again.drift == pytest.approx(adapted.drift, abs=1e-5)
+    assert list(spectral.adapt(model, adapted.statistics(), layers="fc").drift) == ["fc"]
+    with pytest.raises(StateError, match="no layer conv"):
+        spectral.adapt(nn.Sequential(nn.Linear(2, 2)), adapted.statistics())
+    with pytest.raises(StateError, match="not what"):
+        spectral.adapt(model, {"conv": {}})
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
+def test_half_precision(model, mode):
+    x = [paler(x) for x in images(8, seed=1)]
+    adapted = spectral.adapt(model, images(60))
+    reference = copy.deepcopy(adapted)
+    if mode == "bfloat16":
+        adapted = adapted.bfloat16()
+        x = [one.bfloat16() for one in x]
+    assert {b.dtype for b in adapted.trackers.buffers()} == {torch.float32}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        for one in x:
+            found = adapted(one)
+    assert found.dtype == torch.bfloat16
+    assert adapted.active
+    with torch.no_grad():
+        for one in x:
+            expected = reference(one.float())
+    assert distance(found.float(), expected) < 0.1 * expected.std().item() + 0.02
+
+
+def test_double_precision_and_a_frozen_model(model):
+    model = model.double().requires_grad_(False)
+    adapted = spectral.adapt(model, [x.double() for x in images()])
+    assert adapted(images(1)[0].double()).dtype == torch.float64
+    assert {b.dtype for b in adapted.trackers.buffers()} == {torch.float64}
+
+
+def test_inference_mode_leaves_ordinary_tensors(model, adapted):
+    with torch.inference_mode():
+        adapted(paler(images(1, seed=1)[0]))
+    assert not any(b.is_inference() for b in adapted.buffers())
+    adapted.gate = "open"
+    x = images(1, seed=2)[0].requires_grad_()
+    adapted(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_layers_without_norms_and_by_name():
+    torch.manual_seed(0)
+    plain = Net(norm=False).eval()
+    assert list(spectral.adapt(plain, images()).drift) == ["conv", "fc"]
+    assert list(spectral.adapt(plain, images(), at="input").drift) == ["fc", "head"]
+    assert list(spectral.adapt(plain, images(), layers=["f*"]).drift) == ["fc"]
+    named = spectral.adapt(
+        Net().eval(), images(), layers=lambda name, layer: isinstance(layer, nn.BatchNorm2d)
+    )
+    assert list(named.drift) == ["norm"]
+
+
+def test_a_transformer():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), encoder, nn.Linear(16, 3)).eval()
+    batches = [torch.randn(8, 5, 8) for _ in range(20)]
+    adapted = spectral.adapt(model, batches)
+    assert list(adapted.drift) == ["0", "1.linear1", "1.linear2"]
+    with torch.no_grad():
+        for x in batches:
+            found = adapted(3 * x + 1)
+    assert adapted.active
+    assert distance(found, model(x)) < distance(model(3 * x + 1), model(x))
+
+
+def test_sources_of_all_kinds(model):
+    pairs = [(x, torch.zeros(len(x))) for x in images()]
+    mappings = [{"x": x} for x in images()]
+    expected = spectral.adapt(model, images()).state_dict()
+    for source in (pairs, mappings, torch.utils.data.DataLoader(images(), batch_size=None)):
+        found = spectral.adapt(model, source).state_dict()
+        assert all(torch.equal(v, expected[k]) for k, v in found.items())
+
+
+def test_refusals(model):
+    batches = images()
+    for wrong, says in (
+        ({"correction": "rotate"}, "correction='rotate'"),
+        ({"at": "weight"}, "at='weight'"),
+        ({"rest": "lose"}, "rest='lose'"),
+        ({"tau": -1.0}, "tau=-1.0"),
+        ({"window": 0}, "window=0"),
+        ({"rows": 1}, "rows=1"),
+        ({"quantile": 0.4}, "quantile=0.4"),
+        ({"rank": 0}, "rank=0"),
+        ({"energy": 1.5}, "energy=1.5"),
+    ):
+        with pytest.raises(OptionError, match=says):
+            spectral.adapt(model, batches, **wrong)
+    with pytest.raises(OptionError, match="gave no batches"):
+        spectral.adapt(model, iter(batches))
+    with pytest.raises(OptionError, match="has 3 batches"):
+        spectral.adapt(model, batches[:3])
+    with pytest.raises(PatternError, match="nothing_like_it"):
+        spectral.adapt(model, batches, layers="nothing_like_it")
+    with pytest.raises(NoEffectError, match="no layer to adapt"):
+        spectral.adapt(nn.Sequential(nn.Flatten(), nn.Linear(128, 2)), batches)
+    idle = Net()
+    idle.unused = nn.Linear(2, 2)
+    assert "unused" not in spectral.adapt(idle, batches).drift
+    with pytest.raises(NoEffectError, match="unused"):
+        spectral.adapt(idle, batches, layers=["unused", "fc"])
+
+
+def test_what_hooks_cannot_reach(model, adapted):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair(128, 4)
+
+        def forward(self, x):
+            return self.pair(x.flatten(1))[0]
+
+    with pytest.raises(AttachError, match="'pair' cannot be adapted: its features are a tuple"):
+        spectral.adapt(Outer(), images(), layers="pair")
+    with pytest.raises(AttachError, match="compiled already"):
+        spectral.adapt(torch.compile(model, backend="eager"), images())
+    adapted.model.forward = lambda x: x
+    with pytest.raises(NoEffectError, match="none of the layers"):
+        adapted(images(1)[0])
