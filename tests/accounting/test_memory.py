@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde import Dither, attach
-from retrograde.accounting.memory import saved_bytes
+from retrograde.accounting.memory import peak_bytes, saved_bytes
 
 
 def test_a_linear_layer_keeps_its_input() -> None:
@@ -82,3 +82,31 @@ def test_gradients_flow_after_counting() -> None:
     saved_bytes(model, lambda: model(x))
     model(x).sum().backward()
     torch.testing.assert_close(model.weight.grad, x.sum(0).expand(3, 4))
+
+
+def test_peak_bytes_counts_what_lives_at_once_and_only_what_is_new():
+    x = torch.zeros(1000)
+
+    def run():
+        view = x.view(10, 100)
+        first = view + 1
+        second = first * 2
+        del first, second
+        return view * 3
+
+    assert peak_bytes(run) == 2 * 4000
+    assert peak_bytes(lambda: x.view(-1).add_(1)) == 0
+    assert peak_bytes(lambda: [torch.zeros(256) for _ in range(3)]) == 3 * 1024
+
+
+def test_peak_bytes_sees_through_transforms():
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(5, 4, 8)
+
+    def loss(w, x):
+        return (x @ w).square().sum()
+
+    def step():
+        torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x).sum().backward()
+
+    # Five gradients of the size of the weight, at the least.
+    assert peak_bytes(step) >= 5 * 8 * 8 * 4

@@ -43,7 +43,7 @@ def test_each_variant_gives_its_figures_and_shares_the_network(context, variant)
     again = adaptation.Adaptation(variant=variant, **SMALL).run(context)
     assert network.stat().st_mtime_ns == written
     for figures in (first, again):
-        assert figures.pop("image_ms") > 0
+        assert figures.pop("image_seconds") > 0
     assert first == again
     drifts = {"clean_drift", "corrupted_drift"} if variant == "spectral" else set()
     assert set(first) == {"accuracy", "clean_accuracy", *drifts}

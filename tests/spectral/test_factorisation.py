@@ -13,10 +13,10 @@ from torch.nn.utils import parametrizations
 
 import retrograde as rg
 from retrograde.errors import AttachError, NoEffectError, OptionError, PatternError, RetrogradeWarning
-from retrograde.spectral import timing
-from retrograde.spectral.moments import Moments, largest_rank, spectrum_of_outputs
-from retrograde.spectral.parts import Part
-from retrograde.spectral.ranks import Curve, allocate
+from retrograde.spectral.factorisation import timing
+from retrograde.spectral.factorisation.moments import Moments, largest_rank, spectrum_of_outputs
+from retrograde.spectral.factorisation.parts import Part
+from retrograde.spectral.factorisation.ranks import Curve, allocate
 
 DOUBLE = torch.float64
 
@@ -461,7 +461,7 @@ class TestOnlyWhatIsFaster:
         assert ranks == sorted(ranks, reverse=True)
 
     def test_layers_that_are_not_faster_stay(self, monkeypatch: pytest.MonkeyPatch):
-        from retrograde.spectral import factorisation
+        from retrograde.spectral.factorisation import factorise as factorisation
 
         monkeypatch.setattr(timing, "alternate", lambda runs: [1.0, 1.0])
         monkeypatch.setattr(factorisation, "alternate", lambda runs: [1.0, 1.0])
@@ -473,7 +473,7 @@ class TestOnlyWhatIsFaster:
     def test_a_rank_that_is_slower_after_all_is_given_up_and_others_shrink_more(
         self, monkeypatch: pytest.MonkeyPatch
     ):
-        from retrograde.spectral import factorisation
+        from retrograde.spectral.factorisation import factorise as factorisation
 
         monkeypatch.setattr(timing, "alternate", lambda runs: [1.0, 0.5])
         calls = itertools.count()

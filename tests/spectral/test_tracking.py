@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from retrograde.spectral.features import channel_axis, rows_of
-from retrograde.spectral.tracking import Moments, Tracker, corrected, source_of, weight_of
+from retrograde.spectral.adaptation.features import channel_axis, rows_of
+from retrograde.spectral.adaptation.tracking import Moments, Tracker, corrected, source_of, weight_of
 
 D = 6
 

@@ -20,7 +20,7 @@ from retrograde.errors import (
     StateError,
 )
 from retrograde.spectral import TransferPenalty
-from retrograde.spectral.restrained import proximal
+from retrograde.spectral.transfer.restrained import proximal
 
 
 def net() -> nn.Sequential:

@@ -1,9 +1,14 @@
-"""Bytes that a forward pass keeps for the backward pass."""
+"""Bytes that a forward pass keeps for the backward pass, and the most that a step holds at once."""
 
+import weakref
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
@@ -41,3 +46,47 @@ def saved_storages(
         kept = forward()
     del kept
     return sizes
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes that lived at once of what `run` allocated as tensors; what was there before is not counted.
+
+    It sees what saved-tensor hooks do not: ``torch.func`` transforms refuse those. Memory that a kernel takes and frees
+    within itself is not seen.
+
+    Args:
+        run: runs the pass; its result is dropped.
+    """
+    with _Allocations() as allocations:
+        run()
+    return allocations.peak
+
+
+class _Allocations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._note((args, kwargs), counted=False)
+        out = func(*args, **(kwargs or {}))
+        self._note(out, counted=True)
+        return out
+
+    def _note(self, values: object, *, counted: bool) -> None:
+        for value in tree_leaves(values):
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            address, size = storage._cdata, storage.nbytes() if counted else 0  # pyright: ignore[reportPrivateUsage]
+            if address not in self._known:
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                self._known[address] = weakref.ref(storage, partial(self._freed, address, size))
+
+    def _freed(self, address: int, size: int, _: object) -> None:
+        self.live -= size
+        del self._known[address]

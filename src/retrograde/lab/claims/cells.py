@@ -169,6 +169,11 @@ def seconds_of_seed(
     return _OVERHEAD * sum(seconds.values()) * (steps + _FORWARD * rows / recipe.batch_size)
 
 
+def weight(recipe: Recipe | Experiment) -> int:
+    """Of a run among others, for a display: epochs; experiments are all alike."""
+    return recipe.epochs if isinstance(recipe, Recipe) else 1
+
+
 def _trained(cell: Cell) -> Recipe:
     assert isinstance(cell.recipe, Recipe)
     return cell.recipe

@@ -10,7 +10,7 @@ import torch
 
 from retrograde.errors import OptionError
 from retrograde.lab import files, machine
-from retrograde.lab.claims.cells import Cell, pace, train_together
+from retrograde.lab.claims.cells import Cell, pace, train_together, weight
 from retrograde.lab.claims.definition import Claim, content_hash
 from retrograde.lab.claims.jobs import Job, Show, State, Stop, run_all
 from retrograde.lab.claims.metrics import of_run, summary
@@ -99,7 +99,7 @@ class Grid:
             for search in self.searches
             if search.waiting()
         ]
-        epochs = sum(self.claim.recipe_of(name).epochs for name in self.claim.contestants)
+        epochs = sum(weight(self.claim.recipe_of(name)) for name in self.claim.contestants)
         state = State(show, sum(job.weight for job in tuning) + self.claim.seeds * epochs)
         run_all(tuning, self.places.jobs, state, stop)
         changes = self._changes(state, stop)
@@ -157,7 +157,7 @@ class Grid:
         return [
             Job(
                 what,
-                sum(cell.recipe.epochs for cell in cells),
+                sum(weight(cell.recipe) for cell in cells),
                 partial(train_together, cells, self.places.data_dir, measures=self.claim.measures),
             )
             for what, cells in jobs

@@ -58,6 +58,20 @@ ALL = {
     "source_accuracy": Metric("source accuracy, old head", "%"),
     "auc": Metric("area under the ROC curve", "%"),
     "trainable": Metric("trained parameters"),
+    "task_interval": Metric("half of the 95 % interval over tasks", "%"),
+    "step_peak_bytes": Metric("most memory of an outer step", "MiB"),
+    "clean_accuracy": Metric("clean accuracy", "%"),
+    "clean_drift": Metric("drift on clean images", "%"),
+    "corrupted_drift": Metric("drift on corrupted images", "%"),
+    "image_seconds": Metric("time per image", "s"),
+    "captured": Metric("subspace captured", "%"),
+    "tracking_error_still": Metric("tracking error, still", "%"),
+    "tracking_error_slow": Metric("tracking error, slow", "%"),
+    "tracking_error_middle": Metric("tracking error, middle", "%"),
+    "tracking_error_fast": Metric("tracking error, fast", "%"),
+    "orthonormality": Metric("max |QᵀQ − I|", "10⁻⁶"),
+    "update_flops": Metric("FLOPs of an update"),
+    "update_seconds": Metric("time of an update", "s"),
 }
 """Shares of FLOPs are of the dense-equivalent whole training step; ``discounted_backward`` of the backward pass."""
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from retrograde.errors import RetrogradeError
 from retrograde.extras import require
 from retrograde.lab import files
-from retrograde.lab.claims.cells import Cell, DataSets, train_together
+from retrograde.lab.claims.cells import Cell, DataSets, train_together, weight
 from retrograde.lab.claims.definition import Claim, Range, Space, Tuning, content_hash
 from retrograde.lab.claims.jobs import Stop, Tell
 from retrograde.lab.experiments import Experiment
@@ -56,7 +56,7 @@ class Search:
 
     def epochs(self) -> int:
         """Of one trial."""
-        return self._recipe({}).epochs
+        return weight(self._recipe({}))
 
     def best(self) -> dict[str, Any]:
         """The changes with the best validation accuracy; the first of equals."""

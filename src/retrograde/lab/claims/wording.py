@@ -53,6 +53,10 @@ def _written(metric: str, values: tuple[float, ...], size: float) -> str:
             factor, digits = 100.0, metrics.ALL[metric].digits
         case "MiB":
             factor, digits = 1 / 2**20, 2
+        case "10⁻⁶":
+            factor, digits = 1e6, 2
+        case "s" if abs(size) < 1e-3:
+            unit, factor, digits = "µs", 1e6, 1
         case "s" if abs(size) < 1:
             unit, factor, digits = "ms", 1e3, 2
         case "s":

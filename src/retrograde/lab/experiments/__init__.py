@@ -9,7 +9,7 @@ NAMES = {
     "adaptation": "Adaptation",
     "factorisation": "Factorisation",
     "few_shot": "FewShot",
-    "orthogonal": "Orthogonal",
+    "orthogonal": "OrthogonalWeights",
     "tracking": "Tracking",
     "transfer": "Transfer",
 }

@@ -21,7 +21,7 @@ from retrograde.lab.models import build
 from retrograde.lab.peers.renormalise import Renormalised
 from retrograde.lab.peers.tent import Tent
 from retrograde.spectral import Adapted, adapt
-from retrograde.spectral.tracking import Correction
+from retrograde.spectral.adaptation.tracking import Correction
 
 _CENTRE, _SCALE = 0.47, 0.25
 """About the mean and deviation of the pixels of CIFAR-10."""
@@ -77,7 +77,7 @@ class Adaptation(Experiment):
             parts.append(self._streamed(predict, wrapper, images, y))
             context.note(0.5 + 0.5 * len(parts) / len(stream))
         accuracy, drift, seconds = (sum(part) / len(stream) for part in zip(*parts, strict=True))
-        found = {"accuracy": accuracy, "clean_accuracy": clean, "image_ms": 1e3 * seconds / len(y)}
+        found = {"accuracy": accuracy, "clean_accuracy": clean, "image_seconds": seconds / len(y)}
         return found if wrapper is None else found | {"clean_drift": clean_drift, "corrupted_drift": drift}
 
     def _streamed(

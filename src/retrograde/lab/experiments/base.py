@@ -40,11 +40,6 @@ class Experiment(BaseModel, ABC):
 
     seed: int = 0
 
-    @property
-    def epochs(self) -> int:
-        """Its weight among other work: all cells weigh the same."""
-        return 1
-
     @abstractmethod
     def run(self, context: Context) -> dict[str, float]:
         """Run the cell. The same settings give the same figures, times aside.

@@ -55,8 +55,8 @@ from retrograde.engine.clock import Listener
 from retrograde.engine.layers import find_kind
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
 from retrograde.patterns import Choice, select, some
-from retrograde.spectral.sources import NORMALISATIONS, Forward, linear_like, source_moments
-from retrograde.spectral.restrained import Rest, Restrained, Scale, Statistics
+from retrograde.spectral.transfer.restrained import Rest, Restrained, Scale, Statistics
+from retrograde.spectral.transfer.sources import NORMALISATIONS, Forward, linear_like, source_moments
 
 __all__ = ["TransferPenalty"]
 

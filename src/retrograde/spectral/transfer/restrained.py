@@ -11,7 +11,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.errors import StateError
 from retrograde.maths.spectral import rank_for_energy
-from retrograde.spectral.sources import has_bias_entry
+from retrograde.spectral.transfer.sources import has_bias_entry
 
 Rest = Literal["even", "none"]
 Scale = Literal["mean", "top", "none"]

@@ -234,7 +234,7 @@ def macs_of_call(layer: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def macs_for_a_rank(layer: Plain) -> float:
-    """u of `retrograde.spectral.ranks`, over M: what a rank of the two layers costs of the whole layer."""
+    """u of `ranks`, over M: what a rank of the two layers costs of the whole layer."""
     fan_in, outputs = layer.weight[0].numel(), len(layer.weight)
     return (fan_in + outputs) / (fan_in * outputs)
 

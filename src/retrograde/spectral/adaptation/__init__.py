@@ -63,8 +63,8 @@ from torch import Tensor, nn
 from retrograde.engine.layers import find_kind
 from retrograde.errors import AttachError, NoEffectError, OptionError, StateError, check_option
 from retrograde.patterns import ROOT, Choice, select, some
-from retrograde.spectral.features import channel_axis, features, hooked, rows_of, run
-from retrograde.spectral.tracking import (
+from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, run
+from retrograde.spectral.adaptation.tracking import (
     SOURCE,
     Correction,
     Moments,

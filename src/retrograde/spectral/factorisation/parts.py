@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from retrograde.spectral.factorisation_report import FactorRow
-from retrograde.spectral.factors import parameters_of, shape_of, split
-from retrograde.spectral.moments import Plain, Spectrum, largest_rank, macs_for_a_rank
-from retrograde.spectral.ranks import Curve, allocate
+from retrograde.spectral.factorisation.factors import parameters_of, shape_of, split
+from retrograde.spectral.factorisation.moments import Plain, Spectrum, largest_rank, macs_for_a_rank
+from retrograde.spectral.factorisation.ranks import Curve, allocate
+from retrograde.spectral.factorisation.report import FactorRow
 
 
 class Part:
@@ -59,7 +59,7 @@ class Part:
 
 
 def ranks_within(parts: Mapping[str, Part], budget: float) -> dict[str, int | None]:
-    """Ranks of all layers jointly, by `retrograde.spectral.ranks`; None where a layer stays whole."""
+    """Ranks of all layers jointly, by `retrograde.spectral.factorisation.ranks`; None where a layer stays whole."""
     curves = {name: Curve(p.macs, p.cost(1), p.shares[: p.largest]) for name, p in parts.items()}
     return allocate(curves, budget)
 

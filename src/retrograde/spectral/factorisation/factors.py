@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from retrograde.engine.layers import AttachedLayer
 from retrograde.errors import AttachError, NoEffectError
 from retrograde.patterns import ROOT, Choice, select
-from retrograde.spectral.moments import Plain, Spectrum
+from retrograde.spectral.factorisation.moments import Plain, Spectrum
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

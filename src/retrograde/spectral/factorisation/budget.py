@@ -4,8 +4,8 @@ With B the share of multiply-adds that is aimed at, reached between the optimize
 
     b(t) = B + (1 − B) (1 − (t − t₀)/(t₁ − t₀))³                                  (1)   AdaLoRA's schedule
 
-Every `every` steps ranks are chosen for all layers jointly within b(t) (`retrograde.spectral.ranks`) from the spectra
-of the outputs of the last `window` steps, and each layer is projected on its leading directions,
+Every `every` steps ranks are chosen for all layers jointly within b(t) (`retrograde.spectral.factorisation.ranks`)
+from the spectra of the outputs of the last `window` steps, and each layer is projected on its leading directions,
 
     W ← Q Qᵀ W,   b ← b + (I − Q Qᵀ) m,   M ← Q Qᵀ M                              (2)
 
@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
 from retrograde.patterns import Choice
-from retrograde.spectral.factorisation_report import FactorReport
-from retrograde.spectral.factors import candidates, parameters_of, place, split
-from retrograde.spectral.moments import Plain, Spectrum, Watch, spectrum_of_outputs
-from retrograde.spectral.parts import Part, ranks_within, report_rows
+from retrograde.spectral.factorisation.factors import candidates, parameters_of, place, split
+from retrograde.spectral.factorisation.moments import Plain, Spectrum, Watch, spectrum_of_outputs
+from retrograde.spectral.factorisation.parts import Part, ranks_within, report_rows
+from retrograde.spectral.factorisation.report import FactorReport
 
 _MOMENTA = ("momentum_buffer", "exp_avg")
 

@@ -12,15 +12,15 @@ et al. 2016). They cost r(d_in + d_out) multiply-adds at each position in place 
     a layer is factorised where  r < d_in d_out / (d_in + d_out)                                              (2)
 
 Ranks are those that keep a share θ of each layer's energy, r = min{r : Σ_{i≤r} λ_i ≥ θ Σ λ}, or are chosen for all
-layers together within a budget of multiply-adds (`retrograde.spectral.ranks`).
+layers together within a budget of multiply-adds (`retrograde.spectral.factorisation.ranks`).
 
 From the source (Muthuraman 2025, extension 2, whose text was not available) come the rule for r and the form of W; the
 mean in the bias, convolutions, the joint budget and the choice by measured time are added here. The spectra are those
 of the model as it was: errors of the layers before do not enter the statistics of those behind them.
 
 Symbols: W `weight` (d_out, d_in), Q `basis`, λ `eigenvalues`, θ `energy`. Cost: one forward pass of the data, and
-`retrograde.spectral.moments`: 8 d² bytes for each layer of width d until its rank is chosen, so a model of many wide
-layers is better done in parts, with `only`.
+`retrograde.spectral.factorisation.moments`: 8 d² bytes for each layer of width d until its rank is chosen, so a model
+of many wide layers is better done in parts, with `only`.
 
 References: Muthuraman, arXiv 2505.23369, 2025; Zhang, Zou, He, Sun, *Accelerating very deep convolutional networks for
 classification and detection*, IEEE TPAMI 38, 2016; Yu, Wu, *Compressing transformers: features are low-rank, but
@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.patterns import ROOT, Choice
-from retrograde.spectral.factorisation_report import FactorReport
-from retrograde.spectral.factors import candidates, parameters_of, place
-from retrograde.spectral.moments import Plain, spectrum_of_weight
-from retrograde.spectral.observation import Call, evaluating, inputs_of, observe, run_on_input
-from retrograde.spectral.parts import Part, ranks_within, report_rows
-from retrograde.spectral.timing import MARGIN, alternate, fastest_rank
+from retrograde.spectral.factorisation.factors import candidates, parameters_of, place
+from retrograde.spectral.factorisation.moments import Plain, spectrum_of_weight
+from retrograde.spectral.factorisation.observation import Call, evaluating, inputs_of, observe, run_on_input
+from retrograde.spectral.factorisation.parts import Part, ranks_within, report_rows
+from retrograde.spectral.factorisation.report import FactorReport
+from retrograde.spectral.factorisation.timing import MARGIN, alternate, fastest_rank
 
 Seconds = tuple[float, float]
 

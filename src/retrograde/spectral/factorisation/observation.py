@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.forecast import untouched
 from retrograde.patterns import ROOT
-from retrograde.spectral.moments import Moments, Plain, Spectrum, Watch, rows_of, spectrum_of_outputs
+from retrograde.spectral.factorisation.moments import (
+    Moments,
+    Plain,
+    Spectrum,
+    Watch,
+    rows_of,
+    spectrum_of_outputs,
+)
 
 Call = Callable[[nn.Module, Any], object]
 """Runs a model on one batch of data."""
