@@ -1,6 +1,7 @@
 """Factorised layers: the mathematics of their ranks, what they compute, what is left, and what is refused."""
 
 import copy
+import importlib
 import itertools
 import pickle
 from pathlib import Path
@@ -461,7 +462,7 @@ class TestOnlyWhatIsFaster:
         assert ranks == sorted(ranks, reverse=True)
 
     def test_layers_that_are_not_faster_stay(self, monkeypatch: pytest.MonkeyPatch):
-        from retrograde.spectral.factorisation import factorise as factorisation
+        factorisation = importlib.import_module("retrograde.spectral.factorisation.factorise")
 
         monkeypatch.setattr(timing, "alternate", lambda runs: [1.0, 1.0])
         monkeypatch.setattr(factorisation, "alternate", lambda runs: [1.0, 1.0])
@@ -473,7 +474,7 @@ class TestOnlyWhatIsFaster:
     def test_a_rank_that_is_slower_after_all_is_given_up_and_others_shrink_more(
         self, monkeypatch: pytest.MonkeyPatch
     ):
-        from retrograde.spectral.factorisation import factorise as factorisation
+        factorisation = importlib.import_module("retrograde.spectral.factorisation.factorise")
 
         monkeypatch.setattr(timing, "alternate", lambda runs: [1.0, 0.5])
         calls = itertools.count()

@@ -29,7 +29,7 @@ TO_TARGET = {
 }
 """Known once all variants of a seed have run; None where the target was not reached."""
 
-ALL = {
+TRAINING = {
     "accuracy": Metric("test accuracy", "%"),
     "best_validation": Metric("best validation accuracy", "%"),
     "zeros": Metric("zeros in δ", "%"),
@@ -48,6 +48,10 @@ ALL = {
     "steps": Metric("steps"),
     "sharpness": Metric("λ_max of the Hessian"),
     **TO_TARGET,
+}
+"""Shares of FLOPs are of the dense-equivalent whole training step; ``discounted_backward`` of the backward pass."""
+
+EXPERIMENTS = {
     "accuracy_untuned": Metric("test accuracy before fine-tuning", "%"),
     "macs_share": Metric("multiply-adds of the original's", "%", 1),
     "model_bytes": Metric("size of the file", "MiB"),
@@ -73,7 +77,9 @@ ALL = {
     "update_flops": Metric("FLOPs of an update"),
     "update_seconds": Metric("time of an update", "s"),
 }
-"""Shares of FLOPs are of the dense-equivalent whole training step; ``discounted_backward`` of the backward pass."""
+"""Of claims that do not train by a recipe, beside those above."""
+
+ALL = TRAINING | EXPERIMENTS
 
 
 def of_run(outcome: Outcome) -> dict[str, float | None]:
