@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from retrograde import host
 from retrograde.assignment import Assignment, Given, assign
 from retrograde.engine import ranks
+from retrograde.engine.activations import lighten, restore
 from retrograde.engine.layers import AttachedLayer, find_kind
 from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
@@ -249,11 +250,22 @@ def _forecast(
             "the model is attached already, and what attaching would save can be forecast only for a plain one. "
             "Detach it first."
         )
-    fast = {p.name for p in placements if all(method.saves_time for method in p.methods.values())}
+    # What is there to save bytes may take time for it.
+    acting = [method for place in placements for method in place.methods.values()]
+    lightens = any(method.lightens for method in acting)
+    fast = {p.name for p in placements if all(m.saves_time and not m.lightens for m in p.methods.values())}
     tried = [p for p in placements if p.name in fast or ranks.count() == 1]
     if not tried:
         return None
-    seen = observe(model, {place.name: place.site.layer for place in tried}, example)
+    layers = {place.name: place.site.layer for place in tried}
+    seen = observe(model, layers, example)
+    memory = seen.memory
+    if lightens:
+        light = lighten(model)
+        try:
+            memory = observe(model, layers, example).memory
+        finally:
+            restore(light)
     around = _innermost(blocks)
     trials, changes = Trials(), [(0.0, 0.0, 0.0)]
     stays: list[Placement] = []
@@ -283,9 +295,9 @@ def _forecast(
             changes.append((found.attached - found.plain, low - found.plain, high - found.plain))
     attached, low, high = (seen.seconds + sum(column) for column in zip(*changes, strict=True))
     kept = {place.name: trials.kept[place.name] for place in stays if place.name in trials.kept}
-    acting = {method.name: method.forecast_note for place in stays for method in place.methods.values()}
-    notes = tuple(note for note in acting.values() if note)
-    plain_bytes, attached_bytes = float(seen.memory.plain), seen.memory.attached(kept)
+    said = {method.name: method.forecast_note for place in stays for method in place.methods.values()}
+    notes = tuple(note for note in said.values() if note)
+    plain_bytes, attached_bytes = float(seen.memory.plain), memory.attached(kept)
     return StepForecast(seen.seconds, attached, (low, high), plain_bytes, attached_bytes, notes)
 
 

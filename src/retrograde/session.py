@@ -20,6 +20,7 @@ from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
 from retrograde.assignment import Assignment, Given, assign, distinct, exactly
+from retrograde.engine.activations import lighten, restore
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
@@ -304,6 +305,8 @@ class Session:
         for place in decision.layers:
             swap_in(place.site.layer, place.kind, self._programs[place.name])
             self._layers[place.name] = place.site.layer
+        acting = {id(method): method for place in decision.layers for method in place.methods.values()}
+        self._light = lighten(model) if any(method.lightens for method in acting.values()) else []
         self._blocks = _make_blocks(decision.blocks, self._programs, seed)
         self._block_window: dict[str, dict[str, int]] = {}
         swap_in_blocks(list(self._blocks.values()))
@@ -537,6 +540,7 @@ class Session:
     def _swap_out(self, *, to_fold: bool) -> None:
         swap_out_blocks(list(self._blocks.values()))
         swap_out(self._layers, to_fold=to_fold)
+        restore(self._light)
         self._clock.stop()
         for program in self._programs.values():
             program.owner = None
@@ -644,7 +648,7 @@ class Session:
     def _take(self, state: dict[str, Any]) -> None:
         for name, program in self._programs.items():
             program.load_state_dict(state["layers"][name])
-            program.seed = int(state["seed"])
+            program.reseed(int(state["seed"]))
         for name, conductor in self._conductors.items():
             conductor.load_state_dict(state["conductors"][name])
         for name, block in self._blocks.items():

@@ -55,9 +55,7 @@ class LayerProgram:
         self.names = names
         self._by_method = ordered(rules)
         self.rules = tuple(self._by_method.values())
-        self.seed = seed
-        for rule in self.rules:
-            rule.seed = seed
+        self.reseed(seed)
         self.active = True
         self.block: BlockProgram | None = None
         """The innermost block around the layer, or its own when it is a chain; its grant is the tier to begin with."""
@@ -90,6 +88,12 @@ class LayerProgram:
         # A plain flag, not a question about the step: compiled code is guarded by what forward reads.
         self.sampling = self.statistics is not None
         self.token = boundary.token(self)
+
+    def reseed(self, seed: int) -> None:
+        """Take the seed of the session, or of the one whose state is loaded."""
+        self.seed = seed
+        for rule in self.rules:
+            rule.seed = seed
 
     def _fill_slots(self) -> None:
         def filling(slot: str) -> tuple[Rule, ...]:

@@ -495,6 +495,11 @@ class Method:
         """One rule for each block of a model; `blocks` are in the model's order."""
         raise NotImplementedError
 
+    @property
+    def lightens(self) -> bool:
+        """Whether layers keep so little of their inputs that ReLUs should keep less too (`engine.activations`)."""
+        return False
+
     def make_rule(self, site: Site) -> Rule | str:
         """The rule for `site`, or the reason why this method leaves the layer alone."""
         raise NotImplementedError

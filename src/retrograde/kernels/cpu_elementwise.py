@@ -17,7 +17,7 @@ from retrograde.kernels.cpu_memory import flat, in_memory_order, lent, lies_chan
 from retrograde.kernels.cpu_threads import address, inlined, jit, serial, use_threads
 from retrograde.kernels.delta import Levels
 
-_BLOCK = 4096
+BLOCK = 4096
 """Entries in a block: its noise stays in the first-level cache."""
 _INFINITE = 0x7F800000
 """The pattern of an infinite float32; those of NaN are larger."""
@@ -25,8 +25,8 @@ _INFINITE = 0x7F800000
 
 @inlined
 def _block(x: Any, bits: Any, b: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> None:
-    block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-    pattern = bits[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
+    block = x[b * BLOCK : min(x.size, (b + 1) * BLOCK)]
+    pattern = bits[b * BLOCK : min(x.size, (b + 1) * BLOCK)]
     # Sums in float64: squares of small gradients would vanish in float32.
     total, peak, none = 0.0, np.int32(0), np.int32(0)
     for j in range(block.size):
@@ -56,7 +56,7 @@ def _together(size: Any, sums: Any, squares: Any, peaks: Any, zeros: Any) -> Any
     spread, peak, none = 0.0, np.int32(0), np.int64(0)
     for b in range(sums.size):
         # Each block's deviations are from its own mean (Chan et al.): nothing cancels.
-        entries = min(_BLOCK, size - b * _BLOCK)
+        entries = min(BLOCK, size - b * BLOCK)
         away = sums[b] / entries - mean
         spread += squares[b] + entries * away * away
         peak = max(peak, peaks[b])
@@ -77,7 +77,7 @@ def statistics(delta: Tensor) -> Statistics:
     """Standard deviation (biased), largest magnitude and number of zeros of a float32 gradient, in one pass."""
     _, entries = in_memory_order(delta)
     use_threads(entries.size)
-    blocks = -(-entries.size // _BLOCK)
+    blocks = -(-entries.size // BLOCK)
     sums, squares = np.empty(blocks), np.empty(blocks)
     peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
     _statistics(entries, entries.view(np.int32), sums, squares, peaks, zeros)
@@ -88,7 +88,7 @@ def statistics(delta: Tensor) -> Statistics:
 @jit
 def _count_zeros(bits: Any, mask: Any, zeros: Any) -> None:
     for b in prange(zeros.size):
-        block = bits[b * _BLOCK : min(bits.size, (b + 1) * _BLOCK)]
+        block = bits[b * BLOCK : min(bits.size, (b + 1) * BLOCK)]
         none = np.int32(0)
         for j in range(block.size):
             none += np.int32((block[j] & mask) == 0)
@@ -99,7 +99,7 @@ def count_zeros(tensor: Tensor) -> int:
     """Number of zero entries, of a dtype in `cpu_memory.PATTERNS`."""
     bits, mask = patterns(tensor.permute(0, 2, 3, 1) if lies_channels_last(tensor) else tensor)
     use_threads(bits.size)
-    zeros = np.empty(-(-bits.size // _BLOCK), np.int64)
+    zeros = np.empty(-(-bits.size // BLOCK), np.int64)
     _count_zeros(bits.reshape(-1), mask, zeros)
     return int(zeros.sum())
 
@@ -125,10 +125,10 @@ def _random(counter: Any, key0: Any, key1: Any) -> Any:
 
 
 @inlined
-def _noise(b: Any, size: Any, key0: Any, key1: Any, noise: Any) -> None:
+def fill_noise(b: Any, size: Any, key0: Any, key1: Any, noise: Any) -> None:
     """Of block number `b` of a gradient: one counter for four entries side by side."""
     for i in range((size + 3) // 4):
-        found = _random(np.uint64(b * (_BLOCK // 4) + i), key0, key1)
+        found = _random(np.uint64(b * (BLOCK // 4) + i), key0, key1)
         noise[4 * i], noise[4 * i + 1], noise[4 * i + 2], noise[4 * i + 3] = found
 
 
@@ -152,10 +152,10 @@ def _levels(block: Any, step: Any, limit: Any, levels: Any) -> Any:
 @jit
 def _nsd(x: Any, q: Any, step: Any, key0: Any, key1: Any, limit: Any, zeros: Any, largest: Any) -> None:
     for b in prange(zeros.size):
-        block = x[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        out = q[b * _BLOCK : min(x.size, (b + 1) * _BLOCK)]
-        levels = np.empty(_BLOCK, np.float32)
-        _noise(b, block.size, key0, key1, levels)
+        block = x[b * BLOCK : min(x.size, (b + 1) * BLOCK)]
+        out = q[b * BLOCK : min(x.size, (b + 1) * BLOCK)]
+        levels = np.empty(BLOCK, np.float32)
+        fill_noise(b, block.size, key0, key1, levels)
         zeros[b], largest[b] = _levels(block, step, limit, levels)
         for j in range(block.size):
             out[j] = np.int8(np.int32(levels[j]))
@@ -194,7 +194,7 @@ def _dither(source: Any, target: Any, size: Any, scale: Any, limit: Any, key0: A
     """
     x, out = carray(address(source), size, np.float32), carray(address(target), size, np.float32)
     bits = carray(address(source), size, np.int32)
-    blocks = (size + _BLOCK - 1) // _BLOCK
+    blocks = (size + BLOCK - 1) // BLOCK
     sums, squares = np.empty(blocks), np.empty(blocks)
     peaks, zeros = np.empty(blocks, np.int32), np.empty(blocks, np.int64)
     for b in range(blocks):
@@ -211,13 +211,13 @@ def _dither(source: Any, target: Any, size: Any, scale: Any, limit: Any, key0: A
     if not (step > 0 and step < np.inf):
         return 0.0, pattern, own_zeros, np.int64(0), np.int32(0)
     none, most = np.int64(0), np.int32(0)
-    levels = np.empty(min(size + 3, _BLOCK), np.float32)
+    levels = np.empty(min(size + 3, BLOCK), np.float32)
     for b in range(blocks):
-        block = x[b * _BLOCK : min(size, (b + 1) * _BLOCK)]
-        _noise(b, block.size, key0, key1, levels)
+        block = x[b * BLOCK : min(size, (b + 1) * BLOCK)]
+        fill_noise(b, block.size, key0, key1, levels)
         zero, peak = _levels(block, step, np.float32(limit), levels)
         for j in range(block.size):
-            out[b * _BLOCK + j] = levels[j] * step
+            out[b * BLOCK + j] = levels[j] * step
         none, most = none + zero, max(most, peak)
     return wide_step, pattern, own_zeros, none, most
 
@@ -241,7 +241,7 @@ def nsd(delta: Tensor, step: float, key: int, bits: int) -> Levels:
     """Integer levels of the dithered float32 gradient, in its memory order; the noise is `philox.uniform`'s."""
     use_threads(delta.numel())
     levels = lent((delta.numel(),), np.int8)
-    blocks = -(-delta.numel() // _BLOCK)
+    blocks = -(-delta.numel() // BLOCK)
     zeros, largest = np.empty(blocks, np.int64), np.empty(blocks, np.int32)
     limit = np.float32(2 ** (bits - 1) - 1)
     rest = (np.float32(step), np.int64(key & 0xFFFFFFFF), np.int64(key >> 32), limit, zeros, largest)

@@ -12,7 +12,11 @@ integer multiples of a step before **both** backward products. Most entries beco
 Deviations from the paper: Δ is widened to max|δ|/(2^(bits−1) − 1) so that int8 levels never saturate, which would bias
 them; δ with a non-finite entry or without variance is left exact, and counted (`fallbacks`).
 
-Cost for each entry of δ: three passes for the statistics, one for noise and rounding; about 28 operations. On a GPU two
+``keep=4`` rounds x, too, without bias, but only what is kept of it for equation (4): 4 bits and a quarter for each
+entry in place of 32 (`retrograde.kernels.pack`). The forward pass, dx and evaluation are as they were, and so is E[dW].
+`nn.ReLU` modules, whose backward pass would keep the same activations whole, then keep a bit of each: its sign.
+
+Cost for each entry of δ: three passes for the statistics, one for noise and rounding; about 22 operations. On a GPU two
 passes, and the host never waits for them in the backward pass: steps and counts are read once a step, and the warning
 about a δ that is not finite comes then.
 
@@ -25,6 +29,7 @@ is several times slower.
 Reference:
     Wiedemann, Mehari, Kepp, Samek. *Dithered backprop: A sparse and quantized backpropagation algorithm for more
     efficient deep neural network training.* CVPR Workshops 2020, arXiv 2004.04729.
+    Chen et al. *ActNN: Reducing training memory footprint via 2-bit activation compressed training.* ICML 2021: `keep`.
 """
 
 import math
@@ -34,16 +39,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retrograde.accounting.counters import Counters
+from retrograde.engine.maps.base import Map
 from retrograde.engine.slots import Call, Method, Rule, Site, Step
 from retrograde.errors import OptionError, RetrogradeWarning, check_option
-from retrograde.kernels import choose, dispatch
+from retrograde.kernels import choose, dispatch, pack
 from retrograde.kernels.delta import Delta
+from retrograde.kernels.work import Work
+from retrograde.maths.philox import key_of, mix_key
 
-_FLOPS_PER_ENTRY = 28
-"""Overhead: 5 for standard deviation and peak, 3 for scaling and rounding, 20 for Philox (a fourth of ten rounds)."""
+_FLOPS_PER_ENTRY = 22
+"""Overhead: 5 for standard deviation and peak, 3 for scaling and rounding, 14 for Philox (a fourth of seven rounds)."""
+_PACKING_FLOPS = 22
+"""The same for each entry of x: 2 for its range, 4 for rounding, 14 for Philox, 2 to have it back."""
 
 _PRECISION = {"auto": "int8", "bfloat16": "bfloat16", "float32": "float32"}
 _GAIN = 1.0
@@ -64,6 +74,8 @@ class Dither(Method):
         bits: width of the integer levels, 2 to 8; None leaves them unbounded, without widening the step.
         forward: ``"int8"``: the forward products of linear layers run in 8 bits too, to nearest, and keep x in 8 bits
             for the backward pass (`retrograde.kernels.int8`); weights and evaluation stay as they are.
+        keep: bits in which a layer's input is kept for its weight gradient, 2, 4 or 8, rounded without bias; None keeps
+            it as it is.
 
     Raises:
         OptionError: a value out of its range.
@@ -86,6 +98,7 @@ class Dither(Method):
     bits: int | None = 8
     products: Literal["auto", "float32", "bfloat16"] = "auto"
     forward: Literal["exact", "int8"] = "exact"
+    keep: Literal[2, 4, 8] | None = None
 
     def __post_init__(self) -> None:
         check_option(
@@ -100,6 +113,11 @@ class Dither(Method):
             self, "products", self.products in _PRECISION, f"one of {', '.join(map(repr, _PRECISION))}"
         )
         check_option(self, "forward", self.forward in ("exact", "int8"), "'exact' or 'int8'")
+        check_option(self, "keep", self.keep in (None, *pack.BITS), "2, 4 or 8 bits, or None")
+        if self.keep is not None and self.forward == "int8":
+            raise OptionError(
+                f"Dither: forward='int8' keeps the layer's input in 8 bits already; leave out keep={self.keep}."
+            )
         whole = isinstance(self.bits, int) and 2 <= self.bits <= 8
         check_option(
             self,
@@ -108,9 +126,14 @@ class Dither(Method):
             "a whole number from 2 to 8, or None for unbounded levels",
         )
 
+    @property
+    def lightens(self) -> bool:
+        """With `keep`: what the layers no longer keep, activations must not keep for them."""
+        return self.keep is not None
+
     def make_rule(self, site: Site) -> Rule:
         """Every linear-like layer is dithered."""
-        rule = _DitherRule(site.name, self)
+        rule = _DitherRule(site.name, self) if self.keep is None else _KeepingRule(site.name, self)
         if self.forward == "int8":
             rule.int8_forward = site.map.plain_rows
             if not rule.int8_forward:
@@ -216,3 +239,43 @@ class _DitherRule(Rule):
         self._unread = []
         self._scale, self._step_size = float(state["scale"]), float(state["step"])
         self._largest_level = int(state["largest_level"])
+
+
+class _KeepingRule(_DitherRule):
+    """With x in a few bits for dW."""
+
+    def __init__(self, name: str, method: Dither) -> None:
+        super().__init__(name, method)
+        self._key = torch.zeros(1, dtype=torch.int64)
+        """Of this step's noise: a tensor, by which compiled code is not guarded; replaced, never written to."""
+
+    def prepare(self, layer: nn.Module) -> None:
+        """The first step's key."""
+        self._draw(0)
+
+    def save(self, x: Tensor, weight: Tensor, map: Map) -> tuple[Tensor, ...]:
+        """x in `keep` bits."""
+        assert self._method.keep is not None
+        return pack.pack(x, self._key, self._method.keep)
+
+    def product(self, call: Call, delta: Delta) -> Work:
+        """Equation (4) with what was kept."""
+        levels, ranges, order = call.saved
+        x = pack.unpack(levels, ranges, order, torch.Size(call.input_shape), call.weight.dtype)
+        call.spend(_PACKING_FLOPS * x.numel())
+        return call.map.weight_grad(call.products, x, call.weight)
+
+    def local(self, step: Step) -> None:
+        super().local(step)
+        self._draw(step.index + 1)
+
+    def _draw(self, index: int) -> None:
+        key = mix_key(self.seed, index, key_of(f"{self.name}/kept"))
+        self._key = torch.tensor([key - (1 << 64) if key >> 63 else key])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "key": self._key}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._key = state["key"]

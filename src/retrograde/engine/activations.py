@@ -1,0 +1,70 @@
+"""ReLUs that keep a bit of each activation in place of the whole.
+
+torch's keeps its output for the backward pass, the same tensor that the next layer keeps as its input. Where that layer
+keeps less, the whole would stay for the ReLU's sake alone, though all that it needs is where it is positive.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from retrograde.engine.layers import copied, reduced, subclass
+from retrograde.kernels import pack
+from retrograde.kernels.cpu_memory import lies_channels_last
+
+
+class _Relu(torch.autograd.Function):
+    """max(x, 0), whose backward pass is δ where x > 0: bit for bit torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        z = x.relu_() if inplace else x.relu()
+        ctx.last = lies_channels_last(z)
+        ctx.save_for_backward(z > 0 if torch.compiler.is_compiling() else pack.signs(z))
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        (delta,) = grad_outputs
+        return torch.where(bits, delta, 0) if bits.shape == delta.shape else pack.where_positive(
+            delta, bits, ctx.last
+        ), None
+
+
+class LightReLU(nn.Module):
+    """Mixin of `nn.ReLU` in an attached model. Copies and pickles are plain."""
+
+    inplace: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.ReLU.forward`; shapes as of the plain module."""
+        if self.training and torch.is_grad_enabled() and input.requires_grad:
+            return cast(Tensor, _Relu.apply(input, self.inplace))
+        return super().forward(input)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copied(self, nn.ReLU, self.__dict__, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, nn.ReLU, self.__dict__, protocol)
+
+
+def lighten(model: nn.Module) -> list[Any]:
+    """Let every `nn.ReLU` of a model keep less; those that do now."""
+    found: list[Any] = [
+        module for module in model.modules() if type(module) is nn.ReLU and "forward" not in module.__dict__
+    ]
+    for module in found:
+        module.__class__ = subclass(nn.ReLU, LightReLU)
+    return found
+
+
+def restore(modules: list[Any]) -> None:
+    """Undo `lighten`, where nothing else has changed the class since."""
+    for module in modules:
+        if isinstance(module, LightReLU):
+            cast(Any, module).__class__ = nn.ReLU

@@ -1,0 +1,96 @@
+"""ReLUs that keep a bit: the same numbers as torch's, less memory, and plain again afterwards."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retrograde as rg
+from cases import assert_bitwise, batch, gradients, seeded
+from retrograde.accounting.memory import saved_bytes
+from retrograde.engine.activations import LightReLU, lighten, restore
+
+
+def net(inplace: bool = False) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace), nn.Conv2d(8, 8, 3), nn.ReLU(inplace), nn.Flatten()
+    )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bit_for_bit(inplace: bool, last: bool, dtype: torch.dtype) -> None:
+    layout = torch.channels_last if last else torch.contiguous_format
+    plain = seeded(lambda: net(inplace)).to(dtype=dtype, memory_format=layout)
+    light = copy.deepcopy(plain)
+    assert len(lighten(light)) == 2
+    x = batch((4, 3, 9, 8)).to(dtype=dtype, memory_format=layout)
+    assert_bitwise(gradients(light, x), gradients(plain, x))
+    assert torch.equal(light.eval()(x), plain.eval()(x))
+
+
+def test_an_activation_takes_a_bit() -> None:
+    """A thirty-second of it; the convolution behind it still keeps what it keeps."""
+    model = nn.Sequential(nn.ReLU(), nn.Identity())
+    x = batch((64, 100)).requires_grad_()
+    assert saved_bytes(model, lambda: model(x)) == 4 * 6400
+    lighten(model)
+    assert saved_bytes(model, lambda: model(x)) == 6400 // 8
+
+
+def test_restored_it_is_plain() -> None:
+    model = net()
+    found = lighten(model)
+    assert all(isinstance(module, LightReLU) for module in found)
+    restore(found)
+    assert [type(module) for module in found] == [nn.ReLU] * 2
+
+
+def test_copies_and_pickles_are_plain() -> None:
+    model = net()
+    lighten(model)
+    assert type(copy.deepcopy(model)[1]) is nn.ReLU
+    assert type(pickle.loads(pickle.dumps(model))[1]) is nn.ReLU
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=False)[1]) is nn.ReLU
+    assert isinstance(model[1], LightReLU)
+
+
+class Mine(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.clamp(0, 6)
+
+
+def test_what_is_not_plain_is_left() -> None:
+    """A subclass, or a forward of its own, may do something else."""
+    model = nn.Sequential(Mine(), nn.ReLU())
+    model[1].forward = lambda x: x  # type: ignore[method-assign]
+    assert not lighten(model)
+
+
+def test_a_session_lightens_and_restores() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    session = rg.attach(model, rg.Dither(keep=4))
+    assert isinstance(model[1], LightReLU)
+    assert type(session.fold()[1]) is nn.ReLU
+    session.detach()
+    assert type(model[1]) is nn.ReLU
+    rg.attach(model, rg.Dither())
+    assert type(model[1]) is nn.ReLU
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain = copy.deepcopy(model)
+    lighten(model)
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = batch((6, 8))
+    assert_bitwise(gradients(model, x, fast), gradients(plain, x))
+    torch._dynamo.reset()
