@@ -26,7 +26,7 @@ from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_b
 from retrograde.engine.clock import Clock
 from retrograde.engine.layers import AttachedLayer, swap_in, swap_out
 from retrograde.engine.program import LayerProgram
-from retrograde.engine.slots import Block, Conductor, Method
+from retrograde.engine.slots import Block, Conductor, Method, Rule
 from retrograde.errors import (
     AttachError,
     DetachError,
@@ -525,6 +525,11 @@ class Session:
             known = [method for method in self.methods if method.name == name]
             if any(getattr(method, option) != value for method in known for option, value in options.items()):
                 self._adjust(name, options)
+
+    def rules_of(self, method: str) -> list[tuple[nn.Module, Rule]]:
+        """The attached layers on which a method acts, by its name, with its rule of each."""
+        acting = [name for name, methods in self._acting.items() if any(m.name == method for m in methods)]
+        return [(self._layers[name], self._programs[name].rule_of(method)) for name in acting]
 
     def detach(self) -> nn.Module:
         """Undo `attach`: give every layer its own class back, and return the model.

@@ -17,4 +17,5 @@ from retrograde.spectral.meta import MetaLearner as MetaLearner
 from retrograde.spectral.meta import maml as maml
 from retrograde.spectral.orthogonal import Orthogonal as Orthogonal
 from retrograde.spectral.orthogonal import keep_orthogonal as keep_orthogonal
+from retrograde.spectral.sharing import share_projections as share_projections
 from retrograde.spectral.transfer import TransferPenalty as TransferPenalty

@@ -77,6 +77,28 @@ class SpectralRule(Rule):
         if self._sketch is not None and self._past_warmup(0):
             self._redraw(layer, 0)
 
+    @property
+    def sketches(self) -> bool:
+        """Whether every step keeps a sketch: equation (7)."""
+        return self._sketch is not None
+
+    @property
+    def tied(self) -> bool:
+        """Whether others learn by the same weight."""
+        return self._tied
+
+    @property
+    def map(self) -> Map | None:
+        """How the layer multiplies; None before the first step."""
+        return self._map
+
+    @property
+    def drawn(self) -> tuple[Tensor, Tensor] | None:
+        """U and J of this step, in which it keeps a sketch; None where it is full."""
+        if self._sketch is None or self._sketch.chosen is None or self._inputs.basis is None:
+            return None
+        return (self._inputs.basis, self._sketch.chosen) if self.projecting else None
+
     # In the passes.
 
     def save(self, x: Tensor, weight: Tensor, map: Map) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrograde.engine import ranks
 from retrograde.maths import spectral
 
 _ROUNDING = 1e-9
@@ -46,7 +47,8 @@ class Sketch:
     def refresh(self, rows: Tensor, basis: Tensor) -> None:
         """Equation (9), for rows (g, n, d) and U (g, d, k)."""
         rest = rows - spectral.project_rows(rows, basis)
-        v = rest.square().mean((0, 1)).double().cpu()
+        # The same on all ranks, so that they draw the same channels.
+        v = ranks.mean(rest.square().mean((0, 1))).double().cpu()
         self._p = inclusion((v + _EVEN * v.mean()).sqrt().numpy(), self._drawn)
 
     def redraw(self, key: int, like: Tensor) -> None:
