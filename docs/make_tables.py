@@ -62,8 +62,8 @@ WHEN = (
     (
         "more activations than memory",
         "`Dither(keep=2)`, or 4",
-        "an MLP keeps {kept_2} or {kept_4} of plain training's activations, and accuracy changes by {kept_accuracy_2} or "
-        "{kept_accuracy_4} ([Fashion-MNIST]({claim}dither-kept-activations))",
+        "an MLP keeps {kept_2} or {kept_4} of plain training's activations, and accuracy changes by {kept_accuracy_2} "
+        "or {kept_accuracy_4} ([Fashion-MNIST]({claim}dither-kept-activations))",
         "time: a step of a small MLP takes {kept_step} of plain training's with 4 bits",
     ),
     (
