@@ -110,7 +110,9 @@ def decide(
     decline: bool,
 ) -> Decision:
     """`make_plan`, with the rules that attaching puts in place."""
-    host.keep_freed_memory()
+    if not any(method.lightens for method in assignment.methods):
+        # Faster, but a process then never shrinks: not for who wants less memory.
+        host.keep_freed_memory()
     # To read a computed weight is to compute it, which may step a power iteration or draw a random number.
     with untouched(model):
         return _decide(model, assignment, only, skip, strict, example, decline)
