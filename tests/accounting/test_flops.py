@@ -125,7 +125,7 @@ def test_needed_follows_zeros() -> None:
     for product in (f.input_grad, f.weight_grad):
         assert product.dense == product.executed == product.discounted == dense
         assert product.needed == pytest.approx(dense * (1 - zeros))
-    assert f.overhead == 28 * 40 * 5
+    assert f.overhead == 22 * 40 * 5
     assert f.dense == 3 * dense
     assert f.executed == 3 * dense + f.overhead
     assert f.needed == pytest.approx(dense * (1 + 2 * (1 - zeros)) + f.overhead)

@@ -36,6 +36,7 @@ def test_methods_json_names_type_and_default_of_each_option(run: Run) -> None:
         "bits": 8,
         "products": "auto",
         "forward": "exact",
+        "keep": None,
     }
     assert "arXiv 2004.04729" in dither["card"]
 

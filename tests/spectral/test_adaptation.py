@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from retrograde import spectral
-from retrograde.errors import AttachError, NoEffectError, OptionError, PatternError, StateError
+from retrograde.errors import (
+    AttachError,
+    NoEffectError,
+    OptionError,
+    PatternError,
+    RetrogradeWarning,
+    StateError,
+)
 
 
 class Net(nn.Module):
@@ -289,3 +296,16 @@ def test_what_hooks_cannot_reach(model, adapted):
     adapted.model.forward = lambda x: x
     with pytest.raises(NoEffectError, match="none of the layers"):
         adapted(images(1)[0])
+
+
+def test_a_stream_in_training_mode_is_said(adapted):
+    """Nothing is tracked there; under grad it is somebody's training, and nobody's stream."""
+    adapted.train()
+    with torch.no_grad(), pytest.warns(RetrogradeWarning, match="training mode"):
+        adapted(images(1)[0])
+    adapted(images(1)[0])
+
+
+def test_a_wrong_gate_is_refused(adapted):
+    with pytest.raises(OptionError, match="gate='opened' must be one of 'auto', 'open', 'closed'"):
+        adapted.gate = "opened"

@@ -124,9 +124,9 @@ def test_clipped_cross_entropy() -> None:
     model = nn.Linear(4, 2)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    found = pac_bayes(model, model, sample(100, 0), 1e-6, stated=ALL, loss="clipped", clip=2.0)
+    found = pac_bayes(model, copy.deepcopy(model), sample(100, 0), 1e-6, stated=ALL, loss="clipped", clip=2.0)
     assert found.empirical == pytest.approx(math.log(2) / 2, abs=1e-4)
-    wild = pac_bayes(model, model, sample(100, 0), 1e6, stated=ALL, loss="clipped")
+    wild = pac_bayes(model, copy.deepcopy(model), sample(100, 0), 1e6, stated=ALL, loss="clipped")
     assert 0.3 < wild.empirical <= 1
 
 
@@ -248,3 +248,10 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
     given = {"model": model, "initial": initial, "data": data, "sigma": 0.1, "stated": ALL} | options
     with pytest.raises(OptionError, match=words):
         pac_bayes(**given)
+
+
+def test_one_model_for_both_is_refused() -> None:
+    """A forgotten copy would give a bound without any distance in it."""
+    model = nn.Linear(4, 2)
+    with pytest.raises(OptionError, match="are one object"):
+        pac_bayes(model, model, sample(100, 0), 0.1, stated=ALL)

@@ -57,7 +57,8 @@ def share_projections(parallel: nn.parallel.DistributedDataParallel, session: Se
     parallel.register_comm_hook(rules, _hook)
 
 
-def _hook(rules: dict[int, SpectralRule], bucket: Any) -> Any:
+# torch refuses annotations other than its own classes, which builds without torch.distributed lack.
+def _hook(rules: dict[int, SpectralRule], bucket):  # pyright: ignore[reportMissingParameterType, reportUnknownParameterType]
     ranks = torch.distributed.get_world_size()
     gradients = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
     parts: list[Tensor] = []

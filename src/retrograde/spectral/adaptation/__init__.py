@@ -52,6 +52,7 @@ References:
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +62,14 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.engine.layers import find_kind
-from retrograde.errors import AttachError, NoEffectError, OptionError, StateError, check_option
+from retrograde.errors import (
+    AttachError,
+    NoEffectError,
+    OptionError,
+    RetrogradeWarning,
+    StateError,
+    check_option,
+)
 from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, run
 from retrograde.spectral.adaptation.tracking import (
@@ -133,7 +141,6 @@ class Adapted(nn.Module):
 
     Attributes:
         model: the model, as it was.
-        gate: ``"auto"``, or ``"open"`` or ``"closed"`` to have it so; with ``"closed"`` the stream is only watched.
         limits: levels above which the gate opens and below which it closes, (2,).
     """
 
@@ -145,7 +152,7 @@ class Adapted(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.gate: Gate = "auto"
+        self._gate: Gate = "auto"
         self._names = tuple(trackers)
         self._options = options
         self.trackers = nn.ModuleList(trackers.values())
@@ -160,6 +167,13 @@ class Adapted(nn.Module):
             NoEffectError: none of the layers was called.
         """
         if self.training:
+            if not torch.is_grad_enabled():
+                warnings.warn(
+                    "adapt: the model is in training mode, in which nothing is tracked or corrected. Call "
+                    "adapted.eval() before a test stream.",
+                    RetrogradeWarning,
+                    stacklevel=2,
+                )
             return self.model(*args, **kwargs)
         levels: list[float] = []
         hooks = {
@@ -176,6 +190,17 @@ class Adapted(nn.Module):
         if self.active and max(levels) < float(self.limits[1]):
             self.is_open.fill_(False)
         return result
+
+    @property
+    def gate(self) -> Gate:
+        """``"auto"``, or ``"open"`` or ``"closed"`` to have it so; with ``"closed"`` the stream is only watched."""
+        return self._gate
+
+    @gate.setter
+    def gate(self, value: Gate) -> None:
+        if value not in get_args(Gate):
+            raise OptionError(f"adapt: gate={value!r} must be one of {', '.join(map(repr, get_args(Gate)))}.")
+        self._gate = value
 
     @property
     def active(self) -> bool:

@@ -10,8 +10,9 @@ from the spectra of the outputs of the last `window` steps, and each layer is pr
     W ← Q Qᵀ W,   b ← b + (I − Q Qᵀ) m,   M ← Q Qᵀ M                              (2)
 
 m being the mean of W x; of a layer without a bias the spectrum is not centred and m is 0. M is the optimizer's
-momentum (``momentum_buffer``, ``exp_avg``): a direction that was cut must not be put back by it. Adam's second moments
-are of single entries, which a projection does not map: they stay. Between two projections W moves freely, so a
+momentum (``momentum_buffer``, Lion's ``exp_avg``): a direction that was cut must not be put back by it. Adam divides
+its own, entry by entry, by the root of squares that no projection maps: put into an entry that never had a gradient, as
+those of a silent ReLU, it would make a huge step, so there both stay. Between two projections W moves freely, so a
 direction that was cut too early grows again, as AdaLoRA's masked triplets do. From t₁ on Q is fixed, and W and M are
 projected after every step, so that what is trained is what `fold` gives.
 
@@ -272,7 +273,9 @@ class BudgetSchedule:
 
     def _momenta(self, weight: Tensor) -> list[Tensor]:
         state: dict[str, Any] = cast(Any, self._optimizer.state).get(weight, {})
-        return [state[key] for key in _MOMENTA if isinstance(state.get(key), Tensor)]
+        divided = any(isinstance(value, Tensor) and key.endswith("_sq") for key, value in state.items())
+        keys = _MOMENTA[:1] if divided else _MOMENTA
+        return [state[key] for key in keys if isinstance(state.get(key), Tensor)]
 
 
 def _project_rows(tensor: Tensor, q: Tensor) -> None:

@@ -102,6 +102,11 @@ def pac_bayes(
     """
     grid = [float(sigma)] if isinstance(sigma, int | float) else [float(s) for s in sigma]
     _check(grid, delta, draws, loss, clip, stated)
+    if initial is model:
+        raise OptionError(
+            "pac_bayes: model and initial are one object, so the distance between them is 0 and the bound means "
+            "nothing. Pass copy.deepcopy(model) as it was before training."
+        )
     inputs, labels = data
     n, bases = len(inputs), dict(basis or {})
     weights, priors = dict(model.named_parameters()), dict(initial.named_parameters())
