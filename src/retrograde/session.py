@@ -20,7 +20,7 @@ from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
 from retrograde.assignment import Assignment, Given, assign, distinct, exactly
-from retrograde.engine.activations import lighten, restore
+from retrograde.engine.activations import lighten, lighten_again, restore
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
@@ -438,6 +438,10 @@ class Session:
             program.pause(paused)
         for block in self._blocks.values():
             block.active = not paused
+        if paused or not self._attached:
+            restore(self._light)
+        else:
+            lighten_again(self._light)
 
     def validated(self, score: float) -> None:
         """Report a validation score, higher is better; methods with phases act on it.

@@ -12,6 +12,7 @@ import retrograde as rg
 from cases import assert_bitwise, batch, gradients, seeded
 from retrograde.accounting.memory import saved_bytes
 from retrograde.engine.activations import LightReLU, lighten, restore
+from retrograde.errors import DoubleBackwardError
 
 
 def net(inplace: bool = False) -> nn.Module:
@@ -85,9 +86,42 @@ def test_a_session_lightens_and_restores() -> None:
     assert type(model[1]) is nn.ReLU
 
 
-def test_compiled() -> None:
-    torch._dynamo.reset()
+def test_paused_it_is_torchs() -> None:
+    """So gradients of gradients are right there, and transforms; outside they are refused."""
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    plain, x = copy.deepcopy(model), batch((6, 8)).requires_grad_()
+    session = rg.attach(model, rg.Dither(scale=0, keep=8), only=["2"])
+
+    def penalty(of: nn.Module) -> list[Tensor]:
+        (g,) = torch.autograd.grad(of(x).square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(g.square().sum(), [of[0].weight, of[2].weight]))
+
+    with session.paused():
+        for found, expected in zip(penalty(model), penalty(plain), strict=True):
+            torch.testing.assert_close(found, expected)
+        parameters = dict(model.named_parameters())
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (x.detach(),)).sum())(parameters)
+    assert isinstance(model[1], LightReLU)
+    with pytest.raises(DoubleBackwardError, match="ReLU"):
+        torch.autograd.grad(model[1](model[0](x)).square().sum(), x, create_graph=True)
+    with session.paused():
+        session.detach()
+    assert type(model[1]) is nn.ReLU
+
+
+def test_nan_passes() -> None:
+    x = torch.full((3,), float("nan"), requires_grad=True)
+    model = nn.Sequential(nn.ReLU())
+    lighten(model)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled(inplace: bool) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 4))
     plain = copy.deepcopy(model)
     lighten(model)
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")

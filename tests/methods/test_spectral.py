@@ -848,6 +848,8 @@ def test_plan_names_the_reasons() -> None:
     assert "parametrised" in rows["3"].why
     with pytest.raises(NoEffectError, match="rank=9 is more than its 8 inputs"):
         rg.attach(nn.Linear(8, 3), Spectral(9))
+    with pytest.raises(NoEffectError, match="random=8 leaves none of its rank 8"):
+        rg.attach(nn.Linear(64, 64), Spectral(residual="unbiased", random=8, skip_head=False))
     with pytest.raises(NoEffectError, match="transposed"):
         rg.attach(nn.ConvTranspose2d(8, 8, 3), Spectral(2, side="both"))
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.engine.layers import copied, reduced, subclass
+from retrograde.errors import DoubleBackwardError
 from retrograde.kernels import pack
 from retrograde.kernels.cpu_memory import lies_channels_last
 
+_transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+
 
 class _Relu(torch.autograd.Function):
-    """max(x, 0), whose backward pass is δ where x > 0: bit for bit torch's."""
+    """max(x, 0), whose backward pass is 0 where x ≤ 0 and δ elsewhere: bit for bit torch's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
@@ -23,16 +26,23 @@ class _Relu(torch.autograd.Function):
             ctx.mark_dirty(x)
         z = x.relu_() if inplace else x.relu()
         ctx.last = lies_channels_last(z)
-        ctx.save_for_backward(z > 0 if torch.compiler.is_compiling() else pack.signs(z))
+        ctx.save_for_backward((z <= 0).logical_not() if torch.compiler.is_compiling() else pack.signs(z))
         return z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         (delta,) = grad_outputs
-        return torch.where(bits, delta, 0) if bits.shape == delta.shape else pack.where_positive(
-            delta, bits, ctx.last
-        ), None
+        if torch.compiler.is_compiling():
+            return torch.where(bits, delta, 0), None
+        if torch.is_grad_enabled():
+            # Gradients are only recorded in a backward pass that was run with create_graph=True.
+            raise DoubleBackwardError(
+                "a gradient of a gradient was asked for (create_graph=True) through a ReLU that keeps a bit of each "
+                "activation, which has no derivative. Compute that term inside `with session.paused():`, forward pass "
+                "included, where plain autograd runs."
+            )
+        return pack.where_positive(delta, bits, ctx.last), None
 
 
 class LightReLU(nn.Module):
@@ -42,9 +52,15 @@ class LightReLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.ReLU.forward`; shapes as of the plain module."""
-        if self.training and torch.is_grad_enabled() and input.requires_grad:
+        if self.training and torch.is_grad_enabled() and input.requires_grad and not self._is_plain(input):
             return cast(Tensor, _Relu.apply(input, self.inplace))
         return super().forward(input)
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Whether torch's own must run: compilers follow no function in place, and transforms look into none."""
+        if torch.compiler.is_compiling():
+            return self.inplace
+        return input.is_nested or _transforming()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copied(self, nn.ReLU, self.__dict__, memo)
@@ -61,6 +77,13 @@ def lighten(model: nn.Module) -> list[Any]:
     for module in found:
         module.__class__ = subclass(nn.ReLU, LightReLU)
     return found
+
+
+def lighten_again(modules: list[Any]) -> None:
+    """Undo `restore`, where nothing else has changed the class since."""
+    for module in modules:
+        if type(module) is nn.ReLU:
+            module.__class__ = subclass(nn.ReLU, LightReLU)
 
 
 def restore(modules: list[Any]) -> None:

@@ -128,7 +128,7 @@ def _signs(x: Any, out: Any) -> None:
             first, shift = g * _GROUP + j * _LANES, np.uint8(j)
             part = x[first : min(x.size, first + _LANES)]
             for i in range(part.size):
-                row[i] |= np.uint8(part[i] > 0) << shift
+                row[i] |= np.uint8(not part[i] <= 0) << shift
 
 
 @jit
@@ -145,7 +145,7 @@ def _where_positive(x: Any, bits: Any, out: Any) -> None:
 
 
 def signs(flat: Tensor) -> Tensor:
-    """Whether entries are above zero, eight to a byte."""
+    """Whether entries are not ≤ 0, eight to a byte."""
     out = torch.empty(-(-flat.numel() // _GROUP) * _LANES, dtype=torch.uint8)
     use_threads(flat.numel())
     _signs(array(flat), array(out))

@@ -113,7 +113,8 @@ class Dither(Method):
             self, "products", self.products in _PRECISION, f"one of {', '.join(map(repr, _PRECISION))}"
         )
         check_option(self, "forward", self.forward in ("exact", "int8"), "'exact' or 'int8'")
-        check_option(self, "keep", self.keep in (None, *pack.BITS), "2, 4 or 8 bits, or None")
+        kept = self.keep is None or (isinstance(self.keep, int) and self.keep in pack.BITS)  # pyright: ignore[reportUnnecessaryIsInstance]
+        check_option(self, "keep", kept, "2, 4 or 8 bits, or None")
         if self.keep is not None and self.forward == "int8":
             raise OptionError(
                 f"Dither: forward='int8' keeps the layer's input in 8 bits already; leave out keep={self.keep}."

@@ -216,6 +216,8 @@ class Spectral(Method):
             return f"rank={rank} is no less than its {width} channels: nothing is saved"
         # Measured: beyond a quarter, directions hold less of the gradient than drawn channels would save of variance.
         leading = min(max(1, rank // 4), _LARGEST_RANK) if self.random is None else rank - self.random
+        if leading < 1:
+            return f"random={self.random} leaves none of its rank {rank} to a leading direction"
         policy = Policy(leading, leading, 1.0, 0, "top", self.update, self.tau, key_of(f"{site.name}/0"))
         outside = self._subspace(site.name, 1, 1) if self.decay > 0 else None
         sketch = Sketch(site.map.groups, width, rank - leading)
