@@ -83,7 +83,7 @@ def lighten_again(modules: list[Any]) -> None:
     """Undo `restore`, where nothing else has changed the class since."""
     for module in modules:
         if type(module) is nn.ReLU:
-            module.__class__ = subclass(nn.ReLU, LightReLU)
+            cast(Any, module).__class__ = subclass(nn.ReLU, LightReLU)
 
 
 def restore(modules: list[Any]) -> None:
