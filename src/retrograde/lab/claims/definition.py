@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,8 @@ def _known(metric: str) -> str:
         )
     return metric
 
+
+_M = TypeVar("_M", bound=BaseModel)
 
 MetricName = Annotated[str, AfterValidator(_known)]
 
@@ -222,7 +224,7 @@ class Claim(_Table):
         # They come from files, of searches and of results.
         refuse_code(changes or {}, where)
         if self.experiment is not None:
-            return _settings(self.experiment, fields, where)
+            return _validated(experiment(self.experiment), fields, where, self.experiment)
         try:
             return make_recipe(fields, where)
         except OptionError as error:
@@ -267,21 +269,17 @@ def read_claim(path: Path, root: Path) -> Claim:
 
 
 def _checked(content: dict[str, Any], where: str) -> Claim:
+    return _validated(Claim, content, where, "the definition")
+
+
+def _validated(kind: type[_M], content: dict[str, Any], where: str, whole: str) -> _M:
+    """`content` as a model; what pydantic refuses is told of its place, or of the `whole`."""
     try:
-        return Claim.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise OptionError(f"{where}: {place or 'the definition'} is refused: {first['msg']}.") from error
-
-
-def _settings(name: str, fields: dict[str, Any], where: str) -> Experiment:
-    try:
-        return experiment(name).model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise OptionError(f"{where}: {place or name} is refused: {first['msg']}.") from error
+        raise OptionError(f"{where}: {place or whole} is refused: {first['msg']}.") from error
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

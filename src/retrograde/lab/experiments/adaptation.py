@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrograde.host import write_atomically
 from retrograde.lab import data
-from retrograde.lab.claims.definition import content_hash
 from retrograde.lab.corruptions import SEVERITIES, corrupt
-from retrograde.lab.experiments.base import Context, Experiment
+from retrograde.lab.experiments.base import Context, Experiment, train_once
 from retrograde.lab.models import build
 from retrograde.lab.peers.renormalise import Renormalised
 from retrograde.lab.peers.tent import Tent
@@ -115,24 +113,23 @@ class Adaptation(Experiment):
     def _trained(self, loaded: data.Data, context: Context) -> nn.Module:
         options = {"stages": ((32,), (64,), (128, 128))}
         model = build("vgg-small-bn" if self.norms else "vgg-small", loaded, seed=self.seed, options=options)
-        key = content_hash([self.seed, self.norms, self.limit, self.epochs, torch.__version__])
-        kept = context.folder.parent / f"network-{key}.pt"
-        if kept.exists():
-            model.load_state_dict(torch.load(kept, weights_only=True))
-            return model
         steps = self.epochs * data.steps_in_epoch(loaded.train, 128)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1 if self.norms else 0.03, steps)
-        for epoch in range(self.epochs):
-            for x, y in data.batches(loaded.train, 128, seed=self.seed, epoch=epoch, augment=True):
-                optimizer.zero_grad()
-                F.cross_entropy(model(_normal(x)), y).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-                optimizer.step()
-                schedule.step()
-                context.note(0.5 * schedule.last_epoch / steps)
-        # Variants that train it at the same time write the same.
-        write_atomically(kept, lambda file: torch.save(model.state_dict(), file), shared=True)
+
+        def train() -> None:
+            optimizer = torch.optim.SGD(
+                model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+            )
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1 if self.norms else 0.03, steps)
+            for epoch in range(self.epochs):
+                for x, y in data.batches(loaded.train, 128, seed=self.seed, epoch=epoch, augment=True):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(_normal(x)), y).backward()
+                    nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+                    optimizer.step()
+                    schedule.step()
+                    context.note(0.5 * schedule.last_epoch / steps)
+
+        train_once(context, (self.seed, self.norms, self.limit, self.epochs), model, train)
         return model
 
 

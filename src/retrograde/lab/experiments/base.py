@@ -1,11 +1,17 @@
 """What every experiment is: settings with a seed, and a run that gives figures."""
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from retrograde import host
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,27 @@ class Experiment(BaseModel, ABC):
         Returns:
             Figures by metric; ``accuracy`` is of the test split, or in a trial of the validation split.
         """
+
+
+def train_once(context: Context, key: Sequence[Any], model: nn.Module, train: Callable[[], None]) -> None:
+    """Give `model` what `train` made of it in whichever variant came first; others that want it wait.
+
+    Args:
+        context: of the run; networks are kept beside the runs of all variants.
+        key: all that the trained network depends on.
+        model: freshly made, the same in every variant.
+        train: trains it in place.
+    """
+    # Definitions of claims know experiments, and not the other way round, but for this.
+    from retrograde.lab.claims.definition import content_hash
+
+    path = context.folder.parent / f"network-{content_hash([*key, torch.__version__])}.pt"
+    with path.with_suffix(".lock").open("w") as lock:
+        if sys.platform != "win32":  # there both would train the same network, and write the same file
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            train()
+            host.write_atomically(path, lambda file: torch.save(model.state_dict(), file), shared=True)
+    model.load_state_dict(torch.load(path, weights_only=True))

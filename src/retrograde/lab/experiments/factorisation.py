@@ -1,13 +1,7 @@
 """Accuracy, size and forward time of smaller networks made from a trained one, at equal multiply-adds."""
 
 import copy
-import hashlib
 import io
-import json
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from retrograde import spectral
-from retrograde.host import write_atomically
 from retrograde.lab import models, timing
 from retrograde.lab.data import Data, Split, batches, evaluation_batches, load, steps_in_epoch
-from retrograde.lab.experiments.base import Context, Experiment
+from retrograde.lab.experiments.base import Context, Experiment, train_once
 from retrograde.lab.peers.pruning import macs_of, prune
 
 _NETWORKS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -110,19 +103,15 @@ class Factorisation(Experiment):
         return (schedule.fold()[0] if schedule else model).eval()
 
     def _trained(self, loaded: Data, context: Context) -> nn.Module:
-        fields = self.model_dump(include={"seed", "network", "limit", "epochs", "rate"})
-        key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-        path = context.folder.parent / f"network-{key}.pt"
         _, name, options = _NETWORKS[self.network]
         model = models.build(name, loaded, seed=self.seed, options=options)
-        with _alone(path):
-            if not path.exists():
-                optimizer = torch.optim.SGD(
-                    model.parameters(), self.rate, 0.9, weight_decay=5e-4, nesterov=True
-                )
-                self._train(model, optimizer, loaded.train, self.epochs, context, (0.0, 0.7))
-                write_atomically(path, lambda file: torch.save(model.state_dict(), file), shared=True)
-        model.load_state_dict(torch.load(path))
+
+        def train() -> None:
+            optimizer = torch.optim.SGD(model.parameters(), self.rate, 0.9, weight_decay=5e-4, nesterov=True)
+            self._train(model, optimizer, loaded.train, self.epochs, context, (0.0, 0.7))
+
+        key = self.seed, self.network, self.limit, self.epochs, self.rate
+        train_once(context, key, model, train)
         return model.eval()
 
     def _train(
@@ -163,14 +152,3 @@ def _accuracy(model: nn.Module, split: Split) -> float:
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in evaluation_batches(split, 500))
     return right / len(split)
-
-
-@contextmanager
-def _alone(path: Path) -> Generator[None]:
-    """Other processes that want the same file wait."""
-    with path.with_suffix(".lock").open("w") as lock:
-        if sys.platform != "win32":  # there both would train the same network, and write the same file
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -7,7 +7,6 @@ Rates and strengths are searched on the target's validation rows, never on the s
 """
 
 import copy
-import fcntl
 import itertools
 import math
 import time
@@ -19,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retrograde.host import write_atomically
 from retrograde.lab import data as lab_data
 from retrograde.lab.data import Split
-from retrograde.lab.experiments.base import Context, Experiment
+from retrograde.lab.experiments.base import Context, Experiment, train_once
 from retrograde.lab.peers.adapters import AdaLora, Lora
 from retrograde.lab.peers.base import trainable
 from retrograde.lab.peers.transfer import batch_spectral_shrinkage, l2_sp
@@ -132,19 +130,16 @@ class Transfer(Experiment):
         """Trained by whichever run of this seed comes first; the others wait for it."""
         torch.manual_seed(self.seed)
         model = _network(source.classes)
-        path = context.folder.parent / f"{self.source}-{self.source_epochs}-{self.limit}-{self.seed}.pt"
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.02)
 
-                def loss(x: Tensor, y: Tensor) -> Tensor:
-                    return F.cross_entropy(model["head"](model["features"](x)), y)
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(model["head"](model["features"](x)), y)
 
-                steps = self.source_epochs * lab_data.steps_in_epoch(source.train, _BATCH)
-                _train(loss, optimizer, source.train, steps, self.seed, context)
-                write_atomically(path, lambda file: torch.save(model.state_dict(), file))
-        model.load_state_dict(torch.load(path, weights_only=True))
+        def train() -> None:
+            optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.02)
+            steps = self.source_epochs * lab_data.steps_in_epoch(source.train, _BATCH)
+            _train(loss, optimizer, source.train, steps, self.seed, context)
+
+        train_once(context, (self.source, self.source_epochs, self.limit, self.seed), model, train)
         return model
 
 
