@@ -253,8 +253,7 @@ def _forecast(
             "Detach it first."
         )
     # What is there to save bytes may take time for it.
-    acting = [method for place in placements for method in place.methods.values()]
-    lightens = any(method.lightens for method in acting)
+    lightens = any(m.lightens for place in placements for m in place.methods.values())
     fast = {p.name for p in placements if all(m.saves_time and not m.lightens for m in p.methods.values())}
     tried = [p for p in placements if p.name in fast or ranks.count() == 1]
     if not tried:
@@ -263,7 +262,7 @@ def _forecast(
     seen = observe(model, layers, example)
     memory = seen.memory
     if lightens:
-        light = lighten(model)
+        light = lighten(model.modules())
         try:
             memory = observe(model, layers, example).memory
         finally:

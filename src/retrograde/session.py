@@ -20,7 +20,7 @@ from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
 from retrograde.assignment import Assignment, Given, assign, distinct, exactly
-from retrograde.engine.activations import lighten, lighten_again, restore
+from retrograde.engine.activations import lighten, restore
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
@@ -305,8 +305,8 @@ class Session:
         for place in decision.layers:
             swap_in(place.site.layer, place.kind, self._programs[place.name])
             self._layers[place.name] = place.site.layer
-        acting = {id(method): method for place in decision.layers for method in place.methods.values()}
-        self._light = lighten(model) if any(method.lightens for method in acting.values()) else []
+        lightens = any(m.lightens for place in decision.layers for m in place.methods.values())
+        self._light = lighten(model.modules()) if lightens else []
         self._blocks = _make_blocks(decision.blocks, self._programs, seed)
         self._block_window: dict[str, dict[str, int]] = {}
         swap_in_blocks(list(self._blocks.values()))
@@ -441,7 +441,7 @@ class Session:
         if paused or not self._attached:
             restore(self._light)
         else:
-            lighten_again(self._light)
+            lighten(self._light)
 
     def validated(self, score: float) -> None:
         """Report a validation score, higher is better; methods with phases act on it.

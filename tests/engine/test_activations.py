@@ -28,7 +28,7 @@ def test_bit_for_bit(inplace: bool, last: bool, dtype: torch.dtype) -> None:
     layout = torch.channels_last if last else torch.contiguous_format
     plain = seeded(lambda: net(inplace)).to(dtype=dtype, memory_format=layout)
     light = copy.deepcopy(plain)
-    assert len(lighten(light)) == 2
+    assert len(lighten(light.modules())) == 2
     x = batch((4, 3, 9, 8)).to(dtype=dtype, memory_format=layout)
     assert_bitwise(gradients(light, x), gradients(plain, x))
     assert torch.equal(light.eval()(x), plain.eval()(x))
@@ -39,13 +39,13 @@ def test_an_activation_takes_a_bit() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Identity())
     x = batch((64, 100)).requires_grad_()
     assert saved_bytes(model, lambda: model(x)) == 4 * 6400
-    lighten(model)
+    lighten(model.modules())
     assert saved_bytes(model, lambda: model(x)) == 6400 // 8
 
 
 def test_restored_it_is_plain() -> None:
     model = net()
-    found = lighten(model)
+    found = lighten(model.modules())
     assert all(isinstance(module, LightReLU) for module in found)
     restore(found)
     assert [type(module) for module in found] == [nn.ReLU] * 2
@@ -53,7 +53,7 @@ def test_restored_it_is_plain() -> None:
 
 def test_copies_and_pickles_are_plain() -> None:
     model = net()
-    lighten(model)
+    lighten(model.modules())
     assert type(copy.deepcopy(model)[1]) is nn.ReLU
     assert type(pickle.loads(pickle.dumps(model))[1]) is nn.ReLU
     file = io.BytesIO()
@@ -72,7 +72,7 @@ def test_what_is_not_plain_is_left() -> None:
     """A subclass, or a forward of its own, may do something else."""
     model = nn.Sequential(Mine(), nn.ReLU())
     model[1].forward = lambda x: x  # type: ignore[method-assign]
-    assert not lighten(model)
+    assert not lighten(model.modules())
 
 
 def test_a_session_lightens_and_restores() -> None:
@@ -112,7 +112,7 @@ def test_paused_it_is_torchs() -> None:
 def test_nan_passes() -> None:
     x = torch.full((3,), float("nan"), requires_grad=True)
     model = nn.Sequential(nn.ReLU())
-    lighten(model)
+    lighten(model.modules())
     model(x).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [1.0] * 3
@@ -123,7 +123,7 @@ def test_compiled(inplace: bool) -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 4))
     plain = copy.deepcopy(model)
-    lighten(model)
+    lighten(model.modules())
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = batch((6, 8))
     assert_bitwise(gradients(model, x, fast), gradients(plain, x))

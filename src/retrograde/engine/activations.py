@@ -4,17 +4,17 @@ torch's keeps its output for the backward pass, the same tensor that the next la
 keeps less, the whole would stay for the ReLU's sake alone, though all that it needs is where it is positive.
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from retrograde.engine.boundary import transforming
 from retrograde.engine.layers import copied, reduced, subclass
 from retrograde.errors import DoubleBackwardError
 from retrograde.kernels import pack
 from retrograde.kernels.cpu_memory import lies_channels_last
-
-_transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 class _Relu(torch.autograd.Function):
@@ -60,7 +60,7 @@ class LightReLU(nn.Module):
         """Whether torch's own must run: compilers follow no function in place, and transforms look into none."""
         if torch.compiler.is_compiling():
             return self.inplace
-        return input.is_nested or _transforming()
+        return input.is_nested or transforming()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copied(self, nn.ReLU, self.__dict__, memo)
@@ -69,21 +69,12 @@ class LightReLU(nn.Module):
         return reduced(self, nn.ReLU, self.__dict__, protocol)
 
 
-def lighten(model: nn.Module) -> list[Any]:
-    """Let every `nn.ReLU` of a model keep less; those that do now."""
-    found: list[Any] = [
-        module for module in model.modules() if type(module) is nn.ReLU and "forward" not in module.__dict__
-    ]
+def lighten(modules: Iterable[Any]) -> list[Any]:
+    """Let every plain `nn.ReLU` among modules keep less; those that do now."""
+    found = [module for module in modules if type(module) is nn.ReLU and "forward" not in module.__dict__]
     for module in found:
-        module.__class__ = subclass(nn.ReLU, LightReLU)
-    return found
-
-
-def lighten_again(modules: list[Any]) -> None:
-    """Undo `restore`, where nothing else has changed the class since."""
-    for module in modules:
-        if type(module) is nn.ReLU:
-            cast(Any, module).__class__ = subclass(nn.ReLU, LightReLU)
+        cast(Any, module).__class__ = subclass(nn.ReLU, LightReLU)
+    return cast("list[Any]", found)
 
 
 def restore(modules: list[Any]) -> None:

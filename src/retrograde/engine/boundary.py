@@ -125,7 +125,7 @@ class Boundary(torch.autograd.Function):
 # What `torch.autograd.Function.apply` calls when it has looked for transforms of `torch.func`; that look takes as long
 # as a small product.
 _straight: Any = super(torch.autograd.Function, Boundary).apply  # pyright: ignore[reportAttributeAccessIssue]
-_transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 # What `torch.autograd.functional.jacobian(vectorize=True)` sends backward, which no other transform can come to.
 _batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
@@ -145,7 +145,7 @@ def apply(
     """`Boundary`, by the shortest way there is."""
     if torch.compiler.is_compiling():
         return Boundary.apply(x, weight, bias, rows, program, map)  # pyright: ignore[reportReturnType]
-    if _transforming():
+    if transforming():
         raise _untransformed(program)
     return _straight(x, weight, bias, rows, program, map)
 

@@ -82,20 +82,13 @@ def _hook(rules: dict[int, SpectralRule], bucket):  # pyright: ignore[reportMiss
     return future.then(spread)
 
 
-def _by_channel(map: Map, gradient: Tensor, channels: int) -> Tensor:
-    """(g, o', channels): what multiplies each channel, in columns."""
-    matrix = map.matrix(gradient)
-    if matrix.shape[2] == channels:
-        return matrix
-    return matrix.unflatten(2, (channels, -1)).transpose(2, 3).flatten(1, 2)
-
-
 def _taken(rule: SpectralRule | None, gradient: Tensor) -> list[Tensor]:
     """What is sent of a gradient: equation (1), or the whole."""
     if rule is None or rule.drawn is None or rule.map is None:
         return [gradient]
     basis, chosen = (part.to(gradient) if part.is_floating_point() else part for part in rule.drawn)
-    columns = _by_channel(rule.map, gradient, basis.shape[1])
+    # What multiplies each channel, in columns.
+    columns = rule.map.by_channel(rule.map.matrix(gradient), basis.shape[1])
     rest = torch.ones(basis.shape[1], dtype=torch.bool, device=gradient.device)
     rest[chosen] = False
     outside, u = columns[..., rest], basis[:, rest]

@@ -7,7 +7,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,20 @@ from retrograde.kernels.work import Work
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """dx, dW and db; None where autograd asked for nothing."""
+
+
+class Widening(NamedTuple):
+    """[V, E], by which products with a sketch become those of all channels.
+
+    Attributes:
+        basis: V, (g, channels, k).
+        chosen: J, (j,): column i of E is ``factors[i]`` at channel ``chosen[i]``, and 0 elsewhere.
+        factors: (j,).
+    """
+
+    basis: Tensor
+    chosen: Tensor
+    factors: Tensor
 
 
 class Map(ABC):
@@ -135,7 +149,7 @@ class Map(ABC):
         return 0
 
     def by_channel(self, rows: Tensor, channels: int) -> Tensor:
-        """Rows (g, n, d) cut into vectors of the channels, (g, n', channels)."""
+        """Rows (g, n, d), of the input or of the weight, cut into vectors of the channels, (g, n', channels)."""
         return rows
 
     def sketch(self, x: Tensor, basis: Tensor, chosen: Tensor) -> Tensor:
@@ -143,22 +157,14 @@ class Map(ABC):
         raise NotImplementedError
 
     def sketch_weight_grad(
-        self,
-        products: Products,
-        kept: Tensor | Quantised,
-        basis: Tensor,
-        chosen: Tensor,
-        factors: Tensor,
-        weight: Tensor,
+        self, products: Products, kept: Tensor | Quantised, wider: Widening, weight: Tensor
     ) -> Work:
         """``(δ̃ᵀ [x U, x_J]) [V, E]ᵀ``, shaped as `weight`; counted are the FLOPs of the product with δ̃ alone.
 
         Args:
             products: with δ̃.
             kept: from `sketch`.
-            basis: V, (g, channels, k).
-            chosen: J: column i of E is `factors` [i] at channel `chosen` [i], and 0 elsewhere.
-            factors: (j,).
+            wider: V and E.
             weight: in whose shape.
         """
         raise NotImplementedError

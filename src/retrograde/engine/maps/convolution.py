@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retrograde.engine.maps.base import Gradients, LayerKind, Map, register_layer, register_map, spread, wide
+from retrograde.engine.maps.base import (
+    Gradients,
+    LayerKind,
+    Map,
+    Widening,
+    register_layer,
+    register_map,
+    spread,
+    wide,
+)
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
 from retrograde.kernels.int8 import Quantised
@@ -147,16 +156,11 @@ class ConvolutionMap(SpatialMap):
         return rows.unflatten(2, (channels, -1)).transpose(2, 3).flatten(1, 2)
 
     def sketch_weight_grad(
-        self,
-        products: Products,
-        kept: Tensor | Quantised,
-        basis: Tensor,
-        chosen: Tensor,
-        factors: Tensor,
-        weight: Tensor,
+        self, products: Products, kept: Tensor | Quantised, wider: Widening, weight: Tensor
     ) -> Work:
         """The same convolution with k + j channels of input to a group, widened by V, and added to the channels J."""
         assert isinstance(kept, Tensor)
+        basis, chosen, factors = wider
         groups, _, rank = basis.shape
         width = rank + chosen.numel()
         narrow = kept.new_empty(weight.shape[0], width, *weight.shape[2:])
@@ -221,16 +225,11 @@ class TransposedMap(SpatialMap):
         return self.narrow_width(weight)
 
     def sketch_weight_grad(
-        self,
-        products: Products,
-        kept: Tensor | Quantised,
-        basis: Tensor,
-        chosen: Tensor,
-        factors: Tensor,
-        weight: Tensor,
+        self, products: Products, kept: Tensor | Quantised, wider: Widening, weight: Tensor
     ) -> Work:
         """The same transposed convolution with k + j channels of input to a group, widened by V and J."""
         assert isinstance(kept, Tensor)
+        basis, chosen, factors = wider
         groups, _, rank = basis.shape
         width = rank + chosen.numel()
         narrow = kept.new_empty(groups * width, *weight.shape[1:])

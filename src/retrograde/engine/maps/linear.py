@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retrograde.engine.maps.base import Gradients, LayerKind, Map, register_layer, register_map, spread, wide
+from retrograde.engine.maps.base import (
+    Gradients,
+    LayerKind,
+    Map,
+    Widening,
+    register_layer,
+    register_map,
+    spread,
+    wide,
+)
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.int8 import Quantised
 from retrograde.kernels.work import Work
@@ -131,16 +140,11 @@ class LinearMap(Map):
         return torch.cat((x @ basis[0], x.index_select(-1, chosen)), -1)
 
     def sketch_weight_grad(
-        self,
-        products: Products,
-        kept: Tensor | Quantised,
-        basis: Tensor,
-        chosen: Tensor,
-        factors: Tensor,
-        weight: Tensor,
+        self, products: Products, kept: Tensor | Quantised, wider: Widening, weight: Tensor
     ) -> Work:
         """The product with what was kept, widened by V, and added to the columns J."""
         work = products.linear_weight_grad(kept)
+        basis, chosen, factors = wider
         rank = basis.shape[2]
         value = work.value[:, :rank] @ basis[0].mT
         work.value = value.index_add_(1, chosen, work.value[:, rank:] * factors)

@@ -123,11 +123,8 @@ class SpectralRule(Rule):
                 "belongs to the earlier ones. Detach, change the layer, and attach again."
             )
         if drawn:
-            chosen, factors = drawn
-            right = widening(basis, chosen, factors)
-            work = call.map.sketch_weight_grad(
-                call.products, call.operand, right, chosen, factors, call.weight
-            )
+            wider = widening(basis, *drawn)
+            work = call.map.sketch_weight_grad(call.products, call.operand, wider, call.weight)
         else:
             work = call.map.narrow_weight_grad(call.products, call.operand, basis, call.weight)
         if kept.numel():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from retrograde.engine import ranks
+from retrograde.engine.maps.base import Widening
 from retrograde.maths import spectral
 
 _ROUNDING = 1e-9
@@ -67,9 +68,10 @@ class Sketch:
         self.chosen, self.factors = state["chosen"], state["factors"]
 
 
-def widening(basis: Tensor, chosen: Tensor, factors: Tensor) -> Tensor:
-    """``(I − Π) U`` for U (g, d, k)."""
-    return basis.index_copy(1, chosen, basis[:, chosen] * (1 - factors).unsqueeze(1))
+def widening(basis: Tensor, chosen: Tensor, factors: Tensor) -> Widening:
+    """``[(I − Π) U, E_J/p]`` for U (g, d, k)."""
+    rest = basis.index_copy(1, chosen, basis[:, chosen] * (1 - factors).unsqueeze(1))
+    return Widening(rest, chosen, factors)
 
 
 def inclusion(weights: Any, number: int) -> Any:

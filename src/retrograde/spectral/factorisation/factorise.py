@@ -38,10 +38,11 @@ from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place
 from retrograde.spectral.factorisation.moments import Plain, spectrum_of_weight
-from retrograde.spectral.factorisation.observation import Call, evaluating, inputs_of, observe, run_on_input
+from retrograde.spectral.factorisation.observation import Call, inputs_of, observe, run_on_input
 from retrograde.spectral.factorisation.parts import Part, ranks_within, report_rows
 from retrograde.spectral.factorisation.report import FactorReport
 from retrograde.spectral.factorisation.timing import MARGIN, alternate, fastest_rank
+from retrograde.spectral.running import evaluating
 
 Seconds = tuple[float, float]
 

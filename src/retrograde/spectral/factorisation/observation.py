@@ -1,16 +1,13 @@
 """A model run over data in evaluation, its layers watched."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from retrograde.errors import OptionError, RetrogradeWarning
-from retrograde.forecast import untouched
 from retrograde.patterns import ROOT
 from retrograde.spectral.factorisation.moments import (
     Moments,
@@ -20,22 +17,10 @@ from retrograde.spectral.factorisation.moments import (
     rows_of,
     spectrum_of_outputs,
 )
+from retrograde.spectral.running import evaluating
 
 Call = Callable[[nn.Module, Any], object]
 """Runs a model on one batch of data."""
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """In evaluation mode and without gradients; modes, buffers and torch's random state come back as they were."""
-    training = [module for module in model.modules() if module.training]
-    with untouched(model), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def run_on_input(model: nn.Module, batch: Any) -> object:

@@ -11,8 +11,7 @@ Cost: the model's forward pass, 2·n·D² for n rows of D entries, and D² numbe
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -24,8 +23,8 @@ from retrograde.engine import ranks
 from retrograde.engine.layers import find_kind
 from retrograde.engine.maps.base import LayerKind, Map
 from retrograde.errors import DataError, NoEffectError
-from retrograde.forecast import untouched
 from retrograde.maths.spectral import eigh, leading_eigenpairs, qr_steps
+from retrograde.spectral.running import evaluating
 
 NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -118,7 +117,7 @@ def source_moments(
     ]
     seen = 0
     try:
-        with untouched(model), _evaluating(model), torch.no_grad():
+        with evaluating(model):
             for batch in islice(source, batches):
                 run(batch)
                 seen += 1
@@ -192,14 +191,3 @@ def _plain_call(model: nn.Module) -> Forward:
             raise
 
     return run
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
