@@ -36,6 +36,7 @@ def arms(rank: int, full_every: int) -> dict[str, Spectral | None]:
             found[f"{basis}/{residual}"] = Spectral(
                 rank, basis=basis, residual=residual, full_every=full_every, warmup=0, skip_head=False
             )
+    found["unbiased"] = Spectral(rank, residual="unbiased", skip_head=False)
     found["top+random/none"] = Spectral(rank, random=rank // 2, residual="none", warmup=0, skip_head=False)
     return found
 

@@ -89,6 +89,27 @@ def test_evaluate_by_hand() -> None:
         assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_auc_by_hand() -> None:
+    """The share of pairs of a positive and a negative that are in the right order; a tie is half of one."""
+    margins = torch.tensor([0.1, 0.4, 0.35, 0.8, 0.4])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    logits = torch.stack([torch.zeros(5), margins], 1)
+    assert measure.auc_of(logits, labels) == pytest.approx(4.5 / 6)
+
+
+def test_auc_of_more_classes_is_the_mean_of_each_against_the_rest() -> None:
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.arange(40) % 3
+    shares = logits.softmax(1)
+    each = []
+    for one in range(3):
+        hits, rest = shares[labels == one, one], shares[labels != one, one]
+        each.append(float((hits[:, None] > rest).double().mean()))
+    assert measure.auc_of(logits, labels) == pytest.approx(sum(each) / 3)
+    passed = measure.auc(nn.Identity(), Split(logits, labels), CPU, "float32")
+    assert passed == pytest.approx(measure.auc_of(logits, labels), abs=1e-6)
+
+
 def test_evaluate_counts_every_token() -> None:
     model = nn.Embedding(4, 4)
     nn.init.eye_(model.weight)

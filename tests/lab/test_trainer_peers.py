@@ -359,6 +359,23 @@ def test_sam_costs_twice(tmp_path: Path) -> None:
 # Options of the model.
 
 
+@pytest.mark.parametrize("change", [{"peers": {"sam": {}}}, {"methods": {"dither": {}}}], ids=str)
+def test_the_memory_of_a_step_is_measured_without_a_trace(tmp_path: Path, change: dict[str, Any]) -> None:
+    recipe = make_recipe({**SMALL.model_dump(), **change})
+    found: dict[str, dict[str, Any]] = {}
+    for measures in ((), ("step_peak_bytes",)):
+        folder = tmp_path / str(len(measures))
+        trainer = Trainer(recipe, folder, recipe.load_data(None))
+        for _ in trainer.epochs():
+            pass
+        found[folder.name] = trainer.finish(measures=measures)
+    weights = 4 * sum(p.numel() for p in noisy(recipe.load_data(None)).parameters())
+    assert found["1"]["measures"]["step_peak_bytes"] > weights, "gradients alone take as much"
+    assert found["1"]["test"] == found["0"]["test"]
+    first, second = ((tmp_path / name / files.MODEL).read_bytes() for name in "01")
+    assert first == second
+
+
 def test_options_reach_the_model(tmp_path: Path) -> None:
     recipe = Recipe(model="mlp", model_options={"widths": [12]}, limit=64, epochs=1)
     assert train(recipe, tmp_path / "run")["parameters"] == 64 * 12 + 12 + 12 * 10 + 10

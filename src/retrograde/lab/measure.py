@@ -36,6 +36,25 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, precision: st
     return {"loss": loss / count, "accuracy": correct / count}
 
 
+def auc(model: nn.Module, split: Split, device: torch.device, precision: str) -> float:
+    """Area under the ROC curve over a split, in eval mode; of more than two classes the mean of each against the rest."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(device, precision):
+        parts = [model(x.to(device)).float().cpu() for x, _ in evaluation_batches(split, _EVALUATION_BATCH)]
+    model.train(was_training)
+    return auc_of(torch.cat(parts), split.targets)
+
+
+def auc_of(logits: Tensor, y: Tensor) -> float:
+    """The same, of logits (B, classes) against labels (B)."""
+    from sklearn.metrics import roc_auc_score
+
+    if logits.shape[1] == 2:
+        return float(roc_auc_score(y, logits[:, 1] - logits[:, 0]))
+    return float(roc_auc_score(y, logits.double().softmax(1), multi_class="ovr"))
+
+
 def loss_of(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of logits (…, classes) against labels (…)."""
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), label_smoothing=smoothing)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from retrograde.accounting.memory import peak_bytes
 from retrograde.assignment import assign
 from retrograde.errors import CheckpointError, OptionError
 from retrograde.lab import data as lab_data
@@ -224,7 +225,7 @@ class Trainer:
 
         Args:
             trial: of a search, which must not read the test set and keeps no model: the result alone is written.
-            measures: figures to take of the folded model: ``"sharpness"``.
+            measures: figures to take of the trained model: see `retrograde.lab.claims.definition.Measure`.
         """
         try:
             return self._write_result("finished", {} if trial else self._finish_model(measures))
@@ -239,15 +240,39 @@ class Trainer:
         # What must fit is the most: methods keep other things when they have warmed up than in their first step.
         saved = measure.saved_activation_bytes(self.model, *self._first_batch(), self.recipe.precision)
         self._saved_bytes = max(self._saved_bytes, saved)
+        taken: dict[str, float] = {}
+        if "step_peak_bytes" in measures:
+            taken["step_peak_bytes"] = self._step_peak()
         plain = self.session.fold() if self.session else self.model
         for peer in reversed(self._peers):
             plain = peer.finish(plain)
         files.save_model(self.folder, plain)
-        taken: dict[str, float] = {}
+        if "auc" in measures:
+            taken["auc"] = measure.auc(plain, self.data.test, self.device, self.recipe.precision)
         if "sharpness" in measures:
             x, y = lab_data.first_batch(self.data.train, _SHARPNESS_ROWS)
             taken["sharpness"] = measure.sharpness(plain, x.to(self.device), y.to(self.device))
         return {"test": test, "measures": taken, "model_file": files.MODEL}
+
+    def _step_peak(self) -> float:
+        """Most bytes of tensors in one more step, which leaves the weights as they were."""
+        x, y = self._first_batch()
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+        def back() -> float:
+            loss, _ = self._loss(x, y)
+            loss.backward()
+            return float(loss.detach())
+
+        def step() -> None:
+            back()
+            self._take_step(back)
+
+        self.model.train()
+        most = peak_bytes(step)
+        self.optimizer.zero_grad()
+        self.model.load_state_dict(before)
+        return float(most)
 
     def keep(self) -> None:
         """Write the checkpoint of a run that is broken off between two epochs, and close it."""
@@ -311,10 +336,7 @@ class Trainer:
             done.passes["forward"] += 1
             x, y = x[index], y[index]
         loss, logits = self._pass(x, y)
-        if self._second_pass:
-            self.optimizer.step(lambda: float(self._pass(x, y)[0].detach()))
-        else:
-            self.optimizer.step()
+        self._take_step(lambda: float(self._pass(x, y)[0].detach()))
         self._schedule.step()
         self.optimizer.zero_grad()
         value = float(loss.detach())
@@ -333,11 +355,22 @@ class Trainer:
         mean = sums["loss"] / sums["count"]
         self._progress(Progress(epoch, done.step, self.steps, mean, done.validation))
 
-    def _pass(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward and backward: the loss, and the logits."""
+    def _take_step(self, again: Callable[[], float]) -> None:
+        """The optimizer's; `again` is a pass more, for one that takes two."""
+        if self._second_pass:
+            self.optimizer.step(again)
+        else:
+            self.optimizer.step()
+
+    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the logits."""
         with measure.autocast(self.device, self.recipe.precision):
             logits = self._forward(x)
-            loss = measure.loss_of(logits.float(), y, self.recipe.label_smoothing)
+            return measure.loss_of(logits.float(), y, self.recipe.label_smoothing), logits
+
+    def _pass(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the loss, and the logits."""
+        loss, logits = self._loss(x, y)
         began = time.perf_counter()
         loss.backward()
         self.state.backward_seconds += time.perf_counter() - began

@@ -28,7 +28,7 @@ CLAIM = small(
     recipe={**RECIPE, "evaluations": 2},
     checks=[CHECK, {**CHECK, "metric": "steps_to_target", "minus": None, "over": "plain"}],
     target="plain",
-    measures=["sharpness"],
+    measures=["sharpness", "auc", "step_peak_bytes"],
 )
 
 
@@ -58,7 +58,8 @@ def test_the_result_holds_everything(whole: Result) -> None:
         assert one.metrics["steps"] == STEPS
         assert one.metrics["zeros"] is None, "plain backpropagation was not asked for them"
         assert 0 < (one.metrics["accuracy"] or 0) <= 1
-        assert math.isfinite(one.metrics["sharpness"] or math.nan)
+        for measure in CLAIM.measures:
+            assert math.isfinite(one.metrics[measure] or math.nan), measure
         assert [reading.step for reading in one.curve] == [2, STEPS]
         assert max(reading.accuracy for reading in one.curve) == one.metrics["best_validation"]
         assert {"dense", "needed", "executed", "discounted", "overhead"} <= one.flops.keys()

@@ -68,6 +68,10 @@ class Tuning(_Table):
     seed: int = 1000
 
 
+Measure = Literal["sharpness", "auc", "step_peak_bytes"]
+"""λ_max of the Hessian, area under the ROC curve, and the most that tensors take at once in a step."""
+
+
 class Variant(_Table):
     """What is run beside the others.
 
@@ -160,7 +164,7 @@ class Claim(_Table):
     tuning: Tuning | None = None
     equal: Literal["steps", "seconds"] = "steps"
     target: str | None = None
-    measures: list[Literal["sharpness"]] = Field(default_factory=list)
+    measures: list[Measure] = Field(default_factory=list)
     contestants: dict[str, Variant] = Field(default_factory=dict)
     checks: list[Check] = Field(default_factory=list)
     table: list[MetricName] = Field(default=["accuracy", "zeros", "needed", "executed", "seconds"])

@@ -47,6 +47,8 @@ TRAINING = {
     "backward_seconds": Metric("backward pass of a step", "s"),
     "steps": Metric("steps"),
     "sharpness": Metric("λ_max of the Hessian"),
+    "auc": Metric("area under the ROC curve", "%"),
+    "step_peak_bytes": Metric("most memory of a step", "MiB"),
     **TO_TARGET,
 }
 """Shares of FLOPs are of the dense-equivalent whole training step; ``discounted_backward`` of the backward pass."""
@@ -60,10 +62,8 @@ EXPERIMENTS = {
     "forward_speedup_1": Metric("speed-up of it, batch of 1"),
     "forward_speedup_128": Metric("speed-up of it, batch of 128"),
     "source_accuracy": Metric("source accuracy, old head", "%"),
-    "auc": Metric("area under the ROC curve", "%"),
     "trainable": Metric("trained parameters"),
     "task_interval": Metric("half of the 95 % interval over tasks", "%"),
-    "step_peak_bytes": Metric("most memory of an outer step", "MiB"),
     "clean_accuracy": Metric("clean accuracy", "%"),
     "clean_drift": Metric("drift on clean images", "%"),
     "corrupted_drift": Metric("drift on corrupted images", "%"),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrograde.lab import data as lab_data
+from retrograde.lab import measure
 from retrograde.lab.data import Split
 from retrograde.lab.experiments.base import Context, Experiment, train_once
 from retrograde.lab.peers.adapters import AdaLora, Lora
@@ -77,9 +78,7 @@ class Transfer(Experiment):
         if not context.trial:
             found["source_accuracy"] = _accuracy(_logits(features, before["head"], source.test), source.test)
         if target.classes == 2:
-            from sklearn.metrics import roc_auc_score
-
-            found["auc"] = float(roc_auc_score(judged.targets, logits[:, 1] - logits[:, 0]))
+            found["auc"] = measure.auc_of(logits, judged.targets)
         return found
 
     def _tune(

@@ -39,8 +39,9 @@ class VGG(nn.Sequential):
     """The first three stages of VGG-11 (configuration A): x (B, C, H, W) → logits (B, classes).
 
     3×3 convolutions 64 · pool · 128 · pool · 256 · 256 · pool, then one linear layer. Pooling stops where less than 3
-    pixels a side would be left, and the last one takes large images down to about 4. With ``channels_last`` the
-    weights lie so in memory, and with them what the convolutions return.
+    pixels a side would be left, and the last one takes large images down to about 4. Images are first averaged over
+    squares of ``average`` pixels a side. With ``channels_last`` the weights lie so in memory, and with them what the
+    convolutions return.
     """
 
     def __init__(
@@ -51,10 +52,14 @@ class VGG(nn.Sequential):
         *,
         batch_norm: bool = False,
         channels_last: bool = False,
+        average: int = 1,
     ) -> None:
         super().__init__()
         channels, height, width = input_shape
         layers: list[nn.Module] = []
+        if average > 1:
+            layers.append(nn.AvgPool2d(average))
+            height, width = height // average, width // average
         for stage, widths in enumerate(stages):
             for outputs in widths:
                 layers += [*_convolution(channels, outputs, 3, batch_norm=batch_norm), nn.ReLU()]
