@@ -37,7 +37,7 @@ def evaluate(model: nn.Module, split: Split, device: torch.device, precision: st
 
 
 def auc(model: nn.Module, split: Split, device: torch.device, precision: str) -> float:
-    """Area under the ROC curve over a split, in eval mode; of more than two classes the mean of one against the rest."""
+    """Area under the ROC curve over a split, in eval mode; of more than two classes each against the rest."""
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast(device, precision):
