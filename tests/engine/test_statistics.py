@@ -111,6 +111,38 @@ def test_merged() -> None:
     first, second = StatisticsSpec(100, 10, 4, 50), StatisticsSpec(50, 20, 8, 70)
     assert first.merged(second) == second.merged(first) == StatisticsSpec(100, 10, 8, 70)
     assert first.merged(StatisticsSpec()).until is None
+    assert first.merged(StatisticsSpec(longest=80)).longest == 10, (
+        "the first one wants a refresh every tenth step"
+    )
+    assert StatisticsSpec(every=8, longest=64).merged(StatisticsSpec(every=4, longest=32)).longest == 32
+
+
+def test_refreshes_that_find_nothing_new_become_rare() -> None:
+    """They come half as often each time, down to the longest period; a changed input brings them back."""
+    statistics = InputStatistics(StatisticsSpec(rows=500, every=8, rank=5, longest=64))
+    refreshed = []
+    for number in range(210):
+        x = rows(500, seed=number) * (1.0 if number <= 120 else 1.5)
+        if step(statistics, number, x):
+            refreshed.append(number)
+        if number == 100:
+            fresh = InputStatistics(statistics.spec)
+            fresh.load_state_dict(statistics.state_dict())
+            statistics = fresh
+    assert refreshed == [0, 8, 24, 56, 120, 184, 192, 200, 208]
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["mean", "basis"])
+def test_a_moving_input_is_followed(turned: bool) -> None:
+    """Of constant spectrum, and of constant mean: either alone is noticed."""
+    statistics = InputStatistics(StatisticsSpec(rows=500, every=8, rank=5, longest=64))
+    refreshed = []
+    for number in range(40):
+        x = rows(500, seed=number)
+        x = x.roll(number // 8, -1) - x.mean((0, 1)) if turned else x + number
+        if step(statistics, number, x):
+            refreshed.append(number)
+    assert refreshed == [0, 8, 16, 24, 32]
 
 
 def test_state() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,19 @@ from cases import (
     train,
 )
 from retrograde.engine.maps import base
-from retrograde.errors import NoEffectError, OptionError
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.methods.decorrelate import Decorrelate
 
+
+def restless(every: int = 1, **options: Any) -> Decorrelate:
+    """A new R every so many steps, whether or not it is another one."""
+    return Decorrelate(every=every, longest=every, **options)
+
+
 ALL: dict[str, Callable[..., Decorrelate]] = {
-    "lowrank": partial(Decorrelate, rank=3, every=1, rows=64),
+    "lowrank": partial(restless, rank=3, rows=64),
     "full": partial(Decorrelate, mode="full", every=1, rows=64),
-    "precondition": partial(Decorrelate, mode="precondition", rank=3, every=1, rows=64),
+    "precondition": partial(restless, mode="precondition", rank=3, rows=64),
 }
 all_modes = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 
@@ -551,7 +557,7 @@ def basis_changes(layer: nn.Module, steps: int) -> list[bool]:
 def test_every_and_until() -> None:
     """Updates at steps 0, 3, 6, …, and none from `until` on; rows are not sampled after it."""
     layer = nn.Linear(8, 4)
-    _session = rg.attach(layer, Decorrelate(rank=2, every=3, rows=16, until=0.5), steps=14)
+    _session = rg.attach(layer, Decorrelate(rank=2, every=3, longest=3, rows=16, until=0.5), steps=14)
     assert basis_changes(layer, 12) == [step in (0, 3, 6) for step in range(12)]
     assert not program(layer).sampling
 
@@ -559,9 +565,10 @@ def test_every_and_until() -> None:
 def test_keeps_its_own_period() -> None:
     """Another method may want the statistics refreshed more often, and longer: R keeps to its own times."""
     layer = nn.Linear(8, 4)
-    _session = rg.attach(layer, Decorrelate(rank=2, every=3, rows=16, until=6))
+    _session = rg.attach(layer, Decorrelate(rank=2, every=3, longest=3, rows=16, until=6))
     statistics = program(layer).statistics
-    statistics.spec = statistics.spec.merged(type(statistics.spec)(rows=16, every=1, rank=5))
+    demanding = statistics.spec.merged(type(statistics.spec)(rows=16, every=1, rank=5))
+    statistics.__init__(demanding)
     assert basis_changes(layer, 9) == [step in (0, 3) for step in range(9)]
     assert statistics.refreshes == 9
     assert statistics.basis.shape == (1, 8, 5)
@@ -658,4 +665,93 @@ def test_layers_that_are_left() -> None:
 def test_bad_options(options: dict[str, Any]) -> None:
     """Out of range, or without effect in the mode: named, with its value."""
     with pytest.raises(OptionError, match=f"{list(options)[-1]}="):
+        Decorrelate(**options)
+
+
+# What it may cost.
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "rank"),
+    [
+        # A direction takes 10·512·64 operations a step and 4·4·64·512/32 of statistics (precondition: 4·512·64), of
+        # 6·512·64 for each row.
+        ({}, 256, 16),
+        ({"max_overhead": 0.1}, 256, 8),
+        ({"max_overhead": 0.3}, 256, 32),
+        ({"mode": "precondition"}, 256, 32),
+        ({}, 64, 5),
+        ({"rank": 24}, 8, 24),
+    ],
+    ids=str,
+)
+def test_the_rank_follows_the_rows(options: dict[str, Any], rows: int, rank: int) -> None:
+    layer = nn.Linear(512, 64)
+    _session = rg.attach(layer, Decorrelate(rows=64, **options))
+    run(layer, shifted((rows, 512)))
+    assert rule_of(layer)._basis.shape == (1, 512, rank)
+    assert program(layer).statistics.basis.shape == (1, 512, rank)
+
+
+def test_convolutions_pay_for_all_their_positions() -> None:
+    layer = nn.Conv2d(8, 16, 3)
+    _session = rg.attach(layer, Decorrelate())
+    run(layer, shifted((16, 8, 16, 16)))
+    assert rule_of(layer)._basis.shape == (1, 72, 32)
+
+
+def test_batches_too_small_are_left_as_they_are_and_said_so() -> None:
+    layer, plain = (seeded(partial(nn.Linear, 512, 64)) for _ in range(2))
+    _session = rg.attach(layer, Decorrelate())
+    with pytest.warns(RetrogradeWarning, match=r"so few rows .* max_overhead=0\.15"):
+        run(layer, shifted((4, 512)), steps=2)
+    run(plain, shifted((4, 512)), steps=2)
+    assert_same(layer.state_dict(), plain.state_dict(), 1e-6)
+
+
+def test_a_resumed_run_tracks_the_same_directions() -> None:
+    first, second = (seeded(partial(nn.Linear, 512, 64)) for _ in range(2))
+    sessions = [rg.attach(layer, Decorrelate(every=2, rows=64)) for layer in (first, second)]
+    run(first, shifted((128, 512)), steps=3)
+    second.load_state_dict(first.state_dict())
+    sessions[1].load_state_dict(sessions[0].state_dict())
+    for layer in (first, second):
+        for step in range(4):
+            run(layer, shifted((128, 512), seed=step))
+    assert_bitwise(weights(first), weights(second))
+
+
+def test_settled_inputs_are_looked_at_less_often() -> None:
+    """The same rows in every step: R is learnt in steps 0, 2, 6, 14, then every 8 steps; other rows bring it back."""
+    layer = nn.Linear(64, 16)
+    _session = rg.attach(layer, Decorrelate(rank=4, every=2, longest=8, rows=512))
+    x = shifted((512, 64))
+    assert [number for number, new in enumerate(refreshes(layer, [x] * 24)) if new] == [0, 2, 6, 14, 22]
+    assert [number for number, new in enumerate(refreshes(layer, [x.flip(1) * 3] * 11)) if new] == [6, 8, 10]
+
+
+def refreshes(layer: nn.Module, inputs: Sequence[Tensor]) -> list[bool]:
+    """Whether each step brought new statistics."""
+    found = []
+    for x in inputs:
+        before = program(layer).statistics.refreshes
+        run(layer, x)
+        found.append(program(layer).statistics.refreshes > before)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 8, "max_overhead": 0.2}, "max_overhead=0.2 has no effect beside rank=8"),
+        ({"mode": "full", "max_overhead": 0.2}, "no effect in mode='full'"),
+        ({"mode": "full", "longest": 64}, "no effect in mode='full'"),
+        ({"longest": 8}, "longest=8 must be 32 or more"),
+        ({"max_overhead": 0.0}, "max_overhead=0.0 must be"),
+        ({"max_overhead": math.inf}, "max_overhead=inf must be"),
+    ],
+    ids=str,
+)
+def test_costs_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         Decorrelate(**options)

@@ -180,9 +180,9 @@ class LayerProgram:
         self.map = map
         if needs[1] or needs[2]:
             self._expect_steps()
-        if rows is not None and self.statistics is not None:
-            self.statistics.collect(rows)
         flops = map.flops(input_shape, weight.shape, delta.shape)
+        if rows is not None and self.statistics is not None:
+            self.statistics.collect(rows, flops)
         small = flops < 2 * SMALL or delta.device.type != "cpu"
         number = self.calls
         if self._plain and self.block is None and saved:

@@ -40,11 +40,13 @@ are left as they are when R changes. Decoupled weight decay (`AdamW`, `Muon`) is
 gradient (SGD's) is multiplied by R like the rest of the step. LBFGS is refused: its line search needs the loss's own
 gradient.
 
-Cost for each step, weight (o × d): 10·o·d·k operations (full: 4·o·d²), nothing for each row; every T steps about
-16·n·d·k for the statistics of n rows (full: 4·n·d² + 2·d³). Memory: o·k numbers during a step (full: o·d).
+Cost for each step, weight (o × d): 10·o·d·k operations (full: 4·o·d²; precondition: 4·o·d·k), nothing for each row, so
+a layer's share of its own 6·n·o·d for n rows is 10k/6n. k is the largest that keeps it under `max_overhead`; a layer
+whose batches have too few rows for any is left as it is, with a warning. Every T steps, and less and less often where R
+settles, 4·n·d·k for the statistics of n rows (full: 4·n·d² + 2·d³). Memory: o·k numbers during a step (full: o·d).
 
-Suggested settings: rank 32 every 32 steps with Adam at 1e-3. It helps most where inputs are correlated and nothing
-normalises them: multilayer perceptrons, networks without BatchNorm.
+Suggested settings: the defaults with Adam at 1e-3. It helps most where inputs are correlated and nothing normalises
+them: multilayer perceptrons, networks without BatchNorm.
 
 Reference:
     Dalm, Offergeld, Ahmad, van Gerven. *Efficient Deep Learning with Decorrelated Backpropagation.* arXiv 2405.02385.
@@ -61,6 +63,8 @@ from retrograde.errors import OptionError, check_option, check_steps
 from retrograde.methods.decorrelate_rules import FullRule, LowRankRule, PreconditionRule, Settings
 
 _LR = 0.5
+_MAX_OVERHEAD = 0.15
+_LONGEST = 16
 _POWER = 1.0
 _ONLY_IN = {"kappa": "full", "variant": "full", "lr": "full", "power": "precondition"}
 
@@ -72,8 +76,11 @@ class Decorrelate(Method):
     Args:
         mode: ``"lowrank"`` transforms the leading directions of the input, ``"full"`` learns the whole matrix (only for
             narrow layers), ``"precondition"`` transforms gradients alone.
-        rank: k, leading directions; more than d counts as d. Not in full mode.
-        every: T, steps between updates.
+        rank: k, leading directions; more than d counts as d. None takes, in each layer, as many as `max_overhead`
+            allows, 32 at most. Not in full mode.
+        max_overhead: share of a layer's own work, by operations, that the method may add; without `rank`.
+        every: T, steps between updates of R.
+        longest: steps between them once they find nothing new; None is 16 T. Not in full mode.
         kappa: κ of full mode: 0 decorrelates alone, 0.5 whitens, 1 brings variances to 1 alone.
         lr: of R in full mode, relative to 1/λ_max, in (0, 0.5]; None is 0.5.
         variant: the rule of full mode, ``"published"`` or ``"normalized"``.
@@ -86,7 +93,7 @@ class Decorrelate(Method):
         OptionError: a value out of its range, or an option that has no effect in this mode.
 
     Examples:
-        >>> session = rg.attach(model, rg.Decorrelate(rank=32))
+        >>> session = rg.attach(model, rg.Decorrelate())
     """
 
     name: ClassVar[str] = "decorrelate"
@@ -94,14 +101,16 @@ class Decorrelate(Method):
     shares: ClassVar[Collection[str]] = ("until",)
 
     mode: Literal["lowrank", "full", "precondition"] = "lowrank"
-    rank: int = 32
+    rank: int | None = None
+    max_overhead: float = _MAX_OVERHEAD
     every: int = 32
+    longest: int | None = None
     kappa: float = 0.5
     lr: float | None = None
     variant: Literal["published", "normalized"] = "published"
     damping: float = 0.1
     power: float | None = None
-    rows: int = 2048
+    rows: int = 1024
     until: int | float | None = None
 
     def __post_init__(self) -> None:
@@ -111,8 +120,12 @@ class Decorrelate(Method):
             self.mode in ("lowrank", "full", "precondition"),
             "'lowrank', 'full' or 'precondition'",
         )
-        check_option(self, "rank", self.rank >= 1, "1 or more")
+        check_option(self, "rank", self.rank is None or self.rank >= 1, "1 or more")
+        share = math.isfinite(self.max_overhead) and self.max_overhead > 0
+        check_option(self, "max_overhead", share, "a finite number above 0")
         check_option(self, "every", self.every >= 1, "1 or more")
+        slow = self.longest is None or self.longest >= self.every
+        check_option(self, "longest", slow, f"{self.every} or more, as `every` is")
         check_option(self, "rows", self.rows >= 2, "2 or more")
         check_option(self, "kappa", 0 <= self.kappa <= 1, "between 0 and 1")
         check_option(self, "lr", self.lr is None or 0 < self.lr <= 0.5, "above 0 and at most 0.5")
@@ -132,13 +145,18 @@ class Decorrelate(Method):
         for field in dataclasses.fields(self):
             home = _ONLY_IN.get(field.name)
             idle = home not in (None, self.mode) or (
-                self.mode == "full" and field.name in ("rank", "damping")
+                self.mode == "full" and field.name in ("rank", "damping", "max_overhead", "longest")
             )
             if idle and getattr(self, field.name) != field.default:
                 raise OptionError(
                     f"Decorrelate: {field.name}={getattr(self, field.name)!r} has no effect in mode={self.mode!r}. "
                     "Leave it out, or choose another mode."
                 )
+        if self.rank is not None and self.max_overhead != _MAX_OVERHEAD:
+            raise OptionError(
+                f"Decorrelate: max_overhead={self.max_overhead!r} has no effect beside rank={self.rank}, which says "
+                "what is spent. Leave one of them out."
+            )
 
     def make_rule(self, site: Site) -> Rule | str:
         """Every linear or convolutional layer that owns a trained weight alone."""
@@ -157,7 +175,9 @@ class Decorrelate(Method):
         power = _POWER if self.power is None else self.power
         return Settings(
             rank=self.rank,
+            max_overhead=self.max_overhead,
             every=self.every,
+            longest=_LONGEST * self.every if self.longest is None else self.longest,
             kappa=self.kappa,
             lr=lr,
             variant=self.variant,

@@ -4,8 +4,9 @@ The low-rank and the full mode change coordinates around the optimizer's step an
 changes gradients alone.
 """
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Method, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
-from retrograde.errors import OptionError
+from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.maths import decorrelate
 
 if TYPE_CHECKING:
@@ -22,14 +23,20 @@ if TYPE_CHECKING:
 
 _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
+_MOST = 32
+"""Directions, where no rank is given."""
+_SLOW = 4.0
+"""FLOPs of statistics take so many times longer than a product's: they are passes over memory for the most part."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of `Decorrelate` with their defaults filled in; `until` in steps."""
 
-    rank: int
+    rank: int | None
+    max_overhead: float
     every: int
+    longest: int
     kappa: float
     lr: float
     variant: str
@@ -42,12 +49,22 @@ class Settings:
 class DecorrelateRule(Rule):
     """What the three modes share: when to act, and what to measure."""
 
-    def __init__(self, name: str, settings: Settings, rank: int) -> None:
+    passes: ClassVar[float] = 0.0
+    """Operations of a step for each direction and entry of the weight."""
+
+    def __init__(self, name: str, settings: Settings, rank: int | None) -> None:
         super().__init__(name)
         self._settings = settings
         self._next = 0
         self._overhead = 0.0
-        self.needs_statistics = StatisticsSpec(settings.rows, settings.every, rank, settings.until)
+        self.needs_statistics = StatisticsSpec(
+            settings.rows,
+            settings.every,
+            _MOST if rank is None else rank,
+            settings.until,
+            # The full R moves with each refresh, whatever that finds.
+            longest=settings.longest if rank != 0 else None,
+        )
 
     def adjust(self, method: Method) -> None:
         """From the next R on."""
@@ -80,13 +97,40 @@ class DecorrelateRule(Rule):
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(like))
 
-    def _leading(self, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """U and g of equations (2) and (3); of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None."""
+    def _affordable(self, step: Step) -> int:
+        """The most directions whose products and statistics keep to `max_overhead`; no more are tracked from now on."""
+        found = self.statistics
+        if step.weight is None or not found.product or found.basis is None:
+            return _MOST
+        groups, d, tracked = found.basis.shape
+        products = self.passes * step.weight.numel()
+        statistics = _SLOW * 4 * found.spec.rows * groups * d / self._settings.every
+        k = int(self._settings.max_overhead * 3 * found.product / (products + statistics))
+        if not k:
+            warnings.warn(
+                "Decorrelate: a layer is left as it is: its batches have so few rows that any rank costs more than "
+                f"max_overhead={self._settings.max_overhead:g} of its time. Give larger batches, a larger max_overhead "
+                "(0.5, for instance), or a rank.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+        k = k if k < 8 else k // 8 * 8
+        found.narrow(min(tracked, max(k, 1)))
+        return k
+
+    def _leading(self, mean: Tensor | None, step: Step) -> tuple[Tensor, Tensor] | None:
+        """U and g of equations (2) and (3); of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None.
+
+        None where no direction is worth its cost.
+        """
         found = self.statistics
         assert found.basis is not None
         assert found.eigenvalues is not None
         assert found.variance is not None
-        k, d = min(self._settings.rank, found.basis.shape[1]), found.basis.shape[1]
+        d, k = found.basis.shape[-2:]
+        k = min(k, self._affordable(step) if self._settings.rank is None else self._settings.rank)
+        if not k:
+            return None
         basis, eigenvalues, variance = found.basis[..., :k], found.eigenvalues[:, :k], found.variance
         if mean is not None:
             rest = decorrelate.rest_variance(eigenvalues, variance, d)
@@ -110,7 +154,7 @@ class DecorrelateRule(Rule):
 class CoordinateRule(DecorrelateRule):
     """Equations (6) to (8): the optimizer sees the gradient of W, and its step counts as one of W."""
 
-    def __init__(self, name: str, settings: Settings, rank: int) -> None:
+    def __init__(self, name: str, settings: Settings, rank: int | None) -> None:
         super().__init__(name, settings, rank)
         self._mean: Tensor | None = None
         self._before: Tensor | None = None
@@ -235,6 +279,8 @@ class CoordinateRule(DecorrelateRule):
 class LowRankRule(CoordinateRule):
     """Equations (2) and (3)."""
 
+    passes = 10.0
+
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings, rank=settings.rank)
         self._basis: Tensor | None = None
@@ -259,7 +305,11 @@ class LowRankRule(CoordinateRule):
         matrix.baddbmm_((matrix @ self._scaled).sub_(before, alpha=kept), self._basis.mT)
 
     def _learn(self, step: Step) -> None:
-        basis, self._gain = self._leading(None if self._mean is not None else self.statistics.mean)
+        found = self._leading(None if self._mean is not None else self.statistics.mean, step)
+        if found is None:
+            self._basis = self._gain = self._scaled = None
+            return
+        basis, self._gain = found
         self._basis = basis.contiguous()
         self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
 
@@ -345,6 +395,8 @@ class FullRule(CoordinateRule):
 class PreconditionRule(DecorrelateRule):
     """The gradient alone."""
 
+    passes = 4.0
+
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings, settings.rank)
         self._basis: Tensor | None = None
@@ -365,7 +417,7 @@ class PreconditionRule(DecorrelateRule):
 
     def _update(self, step: Step) -> None:
         assert self.statistics.mean is not None
-        self._basis, self._gain = self._leading(self.statistics.mean)
+        self._basis, self._gain = self._leading(self.statistics.mean, step) or (None, None)
 
     def state_dict(self) -> dict[str, Any]:
         """U and g too."""
