@@ -1,5 +1,7 @@
 """The equations of decorrelation: transforms, whitening, stability, and the measure."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,3 +136,15 @@ def test_correlation() -> None:
     dead = torch.cat([z, torch.zeros_like(a), torch.full_like(a, 7.0)], -1)
     torch.testing.assert_close(decorrelate.correlation(dead), decorrelate.correlation(z))
     assert float(decorrelate.correlation(torch.zeros(1, 10, 3))) == 0
+
+
+def test_scale() -> None:
+    """γ² = tr Σ / tr(R₀ΣR₀), over all groups, 3 at most, 1 where there is no variance."""
+    eigenvalues = torch.tensor([[8.0, 2.0], [4.0, 2.0]])
+    gain = torch.tensor([[0.5, 1.0], [0.5, 1.0]])
+    # Traces of 20 and 16 of four features each: R₀ takes away three quarters of 8 and of 4.
+    found = decorrelate.scale(eigenvalues, gain, torch.tensor([5.0, 4.0]), 4)
+    assert found == pytest.approx(math.sqrt(36 / 27))
+    assert decorrelate.scale(eigenvalues[:1], torch.full((1, 2), 1e-3), torch.tensor([2.5]), 4) == 3.0
+    assert decorrelate.scale(torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1), 4) == 1.0
+    assert decorrelate.scale(eigenvalues, torch.ones(2, 2), torch.tensor([5.0, 4.0]), 4) == 1.0

@@ -96,7 +96,7 @@ def transform_of(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     if rule._basis is None:
         return None, None
     eye = torch.eye(rule._basis.shape[1], dtype=rule._basis.dtype)
-    return eye + rule._basis * (rule._gain - 1).unsqueeze(-2) @ rule._basis.mT, rule._mean
+    return rule._scale * (eye + rule._basis * (rule._gain - 1).unsqueeze(-2) @ rule._basis.mT), rule._mean
 
 
 def grouped(weight: Tensor, groups: int) -> Tensor:
@@ -723,9 +723,24 @@ def test_precondition_is_the_reparameterised_step() -> None:
     assert float((found[2] - found[0]).abs().max()) > 1e-3
 
 
+def test_decorrelated_inputs_keep_their_energy() -> None:
+    """E‖z‖² = E‖x − μ‖², so a step of the same size changes what the layer returns as much as before."""
+    # A leading direction with half of the variance, which R brings down to the others'.
+    x = correlated(4000, 12) * torch.cat([torch.tensor([2.5]), torch.ones(11)]).double()
+    layer = nn.Linear(12, 4).double()
+    _session = rg.attach(layer, restless(rank=2, rows=4000))
+    run(layer, x, lr=0.0)
+    R, mean = transform_of(layer)
+    assert R is not None
+    assert mean is not None
+    assert rule_of(layer)._scale > 1.2
+    z = (x - mean[0]) @ R[0].T
+    assert float(z.square().sum()) == pytest.approx(float((x - mean[0]).square().sum()), rel=1e-3)
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_precondition_inverts_the_second_moment(power: float) -> None:
-    """With all directions and little damping: dW E[xxᵀ]^(−p), up to the scale that leaves the least direction alone."""
+    """With all directions and little damping: dW E[xxᵀ]^(−p), in the scale of the least direction times γ^(2p)."""
     x = ill_conditioned(6, 400, ratio=30)
     layer, plain = (seeded(partial(nn.Linear, 6, 4)) for _ in range(2))
     _session = rg.attach(layer, Decorrelate(mode="precondition", rank=6, damping=1e-6, power=power, every=1))
@@ -735,6 +750,7 @@ def test_precondition_inverts_the_second_moment(power: float) -> None:
         loss_of(net(x)).backward()
     torch.optim.SGD(layer.parameters(), lr=0.0).step()
     values, vectors = torch.linalg.eigh(x.T.double() @ x.double() / len(x))
-    expected = plain.weight.grad.double() @ vectors * (values[0] / values) ** power @ vectors.T
+    scale = min(9.0, float(values.sum() / (6 * values[0]))) ** power
+    expected = scale * plain.weight.grad.double() @ vectors * (values[0] / values) ** power @ vectors.T
     assert_same({"w": layer.weight.grad.double()}, {"w": expected}, 1e-2)
     assert torch.equal(layer.bias.grad, plain.bias.grad)

@@ -1,7 +1,7 @@
 """Decorrelating transforms R of a layer's input, their exact inverses, and a measure of what correlation is left.
 
     z = R (x − μ)                                                (1)
-    R = I + U diag(g − 1) Uᵀ                                     (2)   low rank: U (d, k) orthonormal
+    R = γ (I + U diag(g − 1) Uᵀ)                                 (2)   low rank: U (d, k) orthonormal
     g = sqrt((λ_k + c) / (λ + c))                                (3)   λ leading eigenvalues, λ_k the least of them
     S = ZᵀZ/n,  C = S − diag(S),  V = diag(mean z² − 1)          (4)
     R ← (I − εG) R,  G = (1−κ) C + κ V                           (5)   full, "published"
@@ -12,6 +12,8 @@ Everything has a leading dimension for groups: W (g, o, d), U (g, d, k), rows (g
 Reference: Dalm, Offergeld, Ahmad, van Gerven, *Efficient Deep Learning with Decorrelated Backpropagation*, 2405.02385.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from retrograde.maths.spectral import eigh
 _POWER_ITERATIONS = 10
 _SMALLEST_GAIN = 1e-3
 """No direction is shrunk more than a thousandfold: its weight would hardly move."""
+_LARGEST_SCALE = 3.0
+"""γ is bounded: what is left when nearly all variance was in few directions is noise."""
 
 
 def gains(eigenvalues: Tensor, damping: Tensor) -> Tensor:
@@ -35,6 +39,28 @@ def gains(eigenvalues: Tensor, damping: Tensor) -> Tensor:
     c = damping.unsqueeze(-1)
     ratio = (eigenvalues[:, -1:] + c) / (eigenvalues + c)
     return ratio.nan_to_num(1.0).clamp(0.0, 1.0).sqrt().clamp_min(_SMALLEST_GAIN)
+
+
+def scale(eigenvalues: Tensor, gain: Tensor, variance: Tensor, d: int) -> float:
+    """γ, which gives z the energy of x: ``γ² = tr Σ / tr(R₀ΣR₀)`` for R₀ = R/γ, at most 9.
+
+    Without it a step of the same size changes what the layer returns less than it did, as its leading directions are
+    what the output mostly consists of, and a learning rate that suits plain training is too small.
+
+    Args:
+        eigenvalues: Λ, (g, k).
+        gain: g, (g, k).
+        variance: tr Σ/d, (g,).
+        d: dimension.
+
+    Returns:
+        1 to 3; one figure for all groups.
+    """
+    trace = float(variance.sum()) * d
+    left = trace - float((eigenvalues * (1 - gain.square())).sum())
+    if not trace > 0:
+        return 1.0
+    return min(_LARGEST_SCALE, math.sqrt(trace / max(left, trace / _LARGEST_SCALE**2)))
 
 
 def transform(weight: Tensor, basis: Tensor, gain: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ changes gradients alone.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -25,6 +26,8 @@ _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
 _MOST = 32
 """Directions, where no rank is given."""
+_CACHED = 2**16
+"""Entries of a block."""
 _SLOW = 4.0
 """FLOPs of statistics take so many times longer than a product's: they are passes over memory for the most part."""
 
@@ -44,6 +47,15 @@ class Settings:
     power: float
     rows: int
     until: int | None
+
+
+@dataclass(frozen=True)
+class _Leading:
+    """R of equation (2): U (g, d, k), g (g, k) and γ."""
+
+    basis: Tensor
+    gain: Tensor
+    scale: float
 
 
 class DecorrelateRule(Rule):
@@ -118,8 +130,8 @@ class DecorrelateRule(Rule):
         found.narrow(min(tracked, max(k, 1)))
         return k
 
-    def _leading(self, mean: Tensor | None, step: Step) -> tuple[Tensor, Tensor] | None:
-        """U and g of equations (2) and (3); of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None.
+    def _leading(self, mean: Tensor | None, step: Step) -> "_Leading | None":
+        """Equations (2) and (3), of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None.
 
         None where no direction is worth its cost.
         """
@@ -136,7 +148,8 @@ class DecorrelateRule(Rule):
             rest = decorrelate.rest_variance(eigenvalues, variance, d)
             basis, eigenvalues = decorrelate.second_moment(mean, basis, eigenvalues, rest)
             variance = variance + mean.square().mean(-1)
-        return basis, decorrelate.gains(eigenvalues, self._settings.damping * variance)
+        gain = decorrelate.gains(eigenvalues, self._settings.damping * variance)
+        return _Leading(basis.contiguous(), gain, decorrelate.scale(eigenvalues, gain, variance, d))
 
     def state_dict(self) -> dict[str, Any]:
         """When to act next, and the work counted so far."""
@@ -280,11 +293,13 @@ class LowRankRule(CoordinateRule):
     """Equations (2) and (3)."""
 
     passes = 10.0
+    """Eight, and as much again as two for the copy of the weights."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings, rank=settings.rank)
         self._basis: Tensor | None = None
         self._gain: Tensor | None = None
+        self._scale = 1.0
         self._scaled: Tensor | None = None
         """``U diag(g − 1)``."""
 
@@ -292,43 +307,57 @@ class LowRankRule(CoordinateRule):
         return self._scaled is not None
 
     def _rotate(self, gradient: Tensor) -> None:
-        assert self._basis is not None and self._scaled is not None  # noqa: PT018
-        gradient.baddbmm_(gradient @ self._scaled, self._basis.mT)
+        assert self._basis is not None
+        assert self._scaled is not None
+        gradient.baddbmm_(gradient @ self._scaled, self._basis.mT, beta=self._scale, alpha=self._scale)
 
     def _remember(self, matrix: Tensor) -> Tensor:
-        assert self._scaled is not None
-        return matrix @ self._scaled
+        return matrix.clone()
 
     def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
-        # A + s R = P + s U diag(g − 1) Uᵀ for the step s = P − kept · A: no copy of A.
-        assert self._basis is not None and self._scaled is not None  # noqa: PT018
-        matrix.baddbmm_((matrix @ self._scaled).sub_(before, alpha=kept), self._basis.mT)
+        # A + s R = P + (γ − 1) s + γ s U diag(g − 1) Uᵀ for the step s = P − kept · A.
+        assert self._basis is not None
+        assert self._scaled is not None
+        for now, then in _blocks(matrix, before):
+            step = torch.sub(now, then, alpha=kept, out=then)
+            turned = step @ self._scaled
+            if self._scale != 1:
+                now.add_(step, alpha=self._scale - 1)
+            now.baddbmm_(turned, self._basis.mT, alpha=self._scale)
 
     def _learn(self, step: Step) -> None:
         found = self._leading(None if self._mean is not None else self.statistics.mean, step)
         if found is None:
             self._basis = self._gain = self._scaled = None
             return
-        basis, self._gain = found
-        self._basis = basis.contiguous()
+        self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
         self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
 
     def _vector_flops(self) -> float:
-        # Of each of the gradient and the weight 4·d·k, and 2·d·k of the weight before the step.
-        return 0.0 if self._basis is None else 5.0 * self._basis.shape[-2] * self._basis.shape[-1]
+        # Of each of the gradient and the step 4·d·k.
+        return 0.0 if self._basis is None else 4.0 * self._basis.shape[-2] * self._basis.shape[-1]
 
     def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        assert self._basis is not None and self._scaled is not None  # noqa: PT018
-        return rows[..., chosen] + (rows @ self._scaled.to(rows)) @ self._basis[:, chosen].mT.to(rows)
+        assert self._basis is not None
+        assert self._scaled is not None
+        turned = (rows @ self._scaled.to(rows)) @ self._basis[:, chosen].mT.to(rows)
+        return self._scale * (rows[..., chosen] + turned)
+
+    def metrics(self) -> dict[str, float]:
+        """How many directions there are, γ, and the steps between updates; see `CoordinateRule.metrics`."""
+        if self._gain is None:
+            return super().metrics()
+        own = {"rank": self._gain.shape[-1], "scale": self._scale, "period": self.statistics.period}
+        return {**super().metrics(), **own}
 
     def state_dict(self) -> dict[str, Any]:
-        """U and g too."""
-        return {**super().state_dict(), "basis": self._basis, "gain": self._gain}
+        """U, g and γ too."""
+        return {**super().state_dict(), "basis": self._basis, "gain": self._gain, "scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
-        self._basis, self._gain = state["basis"], state["gain"]
+        self._basis, self._gain, self._scale = state["basis"], state["gain"], float(state["scale"])
         self._scaled = None
         if self._basis is not None and self._gain is not None:
             self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
@@ -401,32 +430,43 @@ class PreconditionRule(DecorrelateRule):
         super().__init__(name, settings, settings.rank)
         self._basis: Tensor | None = None
         self._gain: Tensor | None = None
+        self._scale = 1.0
 
     @torch.no_grad()
     def grad(self, step: Step) -> None:
-        """``dW ← dW (I + U diag(g^(2p) − 1) Uᵀ)``."""
+        """``dW ← γ^(2p) dW (I + U diag(g^(2p) − 1) Uᵀ)``."""
         self._refuse_line_search(step)
         weight, map = step.weight, step.map
         if weight is None or weight.grad is None or map is None or self._basis is None or self._gain is None:
             return
-        matrix = _matrix(weight.grad, map)
+        matrix, power = _matrix(weight.grad, map), 2 * self._settings.power
         self._follow(matrix)
-        changed = decorrelate.transform(matrix, self._basis, self._gain ** (2 * self._settings.power))
+        changed = decorrelate.transform(matrix, self._basis, self._gain**power).mul_(self._scale**power)
         _store(weight.grad, changed, map)
         self._spend(step, 4.0 * weight.numel() * self._gain.shape[-1])
 
     def _update(self, step: Step) -> None:
         assert self.statistics.mean is not None
-        self._basis, self._gain = self._leading(self.statistics.mean, step) or (None, None)
+        found = self._leading(self.statistics.mean, step)
+        self._basis = self._gain = None
+        if found is not None:
+            self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
 
     def state_dict(self) -> dict[str, Any]:
-        """U and g too."""
-        return {**super().state_dict(), "basis": self._basis, "gain": self._gain}
+        """U, g and γ too."""
+        return {**super().state_dict(), "basis": self._basis, "gain": self._gain, "scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
-        self._basis, self._gain = state["basis"], state["gain"]
+        self._basis, self._gain, self._scale = state["basis"], state["gain"], float(state["scale"])
+
+
+def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of matrices (g, o, d) that stay in a core's cache while several passes go over them; on a GPU all of them."""
+    groups, outputs, d = matrices[0].shape
+    rows = max(1, _CACHED // (groups * d)) if matrices[0].device.type == "cpu" else outputs
+    return zip(*(matrix.split(rows, 1) for matrix in matrices), strict=True)
 
 
 def _kept(step: Step, weight: Tensor) -> float:
