@@ -20,7 +20,7 @@ from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
 from retrograde.assignment import Assignment, Given, assign, distinct, exactly
-from retrograde.engine.activations import lighten, restore
+from retrograde.engine.activations import Lightened
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
@@ -306,7 +306,7 @@ class Session:
             swap_in(place.site.layer, place.kind, self._programs[place.name])
             self._layers[place.name] = place.site.layer
         lightens = any(m.lightens for place in decision.layers for m in place.methods.values())
-        self._light = lighten(model.modules()) if lightens else []
+        self._light = Lightened(model.modules() if lightens else ())
         self._blocks = _make_blocks(decision.blocks, self._programs, seed)
         self._block_window: dict[str, dict[str, int]] = {}
         swap_in_blocks(list(self._blocks.values()))
@@ -438,10 +438,7 @@ class Session:
             program.pause(paused)
         for block in self._blocks.values():
             block.active = not paused
-        if paused or not self._attached:
-            restore(self._light)
-        else:
-            lighten(self._light)
+        self._light.pause(paused)
 
     def validated(self, score: float) -> None:
         """Report a validation score, higher is better; methods with phases act on it.
@@ -549,7 +546,7 @@ class Session:
     def _swap_out(self, *, to_fold: bool) -> None:
         swap_out_blocks(list(self._blocks.values()))
         swap_out(self._layers, to_fold=to_fold)
-        restore(self._light)
+        self._light.end()
         self._clock.stop()
         for program in self._programs.values():
             program.owner = None

@@ -131,6 +131,22 @@ def signs(x: Tensor) -> Tensor:
     return (flat <= 0).logical_not()
 
 
+def mask(bits: Tensor, shape: torch.Size, last: bool) -> Tensor:
+    """What `signs` found of a tensor of `shape`, an entry each.
+
+    Args:
+        bits: from `signs`.
+        shape: of the tensor.
+        last: whether it was channels-last.
+    """
+    if bits.dtype != torch.bool:
+        eight = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+        lanes = bits.view(-1, 1, GROUP // 8)
+        bits = (lanes >> eight & 1).view(-1)[: shape.numel()].bool()
+    n, c, *rest = shape if last else (0, 0)
+    return bits.view(n, *rest, c).movedim(-1, 1) if last else bits.view(shape)
+
+
 def where_positive(delta: Tensor, bits: Tensor, last: bool) -> Tensor:
     """δ where `signs` of a tensor of its shape were set, and 0 elsewhere.
 
@@ -140,8 +156,7 @@ def where_positive(delta: Tensor, bits: Tensor, last: bool) -> Tensor:
         last: whether the tensor was channels-last.
     """
     if bits.dtype == torch.bool:
-        mask = bits.view(delta.movedim(1, -1).shape).movedim(-1, 1) if last else bits.view(delta.shape)
-        return torch.where(mask, delta, 0)
+        return torch.where(mask(bits, delta.shape, last), delta, 0)
     from retrograde.kernels import cpu_pack  # where it is needed: a compiler comes with it
 
     ordered = delta.movedim(1, -1) if last else delta
