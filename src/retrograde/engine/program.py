@@ -78,6 +78,9 @@ class LayerProgram:
         """Seconds of the backward calls so far: on a GPU, of launching them. No part of the state."""
         self.clocked_steps = 0
         """Optimizer steps that these seconds belong to."""
+        self._kept = (0, 0.0, 0.0)
+        """Backward calls that found something else kept in place of the layer's input; bytes of the inputs, and those
+        that were kept. No part of the state."""
         self._settled: tuple[float, torch.dtype, float] | None = None
         """Size, dtype and zeros of a product without rules for which torch's own kernels were chosen."""
         self._treated: tuple[weakref.ref[Tensor], int] | None = None
@@ -216,6 +219,8 @@ class LayerProgram:
                 grant = Grant(self.block.grant.tier)
         self.calls = number + 1
         call = Call(delta, saved, weight, input_shape, map, needs, flops, small, self, number, grant.tier)
+        if saved and (self.int8 or self._save is not None):
+            self._count_kept(call, rows)
         if self.int8:
             self._unpack(call)
         for rule in self._gate:
@@ -293,6 +298,18 @@ class LayerProgram:
         if parts != self._key_of[0]:
             self._key_of = parts, mix_key(*parts)
         return mix_key(call, start=self._key_of[1])
+
+    def _count_kept(self, call: Call, rows: Tensor | None) -> None:
+        calls, plain, kept = self._kept
+        plain += math.prod(call.input_shape) * call.weight.element_size()
+        kept += sum(tensor.nbytes for tensor in call.saved) + (0 if rows is None else rows.nbytes)
+        self._kept = calls + 1, plain, kept
+
+    @property
+    def kept(self) -> tuple[float, float] | None:
+        """Bytes of an input, and those kept in its place, a call; None before one in which something else was kept."""
+        calls, plain, kept = self._kept
+        return (plain / calls, kept / calls) if calls else None
 
     def _unpack(self, call: Call) -> None:
         """What a forward pass in 8 bits kept: W and x as levels."""
