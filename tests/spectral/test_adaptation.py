@@ -172,6 +172,59 @@ def test_ready_statistics(model, adapted):
         spectral.adapt(nn.Sequential(nn.Linear(2, 2)), adapted.statistics())
     with pytest.raises(StateError, match="not what"):
         spectral.adapt(model, {"conv": {}})
+    cut = {
+        name: dict(own, source_basis=own["source_basis"][:3]) for name, own in adapted.statistics().items()
+    }
+    with pytest.raises(StateError, match="not what"):
+        spectral.adapt(model, cut)
+
+
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_ready_statistics_of_other_widths(model, at):
+    """Known from the layer at once, else at the first call; `state_dict` is refused by torch, and leaves it usable."""
+    ready = spectral.adapt(model, images(), at=at).statistics()
+    wider = Net()
+    wider.conv, wider.norm, wider.fc = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Linear(7, 6)
+    with pytest.raises(StateError, match=rf"'(conv|fc)' has 7 features at its {at}, and they are of 6"):
+        spectral.adapt(wider.eval(), ready, at=at)
+
+    class Own(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(width, 128))
+
+        def forward(self, x):
+            return x.flatten(1) @ self.weight.T
+
+    def own(width):
+        return nn.Sequential(Own(width), nn.Identity()).eval()
+
+    made = spectral.adapt(own(5), images(), layers="0")
+    other = spectral.adapt(own(4), made.statistics(), layers="0")
+    with pytest.raises(StateError, match="'0' has 4 features in this call, and its statistics are of 5"):
+        other(images(1)[0])
+    narrow = spectral.adapt(own(4), images(), layers="0")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        narrow.load_state_dict(made.state_dict())
+    assert narrow(images(1)[0]).shape == (16, 4)
+
+
+def test_batches_that_the_model_does_not_take(model):
+    """Labels first, other keys, nothing of tensors: what came, and what a batch must be."""
+    says = "A batch must be a tensor, a tuple or list that begins with the model's input"
+    labels = [(torch.zeros(16, dtype=torch.long), x) for x in images()]
+    with pytest.raises(
+        OptionError, match=rf"Net fails on a batch.*given int64 tensor of shape \(16,\).*{says}"
+    ):
+        spectral.adapt(model, labels)
+    pictures = [{"picture": x, "label": torch.zeros(16)} for x in images()]
+    with pytest.raises(OptionError, match=rf"brings 'picture', 'label'.*takes 'x': 'x' is missing.*{says}"):
+        spectral.adapt(model, pictures)
+    with pytest.raises(OptionError, match=rf"a str is not a batch \(tuple\).*{says}"):
+        spectral.adapt(model, [("a", x) for x in images()])
+    beside = [{"x": x, "labels": torch.zeros(16)} for x in images()]
+    assert spectral.adapt(model, beside).drift == spectral.adapt(model, images()).drift
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])

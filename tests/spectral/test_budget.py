@@ -223,6 +223,9 @@ def test_resuming_goes_on_as_if_nothing_had_been():
     strange = schedule_of(stranger, sgd(stranger))
     with pytest.raises(StateError, match="layers that the model does not have"):
         strange.load_state_dict(schedule.state_dict())
+    wider = nn.Sequential(nn.Linear(16, 25), nn.Tanh(), nn.Linear(25, 20), nn.Tanh(), nn.Linear(20, 4))
+    with pytest.raises(StateError, match="'0' with 24 outputs, and the model's has 25"):
+        schedule_of(wider, sgd(wider)).load_state_dict(schedule.state_dict())
 
 
 def test_a_skipped_step_does_not_count():

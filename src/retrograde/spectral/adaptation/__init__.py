@@ -71,16 +71,18 @@ from retrograde.errors import (
     check_option,
 )
 from retrograde.patterns import ROOT, Choice, select, some
-from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, run
+from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, width_of
 from retrograde.spectral.adaptation.tracking import (
     SOURCE,
     Correction,
     Moments,
     Tracker,
     corrected,
+    is_source,
     source_of,
     weight_of,
 )
+from retrograde.spectral.running import Runner, evaluating
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
@@ -88,6 +90,7 @@ Statistics = Mapping[str, Mapping[str, Tensor]]
 Gate = Literal["auto", "open", "closed"]
 _FEWEST_BATCHES = 10
 _TINY = 1e-12
+_RUN = Runner("adapt: source")
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,12 @@ class Adapted(nn.Module):
     ) -> Tensor | None:
         x = features(name, x)
         axis = channel_axis(layer, x)
+        if x.shape[axis] != tracker.width:
+            raise StateError(
+                f"adapt: layer {name!r} has {x.shape[axis]} features in this call, and its statistics are of "
+                f"{tracker.width}: they are of another model, or the layer was replaced. Call adapt again with source "
+                "batches, or with this model's statistics."
+            )
         # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = rows_of(x, axis, self._options.rows).to(tracker.mean)
@@ -302,11 +311,13 @@ def adapt(
         The wrapper, in the model's mode.
 
     Raises:
-        OptionError: a value out of its range, or too few source batches, or batches that can be read only once.
+        OptionError: a value out of its range, or too few source batches, or batches that can be read only once, or
+            that the model does not take.
         PatternError: a pattern that matches no layer.
         NoEffectError: no layer to adapt, or one that is never called.
         AttachError: a compiled model, or a layer whose features are not one floating-point tensor.
-        StateError: ready statistics of other layers.
+        StateError: ready statistics of other layers, or of layers of other widths; the latter at the first call where a
+            layer does not say how many features it has.
 
     Examples:
         >>> adapted = rg.spectral.adapt(model.eval(), loader)
@@ -363,8 +374,9 @@ def _measured(
         rows = rows_of(features(name, x), channel_axis(layer, x), 2**62)
         found.setdefault(name, (Moments(), Moments()))[batches % 2].add(rows)
 
-    with hooked(model, {name: partial(add, name) for name in chosen}, options.at):
-        for _ in run(model, model, source):
+    with evaluating(model), hooked(model, {name: partial(add, name) for name in chosen}, options.at):
+        for batch in source:
+            _RUN(model, batch)
             batches += 1
     if batches < _FEWEST_BATCHES:
         raise OptionError(
@@ -395,11 +407,13 @@ def _is_linear_like(layer: nn.Module) -> bool:
 def _watched(adapted: Adapted, source: Iterable[Any]) -> Tensor:
     """Equations (3) to (5) after each odd batch of the source, as a test stream: (batches, layers, 3), float64."""
     adapted.gate = "closed"
-    odd = (batch for number, batch in enumerate(source) if number % 2)
-    found = [
-        torch.stack([cast(Tracker, tracker).shift() for tracker in adapted.trackers])
-        for _ in run(adapted, adapted.model, odd)
-    ]
+    found: list[Tensor] = []
+    with evaluating(adapted.model):
+        adapted.eval()
+        for number, batch in enumerate(source):
+            if number % 2:
+                _RUN(adapted.model, batch, through=adapted)
+                found.append(torch.stack([cast(Tracker, tracker).shift() for tracker in adapted.trackers]))
     if not found:
         raise OptionError(
             "adapt: the source gave no batches when it was read for the second time. Give a DataLoader or a list, not "
@@ -412,7 +426,9 @@ def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options:
     modules = dict(model.named_modules())
     strange = [name for name in source if name not in modules]
     lacking = [
-        name for name, own in source.items() if not {*SOURCE, "limits"} <= set(cast(Mapping[str, Any], own))
+        name
+        for name, own in source.items()
+        if not ({*SOURCE, "limits"} <= set(cast(Mapping[str, Any], own)) and is_source(own))
     ]
     if strange or lacking or not source:
         raise StateError(
@@ -420,6 +436,14 @@ def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options:
             f"{f'it has no layer {some(strange)}' if strange else 'they are not what Adapted.statistics() gives'}. "
             "Give source batches instead, or the statistics of this model."
         )
+    for name, own in source.items():
+        width = width_of(modules[name], options.at)
+        if width is not None and width != len(own["source_mean"]):
+            raise StateError(
+                f"adapt: ready statistics do not fit {type(model).__name__}: layer {name!r} has {width} features at "
+                f"its {options.at}, and they are of {len(own['source_mean'])}. Give source batches instead, the "
+                "statistics of this model, or the `at` that they were taken with."
+            )
     names = list(source)
     if layers is not None:
         names = [

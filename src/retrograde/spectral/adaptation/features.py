@@ -1,11 +1,10 @@
 """How `retrograde.spectral.adapt` reaches features: hooks that are on the model during a call alone, and rows."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from retrograde.engine.maps.base import spread, wide
@@ -28,26 +27,18 @@ def rows_of(x: Tensor, axis: int, budget: int) -> Tensor:
     return wide(rows[spread(rows.shape[0], budget, rows.device)])
 
 
-def run(module: nn.Module, model: nn.Module, source: Iterable[Any]) -> Generator[None]:
-    """Call `module` on each batch of the source, in evaluation mode; modes are put back."""
-    modes = [(part, part.training) for part in module.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    module.eval()
-    try:
-        for batch in source:
-            with torch.no_grad():
-                if isinstance(batch, Mapping):
-                    module(**{key: moved(value) for key, value in cast(Mapping[str, Any], batch).items()})
-                else:
-                    module(moved(cast(Any, batch[0] if isinstance(batch, tuple | list) else batch)))
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
+def width_of(layer: nn.Module, at: str) -> int | None:
+    """How many features `layer` returns, or is given; None where it does not say."""
+    if isinstance(layer, (nn.Linear, *_FIRST)):
+        names = ("out_features", "out_channels") if at == "output" else ("in_features", "in_channels")
+    elif isinstance(layer, _SECOND):
+        names = ("num_features", "num_channels")
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return layer.normalized_shape[-1]
+    else:
+        return None
+    # Lazy layers say 0.
+    return next(getattr(layer, name) for name in names if hasattr(layer, name)) or None
 
 
 @contextlib.contextmanager

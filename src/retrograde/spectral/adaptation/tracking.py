@@ -80,6 +80,11 @@ class Tracker(nn.Module):
         source = (mean, vectors[:, :k], values[:k], rest, values.new_ones(3))
         return cls({name: tensor.to(moments.like) for name, tensor in zip(SOURCE, source, strict=True)})
 
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.source_mean.shape[0]
+
     def reset(self) -> None:
         """Forget the test stream: it is taken to be like the source."""
         q = self.source_basis
@@ -169,11 +174,12 @@ class Tracker(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         state_dict, prefix = args[:2]
+        saved = {name: state_dict[prefix + name] for name in SOURCE if prefix + name in state_dict}
         # The rank follows the source's energy, so that what is loaded may have another one.
-        for name, buffer in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor) and name in _RANKED:
-                setattr(self, name, buffer.new_empty(saved.shape))
+        if len(saved) == len(SOURCE) and is_source(saved) and len(saved["source_mean"]) == self.width:
+            for name in _RANKED:
+                own = getattr(self, name)
+                setattr(self, name, own.new_empty(*own.shape[:-1], len(saved["source_values"])))
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tracker":
@@ -215,6 +221,15 @@ def corrected(
 def weight_of(examples: int, window: float) -> float:
     """a = 1 − exp(−n/N): what n examples count for in a window of N, whatever batches they come in."""
     return 1 - math.exp(-examples / window)
+
+
+def is_source(statistics: Mapping[str, Tensor]) -> bool:
+    """Whether the shapes of all of `SOURCE` belong together."""
+    basis = statistics["source_basis"]
+    shapes = (basis.shape[:1], basis.shape, basis.shape[1:], (), (3,))
+    return basis.dim() == 2 and all(
+        tuple(statistics[name].shape) == tuple(shape) for name, shape in zip(SOURCE, shapes, strict=True)
+    )
 
 
 def source_of(tracker: Tracker) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
-from retrograde.patterns import Choice
+from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place, split
 from retrograde.spectral.factorisation.moments import Plain, Spectrum, Watch, spectrum_of_outputs
 from retrograde.spectral.factorisation.parts import Part, ranks_within, report_rows
@@ -186,7 +186,7 @@ class BudgetSchedule:
         """Take back what `state_dict` gave, before the next step.
 
         Raises:
-            StateError: it is of other layers.
+            StateError: it is of other layers, or of layers of other widths.
         """
         strange = sorted((state["spectra"].keys() | state["ranks"].keys()) - self._layers.keys())
         if strange:
@@ -194,6 +194,13 @@ class BudgetSchedule:
                 f"the schedule's state is of layers that the model does not have: {strange[:5]}. Load it into a "
                 "schedule of the same model."
             )
+        for name, (basis, *_) in state["spectra"].items():
+            layer = cast(Plain, self._layers[name])
+            if len(basis) != len(layer.weight):
+                raise StateError(
+                    f"the schedule's state has layer {name or ROOT!r} with {len(basis)} outputs, and the model's has "
+                    f"{len(layer.weight)}. Load it into a schedule of the same model."
+                )
         self.step, self.ranks, self._macs = state["step"], dict(state["ranks"]), dict(state["macs"])
         self._parts = {}
         for name, parts in state["spectra"].items():

@@ -86,7 +86,7 @@ class TransferPenalty(Listener):
         forward: runs the model on one batch, where it is called otherwise than with its input.
 
     Raises:
-        OptionError: a value out of its range.
+        OptionError: a value out of its range, or a batch that the model does not take.
         PatternError: a pattern matches nothing.
         NoEffectError: no layer would be restrained.
         DataError: the loader is empty, or a layer's input is not finite.
@@ -191,6 +191,7 @@ class TransferPenalty(Listener):
 
         Raises:
             NoEffectError: the model has no linear-like layer.
+            OptionError: a batch that the model does not take.
             DataError: the loader is empty, or a layer's input is not finite.
         """
         _check("rank", rank, rank >= 1, "1 or more")
