@@ -312,7 +312,7 @@ def test_refusals(model):
         ({"rank": 0}, "rank=0"),
         ({"energy": 1.5}, "energy=1.5"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=rf"^adapt: {says} must be"):
             spectral.adapt(model, batches, **wrong)
     with pytest.raises(OptionError, match="gave no batches"):
         spectral.adapt(model, iter(batches))
@@ -357,6 +357,14 @@ def test_a_stream_in_training_mode_is_said(adapted):
     with torch.no_grad(), pytest.warns(RetrogradeWarning, match="training mode"):
         adapted(images(1)[0])
     adapted(images(1)[0])
+
+
+def test_in_one_line(model, adapted):
+    assert repr(adapted) == (
+        "Adapted(Net: 2 layers, at='output', correction='transport', window=100, gate='auto', watching)"
+    )
+    adapted.gate = "open"
+    assert repr(adapted).endswith("gate='open', correcting)")
 
 
 def test_a_wrong_gate_is_refused(adapted):

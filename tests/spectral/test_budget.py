@@ -70,6 +70,18 @@ def test_the_budget_falls_as_a_cube():
     )
 
 
+def test_in_one_line():
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer)
+    train(model, optimizer, 12)
+    assert repr(schedule) == (
+        "BudgetSchedule(Sequential: budget=0.5, steps 2 to 12 every 3; "
+        f"step 12, {len(schedule.ranks)} of 3 layers below full rank)"
+    )
+    assert schedule.ranks
+
+
 @pytest.mark.parametrize("make", [sgd, adam])
 def test_the_folded_model_computes_what_was_trained(make: Any):
     model = net()

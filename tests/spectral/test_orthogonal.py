@@ -417,6 +417,16 @@ def test_an_optimizer_that_is_dropped_is_said() -> None:
         keep_orthogonal(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+def test_in_one_line() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = keep_orthogonal(model, optimizer)
+    train(model, optimizer, 3)
+    assert repr(kept) == "Orthogonal(0, 2; 3 steps)"
+    kept.remove()
+    assert repr(kept) == "Orthogonal(0, 2; 3 steps, removed)"
+
+
 def test_refusals() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

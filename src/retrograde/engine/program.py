@@ -107,7 +107,7 @@ class LayerProgram:
         self._fold = filling("fold")
         save, product = filling("save"), filling("product")
         if save != product or len(save) > 1:
-            names = ", ".join(sorted({type(rule).__name__ for rule in (*save, *product)}))
+            names = ", ".join(sorted({self._method_of(rule) for rule in (*save, *product)}))
             raise OptionError(
                 f"slots `save` and `product` of layer {self.name!r} are filled by {names}: the rule that keeps "
                 "something other than the layer's input must also compute the weight gradient from it, and only one "
@@ -119,18 +119,21 @@ class LayerProgram:
         reading = next((rule for rule in self.rules if rule.needs_input), None)
         if reading is not None and self._save not in (None, reading):
             raise OptionError(
-                f"layer {self.name!r}: {type(reading).__name__} reads the layer's input in the backward pass, and "
-                f"{type(self._save).__name__} keeps something else in its place. Attach one of them to this layer; "
+                f"layer {self.name!r}: {self._method_of(reading)} reads the layer's input in the backward pass, and "
+                f"{self._method_of(self._save)} keeps something else in its place. Attach one of them to this layer; "
                 "`only` and `skip` choose layers."
             )
         self.int8 = any(rule.int8_forward for rule in self.rules)
         """Whether the forward product runs in 8 bits."""
         if self.int8 and self._save is not None:
             raise OptionError(
-                f"layer {self.name!r}: {type(self._save).__name__} keeps something other than the layer's input, and a "
-                "forward pass in 8 bits keeps the rounded one; only one can be kept. Leave the forward pass exact, or "
-                "attach one of them to this layer; `only` and `skip` choose layers."
+                f"layer {self.name!r}: {self._method_of(self._save)} keeps something other than the layer's input, and "
+                "a forward pass in 8 bits keeps the rounded one; only one can be kept. Leave the forward pass exact, "
+                "or attach one of them to this layer; `only` and `skip` choose layers."
             )
+
+    def _method_of(self, rule: Rule | None) -> str:
+        return next(name for name, own in self._by_method.items() if own is rule)
 
     # Forward.
 

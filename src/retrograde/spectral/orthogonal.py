@@ -169,6 +169,11 @@ class Orthogonal(Listener):
             optimizer.register_step_post_hook(self._after),
         ]
 
+    def __repr__(self) -> str:
+        return (
+            f"Orthogonal({some(list(self._kept))}; {self._steps} steps{'' if self._active else ', removed'})"
+        )
+
     @property
     def layers(self) -> tuple[str, ...]:
         """Full names of the layers whose weights are kept orthogonal."""

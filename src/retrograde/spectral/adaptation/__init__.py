@@ -68,7 +68,7 @@ from retrograde.errors import (
     OptionError,
     RetrogradeWarning,
     StateError,
-    check_option,
+    check_value,
 )
 from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, width_of
@@ -129,10 +129,13 @@ class _Options:
             ("correction", get_args(Correction)),
             ("rest", ("keep", "drop")),
         ):
-            check_option(self, option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
-        check_option(self, "tau", math.isfinite(self.tau) and self.tau >= 0, "a finite number, 0 or more")
-        check_option(self, "window", math.isfinite(self.window) and self.window > 0, "a positive number")
-        check_option(self, "rows", self.rows >= 2, "2 or more")
+            value = getattr(self, option)
+            check_value("adapt", option, value, value in choices, f"one of {', '.join(map(repr, choices))}")
+        fine = math.isfinite(self.tau) and self.tau >= 0
+        check_value("adapt", "tau", self.tau, fine, "a finite number, 0 or more")
+        fine = math.isfinite(self.window) and self.window > 0
+        check_value("adapt", "window", self.window, fine, "a positive number")
+        check_value("adapt", "rows", self.rows, self.rows >= 2, "2 or more")
 
 
 class Adapted(nn.Module):
@@ -201,8 +204,8 @@ class Adapted(nn.Module):
 
     @gate.setter
     def gate(self, value: Gate) -> None:
-        if value not in get_args(Gate):
-            raise OptionError(f"adapt: gate={value!r} must be one of {', '.join(map(repr, get_args(Gate)))}.")
+        choices = get_args(Gate)
+        check_value("adapt", "gate", value, value in choices, f"one of {', '.join(map(repr, choices))}")
         self._gate = value
 
     @property
@@ -243,9 +246,12 @@ class Adapted(nn.Module):
         """The model, as it was."""
         return self.model
 
-    def extra_repr(self) -> str:
-        """Layers and options."""
-        return f"layers={some(list(self._names))}, {self._options}, gate={self.gate!r}"
+    def __repr__(self) -> str:
+        options, state = self._options, "correcting" if self.active else "watching"
+        return (
+            f"Adapted({type(self.model).__name__}: {len(self._names)} layers, at={options.at!r}, "
+            f"correction={options.correction!r}, window={options.window:g}, gate={self.gate!r}, {state})"
+        )
 
     def _on_call(
         self, name: str, tracker: Tracker, levels: list[float], layer: nn.Module, x: Any
@@ -327,13 +333,9 @@ def adapt(
         >>> adapted.active, adapted.drift
     """
     options = _Options(at, correction, tau, rest, window, rows)
-    if not 0.5 < quantile <= 1:
-        raise OptionError(f"adapt: quantile={quantile} must be above 0.5 and at most 1.")
-    if not 0 < energy <= 1 or (rank is not None and rank < 1):
-        raise OptionError(
-            f"adapt: rank={rank}, energy={energy}: rank must be 1 or more, or None to follow `energy`, which must be "
-            "above 0 and at most 1."
-        )
+    check_value("adapt", "quantile", quantile, 0.5 < quantile <= 1, "above 0.5 and at most 1")
+    check_value("adapt", "energy", energy, 0 < energy <= 1, "above 0 and at most 1")
+    check_value("adapt", "rank", rank, rank is None or rank >= 1, "1 or more, or None to follow `energy`")
     for name, module in model.named_modules():
         if (
             type(module).__name__ == "OptimizedModule"

@@ -128,6 +128,12 @@ class BudgetSchedule:
         self._watch = Watch(layers, set(layers) - set(self._left), self._gathers, model)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
+    def __repr__(self) -> str:
+        return (
+            f"BudgetSchedule({type(self._model).__name__}: budget={self._budget:g}, steps {self._start} to {self._end} "
+            f"every {self._every}; step {self.step}, {len(self.ranks)} of {len(self._layers)} layers below full rank)"
+        )
+
     def share(self, step: int) -> float:
         """b(t), equation (1)."""
         if step < self._start:
