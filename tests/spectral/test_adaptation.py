@@ -15,6 +15,7 @@ from retrograde.errors import (
     RetrogradeWarning,
     StateError,
 )
+from retrograde.spectral.adaptation.gate import bound
 
 
 class Net(nn.Module):
@@ -67,6 +68,47 @@ def test_a_clean_stream_leaves_the_gate_closed_and_the_model_bit_for_bit(model, 
             assert torch.equal(adapted(x), model(x))
     assert not adapted.active
     assert list(adapted.drift) == ["conv", "fc"]
+
+
+@pytest.mark.parametrize("batches", [10, 14, 20])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_source_batches_do_not_open_it_on_clean_data(batches, seed):
+    """A long stream of it, at every step; and what is clearly shifted opens it all the same."""
+    torch.manual_seed(seed)
+    model = Net()
+    for x in images(seed=10 + seed):
+        model(x)
+    adapted = spectral.adapt(model.eval(), images(batches, seed=20 + seed))
+    with torch.no_grad():
+        for x in images(200, seed=30 + seed):
+            adapted(x)
+            assert not adapted.active
+        for x in images(20, seed=40 + seed):
+            adapted(paler(x))
+    assert adapted.active
+
+
+def test_uncertainty_of_a_variance():
+    """Against quantiles of chi-square, 3.325, 10.12 and 77.05, of 9, 19 and 99 degrees of freedom."""
+    for freedom, quantile in ((9, 3.325), (19, 10.117), (99, 77.046)):
+        assert bound(freedom) == pytest.approx(freedom / quantile, rel=4e-3)
+
+
+def test_readings_are_the_sources_own(model):
+    """Twice of many batches; of few ones a fixed number, and the model and torch's random numbers stay as they were."""
+
+    class Counting(list):
+        read = 0
+
+        def __iter__(self):
+            self.read += 1
+            return super().__iter__()
+
+    for count, read in ((100, 2), (50, 6), (10, 12)):
+        source, state = Counting(images(count)), torch.get_rng_state()
+        spectral.adapt(model, source)
+        assert source.read == read
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("correction", ["transport", "colour", "scale"])

@@ -15,11 +15,12 @@ The gate. A brighter picture moves μ_t, a paler one shrinks C_t, and neither tu
 q the `quantile` and m the median of each of (3) to (5) over a stream of source batches, q/m says how far it scatters
 there, and s is the median of q/m over all layers and measures. The largest one of all, each divided by its limit, is
 
-    level = max of (3) to (5) over q·max(q/m, s);  the gate opens above 1 and closes below the level's quantile  (6)
+    level = max of (3) to (5) over f·q·max(q/m, s);  the gate opens above 1 and closes below the level's quantile  (6)
 
-so both limits come from source data alone. That stream is every second batch of the source, held against statistics
-of the others, for rows that statistics were taken from are nearer to them than new ones are. While the gate is closed
-the model runs as it is, bit for bit.
+so both limits come from source data alone. f = (1 − 2/(9ν) − 1.645 √(2/(9ν)))⁻³, 2.7 to 1 as there are more batches, is
+what the number B = ν + 1 of source batches leaves uncertain: the upper 95 % bound of a variance over its estimate. The
+stream of source batches is held against statistics of other ones (`retrograde.spectral.adaptation.gate`). While the
+gate is closed the model runs as it is, bit for bit.
 
 While it is open, with P_s = Q_s Q_sᵀ, P_t = Q_t Q_tᵀ and τ relative to the mean of Λ_s,
 
@@ -71,26 +72,21 @@ from retrograde.errors import (
     check_value,
 )
 from retrograde.patterns import ROOT, Choice, select, some
-from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, width_of
+from retrograde.spectral.adaptation.features import follow, hooked, width_of
+from retrograde.spectral.adaptation.gate import FEWEST_BATCHES, limits, measure
 from retrograde.spectral.adaptation.tracking import (
     SOURCE,
     Correction,
-    Moments,
     Tracker,
     corrected,
     is_source,
     source_of,
-    weight_of,
 )
-from retrograde.spectral.running import Runner, evaluating
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Gate = Literal["auto", "open", "closed"]
-_FEWEST_BATCHES = 10
-_TINY = 1e-12
-_RUN = Runner("adapt: source")
 
 
 @dataclass(frozen=True)
@@ -256,20 +252,8 @@ class Adapted(nn.Module):
     def _on_call(
         self, name: str, tracker: Tracker, levels: list[float], layer: nn.Module, x: Any
     ) -> Tensor | None:
-        x = features(name, x)
-        axis = channel_axis(layer, x)
-        if x.shape[axis] != tracker.width:
-            raise StateError(
-                f"adapt: layer {name!r} has {x.shape[axis]} features in this call, and its statistics are of "
-                f"{tracker.width}: they are of another model, or the layer was replaced. Call adapt again with source "
-                "batches, or with this model's statistics."
-            )
-        # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
+        x, axis = follow(name, tracker, self._options.rows, self._options.window, layer, x)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = rows_of(x, axis, self._options.rows).to(tracker.mean)
-            if rows.shape[0]:
-                examples = x.shape[0] if axis else 1
-                tracker.update(rows, weight_of(examples, self._options.window))
             levels.append(float((tracker.shift() / tracker.usual).max()))
             if levels[-1] > float(self.limits[0]):
                 self.is_open.fill_(True)
@@ -298,7 +282,8 @@ def adapt(
 
     Args:
         model: it stays as it is; the wrapper calls it.
-        source: batches of data like those of training, held out where there are some, in random order, read twice:
+        source: batches of data like those of training, held out where there are some, in random order: 10
+            batches at least, read twice, and up to twelve times where they are fewer than 100. They are
             inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave.
         layers: by patterns over full names, or a function of name and layer; None takes every linear-like layer but the
             last one that is called (the first one, with ``at="input"``).
@@ -347,81 +332,51 @@ def adapt(
             )
     if isinstance(source, Mapping):
         return _ready(model, cast(Statistics, source), layers, options)
-    halves = _measured(model, source, layers, options)
-    known = {name: Tracker.of(even, rank, energy) for name, (even, _) in halves.items()}
-    shifts = _watched(Adapted(model, known, torch.tensor([math.inf, 0.0]), options), source)
-    high, middle = shifts.quantile(quantile, 0).clamp_min(_TINY), shifts.median(0).values.clamp_min(_TINY)
-    scatter = high / middle
-    usual = high * scatter.clamp_min(scatter.median())
-    closing = (shifts / usual).amax((1, 2)).quantile(quantile).clamp_max(1)
-    trackers = {name: Tracker.of(even.plus(odd), rank, energy) for name, (even, odd) in halves.items()}
-    for tracker, own in zip(trackers.values(), usual, strict=True):
-        tracker.usual.copy_(own)
-    limits = torch.stack((torch.ones_like(closing), closing))
-    return Adapted(model, trackers, limits.to(next(iter(trackers.values())).mean), options)
-
-
-def _measured(
-    model: nn.Module, source: Iterable[Any], layers: Choice | None, options: _Options
-) -> dict[str, tuple[Moments, Moments]]:
-    """Moments of each layer's features, in the order of their calls: of even batches and of odd ones."""
-    modules = dict(model.named_modules())
-    chosen = [name for name, layer in modules.items() if _is_linear_like(layer)]
-    if layers is not None:
-        chosen = list(select({name: [name] for name in modules}, layers, "layers", True, modules)[0])
-    found: dict[str, tuple[Moments, Moments]] = {}
-    batches = 0
-
-    def add(name: str, layer: nn.Module, x: Any) -> None:
-        rows = rows_of(features(name, x), channel_axis(layer, x), 2**62)
-        found.setdefault(name, (Moments(), Moments()))[batches % 2].add(rows)
-
-    with evaluating(model), hooked(model, {name: partial(add, name) for name in chosen}, options.at):
-        for batch in source:
-            _RUN(model, batch)
-            batches += 1
-    if batches < _FEWEST_BATCHES:
+    chosen = _chosen(model, layers)
+    halves, batches = measure(model, source, chosen, at)
+    if batches < FEWEST_BATCHES:
         raise OptionError(
-            f"adapt: the source has {batches} batches, and the gate's limits need {_FEWEST_BATCHES} or more. Give more "
+            f"adapt: the source has {batches} batches, and the gate's limits need {FEWEST_BATCHES} or more. Give more "
             "data, or smaller batches."
         )
-    called = list(found)
+    names = _called(list(halves), chosen, layers, at)
+    trackers = {name: Tracker.of(halves[name][0].plus(halves[name][1]), rank, energy) for name in names}
+    usual, closing = limits(
+        model, source, halves, batches, trackers, at=at, rows=rows, window=window, quantile=quantile
+    )
+    for tracker, own in zip(trackers.values(), usual, strict=True):
+        tracker.usual.copy_(own)
+    levels = torch.stack((torch.ones_like(closing), closing))
+    return Adapted(model, trackers, levels.to(next(iter(trackers.values())).mean), options)
+
+
+def _chosen(model: nn.Module, layers: Choice | None) -> list[str]:
+    """Names of the layers that are adapted if they are called."""
+    modules = dict(model.named_modules())
     if layers is None:
-        called = called[1:] if options.at == "input" else called[:-1]
-    elif len(called) < len(chosen):
-        missing = [name for name in chosen if name not in found]
+        return [name for name, layer in modules.items() if _is_linear_like(layer)]
+    return list(select({name: [name] for name in modules}, layers, "layers", True, modules)[0])
+
+
+def _called(called: list[str], chosen: list[str], layers: Choice | None, at: str) -> list[str]:
+    """Names of those that are adapted, in the order of their calls."""
+    if layers is not None and len(called) < len(chosen):
+        missing = [name for name in chosen if name not in called]
         raise NoEffectError(
             f"adapt: {some(missing)} chosen by `layers` is never called by the model. Name other layers."
         )
-    if not called:
+    found = called if layers is not None else called[1:] if at == "input" else called[:-1]
+    if not found:
         raise NoEffectError(
             "adapt: no layer to adapt: of the linear-like layers that the model calls, the last one (with "
-            f"at='input' the first one) is left out by default. It calls {some(list(found))}. Name some in `layers`."
+            f"at='input' the first one) is left out by default. It calls {some(called)}. Name some in `layers`."
         )
-    return {name: found[name] for name in called}
+    return found
 
 
 def _is_linear_like(layer: nn.Module) -> bool:
     # Attention returns its weights too, and its own linear layers are not called as such.
     return not isinstance(find_kind(layer), str | None) and not isinstance(layer, nn.MultiheadAttention)
-
-
-def _watched(adapted: Adapted, source: Iterable[Any]) -> Tensor:
-    """Equations (3) to (5) after each odd batch of the source, as a test stream: (batches, layers, 3), float64."""
-    adapted.gate = "closed"
-    found: list[Tensor] = []
-    with evaluating(adapted.model):
-        adapted.eval()
-        for number, batch in enumerate(source):
-            if number % 2:
-                _RUN(adapted.model, batch, through=adapted)
-                found.append(torch.stack([cast(Tracker, tracker).shift() for tracker in adapted.trackers]))
-    if not found:
-        raise OptionError(
-            "adapt: the source gave no batches when it was read for the second time. Give a DataLoader or a list, not "
-            "an iterator."
-        )
-    return torch.stack(found).double().cpu()
 
 
 def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options: _Options) -> Adapted:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from retrograde.engine.maps.base import spread, wide
-from retrograde.errors import AttachError
+from retrograde.errors import AttachError, StateError
+from retrograde.spectral.adaptation.tracking import Tracker, weight_of
 
 _FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
@@ -39,6 +41,31 @@ def width_of(layer: nn.Module, at: str) -> int | None:
         return None
     # Lazy layers say 0.
     return next(getattr(layer, name) for name in names if hasattr(layer, name)) or None
+
+
+def follow(
+    name: str, tracker: Tracker, budget: int, window: float, layer: nn.Module, x: Any
+) -> tuple[Tensor, int]:
+    """Let what the layer gave, or was given, move the stream's statistics; those features, and their axis.
+
+    Raises:
+        AttachError: they are not one floating-point tensor.
+        StateError: the statistics are of another width.
+    """
+    x = features(name, x)
+    axis = channel_axis(layer, x)
+    if x.shape[axis] != tracker.width:
+        raise StateError(
+            f"adapt: layer {name!r} has {x.shape[axis]} features in this call, and its statistics are of "
+            f"{tracker.width}: they are of another model, or the layer was replaced. Call adapt again with source "
+            "batches, or with this model's statistics."
+        )
+    # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        rows = rows_of(x, axis, budget).to(tracker.mean)
+        if rows.shape[0]:
+            tracker.update(rows, weight_of(x.shape[0] if axis else 1, window))
+    return x, axis
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ class Tracker(nn.Module):
         self.reset()
 
     @classmethod
-    def of(cls, moments: Moments, rank: int | None, energy: float) -> "Tracker":
+    def of(cls, moments: Moments, rank: int | None, energy: float = 1.0) -> "Tracker":
         """From the source's exact moments: k is `rank`, or the smallest that holds the share `energy` of the trace."""
         mean, covariance = moments.done()
         d = mean.shape[0]
