@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from retrograde.errors import OptionError
 from retrograde.spectral.adaptation.features import channel_axis, features, follow, hooked, rows_of
-from retrograde.spectral.adaptation.tracking import Moments, Tracker
+from retrograde.spectral.adaptation.tracking import Tracker
+from retrograde.spectral.moments import Moments
 from retrograde.spectral.running import Runner, evaluating
 
 Halves = Mapping[str, Sequence[Moments]]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.maths import spectral
+from retrograde.spectral.moments import Moments
 
 Correction = Literal["transport", "colour", "mean", "scale", "align", "shrink"]
 
@@ -19,33 +20,6 @@ _RANKED = ("source_basis", "source_values", "basis")
 _TINY = 1e-12
 _FLOOR = 1e-6
 """Of the largest eigenvalue: variances below it count as it does in ratios."""
-
-
-class Moments:
-    """Exact mean and covariance of all rows that were added, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.like = self._sum = self._squares = torch.zeros(())
-
-    def add(self, rows: Tensor) -> None:
-        """Take rows (n, d)."""
-        self.like, wider = rows[:0], rows.double()
-        self.count += rows.shape[0]
-        self._sum = self._sum.to(wider) + wider.sum(0)
-        self._squares = self._squares.to(wider) + wider.mT @ wider
-
-    def plus(self, other: "Moments") -> "Moments":
-        """Of the rows of both."""
-        both = Moments()
-        both.count, both.like = self.count + other.count, self.like
-        both._sum, both._squares = self._sum + other._sum, self._squares + other._squares
-        return both
-
-    def done(self) -> tuple[Tensor, Tensor]:
-        """μ (d,) and C (d, d)."""
-        mean = self._sum / self.count
-        return mean, self._squares / self.count - mean.outer(mean)
 
 
 class Tracker(nn.Module):
@@ -70,8 +44,9 @@ class Tracker(nn.Module):
 
     @classmethod
     def of(cls, moments: Moments, rank: int | None, energy: float = 1.0) -> "Tracker":
-        """From the source's exact moments: k is `rank`, or the smallest that holds the share `energy` of the trace."""
-        mean, covariance = moments.done()
+        """From the source's moments: k is `rank`, or the smallest that holds the share `energy` of the trace."""
+        # Each process has its own source, and its own stream.
+        mean, covariance = moments.finish(everywhere=False)
         d = mean.shape[0]
         values, vectors = (x.flip(-1) for x in torch.linalg.eigh(covariance))
         values = values.clamp_min(0)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.patterns import ROOT
 from retrograde.spectral.factorisation.moments import (
-    Moments,
     Plain,
     Spectrum,
     Watch,
     rows_of,
     spectrum_of_outputs,
 )
+from retrograde.spectral.moments import Moments
 from retrograde.spectral.running import evaluating
 
 Call = Callable[[nn.Module, Any], object]
