@@ -335,8 +335,11 @@ def test_copies_and_pickles() -> None:
     """Nothing is left on the model; hooks stay with the optimizer that they were given."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    keep_orthogonal(model, optimizer)
+    kept = keep_orthogonal(model, optimizer)
     train(model, optimizer, 2)
+    for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert twin.layers == ("0", "2")
+        twin.remove()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(torch.ones(1, 20)), model(torch.ones(1, 20)))
     pickle.loads(pickle.dumps(optimizer))

@@ -237,6 +237,11 @@ class Orthogonal(Listener):
                 stacklevel=5,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy hears nothing.
+        gone = {"_outermost": None, "_optimizer": None, "_hooks": [], "_active": False}
+        return {key: value for key, value in self.__dict__.items() if key not in gone} | gone
+
     # What other optimizers do.
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -282,8 +282,9 @@ def adapt(
 
     Args:
         model: it stays as it is; the wrapper calls it.
-        source: batches of data like those of training, held out where there are some, in random order: 10
-            batches at least, read twice, and up to twelve times where they are fewer than 100. They are
+        source: batches of data like those of training, held out where there are some: 10 batches at least, in
+            random order, but in the same one each time. They are read twice, and up to twelve times where they are
+            fewer than 100. A shuffled DataLoader without a `generator` of its own keeps its order here. Batches are
             inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave.
         layers: by patterns over full names, or a function of name and layer; None takes every linear-like layer but the
             last one that is called (the first one, with ``at="input"``).
