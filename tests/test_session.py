@@ -202,6 +202,35 @@ def test_metrics_and_summary() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "width", "share"),
+    [
+        (rg.Dither(keep=4), 8 + 16 + 16, 4.25 / 32),
+        (rg.Spectral(rank=2, residual="unbiased"), 8 + 16, None),
+        (rg.Dither(forward="int8"), 8 + 16 + 16, None),
+        (rg.Dither(), 0, None),
+    ],
+    ids=str,
+)
+def test_summary_says_what_is_kept_of_inputs(method: rg.Method, width: int, share: float | None) -> None:
+    """Where it is not the whole: bytes of a call of each layer, however many calls there were."""
+    model = seeded(mlp)
+    session = rg.attach(model, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    assert session.summary().kept is None
+    train(model, optimizer, (64, 8), 3)
+    kept = session.summary().kept
+    if not width:
+        assert kept is None
+        assert "inputs kept" not in str(session.summary())
+        return
+    assert kept is not None
+    assert kept[0] == 4 * 64 * width
+    assert kept[1] == pytest.approx(share * kept[0]) if share else 0 < kept[1] < kept[0]
+    assert f"({kept[1] / kept[0]:.1%})" in str(session.summary())
+    json.dumps(session.summary().to_dict())
+
+
 def test_backward_seconds() -> None:
     """Of each layer, with the steps that they were for; pauses cost none."""
     model, optimizer, session = run()

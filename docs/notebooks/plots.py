@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, FOOT = 620, 320, 70, 190, 40, 50
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, FOOT = 640, 326, 70, 210, 46, 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 FONT = "-apple-system,'Segoe UI','Helvetica Neue',Arial,sans-serif"
 
@@ -40,10 +40,10 @@ class Plot:
         up = _axis(min(ys), max(ys), HEIGHT - FOOT, TOP)
         parts = [_text(LEFT, 22, self.title, size=15, weight=600)]
         parts += [_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, self.x, anchor="middle")]
-        parts += [_text(LEFT, TOP - 4, self.y, size=11)]
+        parts += [_text(LEFT, TOP - 8, self.y, size=11)]
         for low, high, place, horizontal in ((min(xs), max(xs), across, True), (min(ys), max(ys), up, False)):
-            for tick in _ticks(low, high):
-                at, shown = place(tick), f"{10**tick if self.log else tick:.3g}"
+            for tick in _log_ticks(low, high) if self.log else _ticks(low, high):
+                at, shown = place(tick), _power(tick) if self.log else f"{tick:.3g}"
                 if horizontal:
                     parts.append(_text(at, HEIGHT - FOOT + 16, shown, size=11, anchor="middle"))
                 else:
@@ -80,6 +80,29 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 6)
     first = math.ceil(low / step - 1e-9)
     return [step * at for at in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 times powers of ten, or of the powers alone where these are too many."""
+    for digits, every in (((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)):
+        powers = [p for p in range(math.floor(low), math.ceil(high) + 1) if p % every == 0]
+        found = [p + math.log10(d) for p in powers for d in digits]
+        found = [tick for tick in found if low - 1e-9 <= tick <= high + 1e-9]
+        if len(found) <= 7:
+            return found
+    return [low, high]
+
+
+def _power(tick: float) -> str:
+    """10 to the power of a tick, as a decimal number where that is short."""
+    if -3 - 1e-9 <= tick < 4:
+        return f"{10**tick:.3g}"
+    power = math.floor(tick + 1e-9)
+    digit, raised = (
+        round(10 ** (tick - power)),
+        str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")),
+    )
+    return f"10{raised}" if digit == 1 else f"{digit}·10{raised}"
 
 
 def _text(x: float, y: float, text: str, *, size: int = 12, weight: int = 400, anchor: str = "start") -> str:

@@ -76,8 +76,24 @@ def check_option(config: object, option: str, fine: bool, must: str) -> None:
     Raises:
         OptionError: it is not fine.
     """
+    check_value(type(config).__name__, option, getattr(config, option), fine, must)
+
+
+def check_value(what: str, option: str, value: object, fine: bool, must: str) -> None:
+    """`check_option` of a function, or of a class whose options are not attributes.
+
+    Args:
+        what: its name.
+        option: the option's name.
+        value: what was given.
+        fine: whether the value can be taken.
+        must: what it must be.
+
+    Raises:
+        OptionError: it is not fine.
+    """
     if not fine:
-        raise OptionError(f"{type(config).__name__}: {option}={getattr(config, option)!r} must be {must}.")
+        raise OptionError(f"{what}: {option}={value!r} must be {must}.")
 
 
 def check_steps(config: object, option: str) -> None:

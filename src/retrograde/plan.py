@@ -219,11 +219,12 @@ def _figures(found: LayerForecast | None) -> tuple[str, str]:
     """Milliseconds and MiB of a layer, plain → attached."""
     if found is None:
         return "–", "–"
-    kept = f"{_mebibytes(found.plain_bytes)} → {_mebibytes(found.attached_bytes)}"
+    kept = f"{mebibytes(found.plain_bytes)} → {mebibytes(found.attached_bytes)}"
     return f"{found.plain * 1e3:.2f} → {found.attached * 1e3:.2f}", kept
 
 
-def _mebibytes(count: float) -> str:
+def mebibytes(count: float) -> str:
+    """MiB of a number of bytes, as they are printed."""
     size = count / 2**20
     return f"{size:.1f}" if size >= 10 else f"{size:.2f}"
 
@@ -231,7 +232,7 @@ def _mebibytes(count: float) -> str:
 def _step_line(step: StepForecast) -> str:
     return (
         f"A step, plain → attached: {step.plain * 1e3:.1f} → {step.attached * 1e3:.1f} ms ({over(step)}), keeps "
-        f"{_mebibytes(step.plain_bytes)} → {_mebibytes(step.attached_bytes)} MiB for the backward pass. Plain is "
+        f"{mebibytes(step.plain_bytes)} → {mebibytes(step.attached_bytes)} MiB for the backward pass. Plain is "
         "measured, attached is forecast from each layer tried by itself, with quartiles of its rounds."
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from retrograde import host
 from retrograde.assignment import Assignment, Given, assign
 from retrograde.engine import ranks
-from retrograde.engine.activations import lighten, restore
+from retrograde.engine.activations import Lightened
 from retrograde.engine.layers import AttachedLayer, find_kind
 from retrograde.engine.maps.base import LayerKind
 from retrograde.engine.slots import Block, BlockRule, Method, Rule, Site
@@ -262,11 +262,11 @@ def _forecast(
     seen = observe(model, layers, example)
     memory = seen.memory
     if lightens:
-        light = lighten(model.modules())
+        light = Lightened(model.modules())
         try:
             memory = observe(model, layers, example).memory
         finally:
-            restore(light)
+            light.end()
     around = _innermost(blocks)
     trials, changes = Trials(), [(0.0, 0.0, 0.0)]
     stays: list[Placement] = []

@@ -20,7 +20,7 @@ from retrograde import saving
 from retrograde.accounting.counters import Counters
 from retrograde.accounting.flops import Flops
 from retrograde.assignment import Assignment, Given, assign, distinct, exactly
-from retrograde.engine.activations import lighten, restore
+from retrograde.engine.activations import Lightened
 from retrograde.engine.blocks import BlockProgram, Blocks
 from retrograde.engine.branches import AttachedBlock, swap_in_blocks, swap_out_blocks
 from retrograde.engine.clock import Clock
@@ -38,7 +38,7 @@ from retrograde.errors import (
 from retrograde.forecast import Example
 from retrograde.kernels import compiled
 from retrograde.patterns import ROOT, Choice
-from retrograde.plan import Plan
+from retrograde.plan import Plan, mebibytes
 from retrograde.planning import BlockPlacement, Decision, decide, refuse_no_effect
 
 _STATE_FORMAT = 2
@@ -241,6 +241,9 @@ class Summary:
         fallbacks: calls in which a method left δ as it was, because it was not finite or had no variance.
         flops: sums over the run.
         best: step and value of the best validation score; None when no score was reported.
+        kept: bytes that inputs of layers take until the backward pass, plain and as they are kept now, on average for a
+            call of each layer where a method keeps less than the input; None where none does, or before a backward
+            pass of this process. `attach(…, example=batch)` forecasts those of the whole step.
     """
 
     steps: int
@@ -250,6 +253,7 @@ class Summary:
     fallbacks: int
     flops: Flops
     best: tuple[int, float] | None
+    kept: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -268,6 +272,10 @@ class Summary:
             f"       executed          {f.executed:.3g} ({f.executed / dense:.1%})",
             f"       discounted        {f.discounted:.3g} ({f.discounted / dense:.1%})",
         ]
+        if self.kept:
+            plain, kept = self.kept
+            sizes = f"{mebibytes(plain)} → {mebibytes(kept)} MiB ({kept / plain:.1%})"
+            lines.append(f"inputs kept for backward {sizes}")
         if self.best:
             lines.append(f"best validation score    {self.best[1]:.4g} at step {self.best[0]}")
         return "\n".join(lines)
@@ -306,7 +314,7 @@ class Session:
             swap_in(place.site.layer, place.kind, self._programs[place.name])
             self._layers[place.name] = place.site.layer
         lightens = any(m.lightens for place in decision.layers for m in place.methods.values())
-        self._light = lighten(model.modules()) if lightens else []
+        self._light = Lightened(model.modules() if lightens else ())
         self._blocks = _make_blocks(decision.blocks, self._programs, seed)
         self._block_window: dict[str, dict[str, int]] = {}
         swap_in_blocks(list(self._blocks.values()))
@@ -404,6 +412,7 @@ class Session:
         total = self._total()
         best = max(self._scores, key=lambda entry: entry[1], default=None)
         shares = _shares(total)
+        kept = [found for program in self._programs.values() if (found := program.kept)]
         return Summary(
             self.step,
             len(self._programs),
@@ -412,6 +421,7 @@ class Session:
             total.fallbacks,
             total.flops(),
             best,
+            (sum(plain for plain, _ in kept), sum(less for _, less in kept)) if kept else None,
         )
 
     def _total(self) -> Counters:
@@ -438,10 +448,7 @@ class Session:
             program.pause(paused)
         for block in self._blocks.values():
             block.active = not paused
-        if paused or not self._attached:
-            restore(self._light)
-        else:
-            lighten(self._light)
+        self._light.pause(paused)
 
     def validated(self, score: float) -> None:
         """Report a validation score, higher is better; methods with phases act on it.
@@ -549,7 +556,7 @@ class Session:
     def _swap_out(self, *, to_fold: bool) -> None:
         swap_out_blocks(list(self._blocks.values()))
         swap_out(self._layers, to_fold=to_fold)
-        restore(self._light)
+        self._light.end()
         self._clock.stop()
         for program in self._programs.values():
             program.owner = None

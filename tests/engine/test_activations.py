@@ -7,11 +7,12 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import retrograde as rg
 from cases import assert_bitwise, batch, gradients, seeded
 from retrograde.accounting.memory import saved_bytes
-from retrograde.engine.activations import LightReLU, lighten, restore
+from retrograde.engine.activations import Lightened, LightReLU
 from retrograde.errors import DoubleBackwardError
 
 
@@ -28,7 +29,8 @@ def test_bit_for_bit(inplace: bool, last: bool, dtype: torch.dtype) -> None:
     layout = torch.channels_last if last else torch.contiguous_format
     plain = seeded(lambda: net(inplace)).to(dtype=dtype, memory_format=layout)
     light = copy.deepcopy(plain)
-    assert len(lighten(light.modules())) == 2
+    kept = Lightened(light.modules())
+    assert len(kept.modules) == 2
     x = batch((4, 3, 9, 8)).to(dtype=dtype, memory_format=layout)
     assert_bitwise(gradients(light, x), gradients(plain, x))
     assert torch.equal(light.eval()(x), plain.eval()(x))
@@ -39,21 +41,21 @@ def test_an_activation_takes_a_bit() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Identity())
     x = batch((64, 100)).requires_grad_()
     assert saved_bytes(model, lambda: model(x)) == 4 * 6400
-    lighten(model.modules())
+    _kept = Lightened(model.modules())
     assert saved_bytes(model, lambda: model(x)) == 6400 // 8
 
 
 def test_restored_it_is_plain() -> None:
     model = net()
-    found = lighten(model.modules())
-    assert all(isinstance(module, LightReLU) for module in found)
-    restore(found)
-    assert [type(module) for module in found] == [nn.ReLU] * 2
+    kept = Lightened(model.modules())
+    assert all(isinstance(module, LightReLU) for module in kept.modules)
+    kept.end()
+    assert [type(module) for module in kept.modules] == [nn.ReLU] * 2
 
 
 def test_copies_and_pickles_are_plain() -> None:
     model = net()
-    lighten(model.modules())
+    _kept = Lightened(model.modules())
     assert type(copy.deepcopy(model)[1]) is nn.ReLU
     assert type(pickle.loads(pickle.dumps(model))[1]) is nn.ReLU
     file = io.BytesIO()
@@ -72,7 +74,7 @@ def test_what_is_not_plain_is_left() -> None:
     """A subclass, or a forward of its own, may do something else."""
     model = nn.Sequential(Mine(), nn.ReLU())
     model[1].forward = lambda x: x  # type: ignore[method-assign]
-    assert not lighten(model.modules())
+    assert not Lightened(model.modules()).modules
 
 
 def test_a_session_lightens_and_restores() -> None:
@@ -112,7 +114,7 @@ def test_paused_it_is_torchs() -> None:
 def test_nan_passes() -> None:
     x = torch.full((3,), float("nan"), requires_grad=True)
     model = nn.Sequential(nn.ReLU())
-    lighten(model.modules())
+    _kept = Lightened(model.modules())
     model(x).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [1.0] * 3
@@ -123,8 +125,62 @@ def test_compiled(inplace: bool) -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 4))
     plain = copy.deepcopy(model)
-    lighten(model.modules())
+    _kept = Lightened(model.modules())
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = batch((6, 8))
     assert_bitwise(gradients(model, x, fast), gradients(plain, x))
     torch._dynamo.reset()
+
+
+def test_a_shared_one_is_light_as_long_as_any_session_needs_it() -> None:
+    """Whoever ends first; torch's own while either is paused, and after one that was dropped."""
+    shared = nn.ReLU()
+    models = [nn.Sequential(nn.Linear(8, 8), shared, nn.Linear(8, 4)) for _ in range(2)]
+    for first, second in ((0, 1), (1, 0)):
+        sessions = [rg.attach(model, rg.Dither(keep=4)) for model in models]
+        with sessions[first].paused():
+            assert type(shared) is nn.ReLU
+            assert type(copy.deepcopy(shared)) is nn.ReLU
+        assert isinstance(shared, LightReLU)
+        sessions[first].detach()
+        assert isinstance(shared, LightReLU)
+        with sessions[second].paused():
+            sessions[second].detach()
+        assert type(shared) is nn.ReLU
+    kept = Lightened(models[0].modules()), Lightened(models[1].modules())
+    kept[0].end()
+    del kept
+    last = Lightened(models[1].modules())
+    last.end()
+    assert type(shared) is nn.ReLU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+def test_many_gradients_at_once_and_forward_mode(last: bool, dtype: torch.dtype) -> None:
+    """As torch's own, however it is asked."""
+    x = batch((2, 3, 9, 8)).to(dtype).requires_grad_()
+    if last:
+        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    deltas = torch.randn(5, *x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, deltas[0]))).tangent
+            assert found is not None
+            return found
+
+    def mapped(model: nn.Module) -> Tensor:
+        y = model(x)
+        return torch.func.vmap(lambda d: torch.autograd.grad(y, x, d, retain_graph=True)[0])(deltas)
+
+    ways = (
+        lambda model: torch.autograd.grad(model(x), x, deltas, is_grads_batched=True)[0],
+        mapped,
+        lambda model: torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x, vectorize=True),
+        lambda model: forward(model, x),
+    )
+    light = nn.Sequential(nn.ReLU())
+    _kept = Lightened(light.modules())
+    for way in ways:
+        assert torch.equal(way(light), way(nn.Sequential(nn.ReLU())))

@@ -741,3 +741,17 @@ def test_errors() -> None:
     z = torch.sin(net[1](batch((5, 8)).requires_grad_())).sum()
     with pytest.raises(rg.errors.DoubleBackwardError, match=r"1\.branch"):
         torch.autograd.grad(z, net[1].branch.weight, create_graph=True)
+
+
+def test_transforms_are_refused_by_the_blocks_name() -> None:
+    """Many gradients at once reach the boundary before any layer."""
+    net = nn.Sequential(nn.Linear(8, 8), Residual(nn.Linear(8, 8)))
+    _session = rg.attach(net, Script())
+    x = batch((5, 8)).requires_grad_()
+    deltas = torch.eye(8)
+    for way in (
+        lambda y: torch.autograd.grad(y, x, deltas, is_grads_batched=True),
+        lambda y: torch.func.vmap(lambda d: torch.autograd.grad(y, x, d))(deltas),
+    ):
+        with pytest.raises(rg.errors.TransformError, match=r"block '1\.branch'.*session\.paused"):
+            way(net(x).sum(0))

@@ -246,11 +246,17 @@ def test_transforms_are_refused_by_name() -> None:
     def loss(p: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, p, (x,)).sum()
 
+    y = model(x).sum(0)
     for transformed in (
         lambda: torch.func.grad(loss)(parameters),
         lambda: torch.func.jacrev(model)(x),
         lambda: torch.func.vmap(model)(x),
         lambda: torch.autograd.functional.jacobian(model, x, vectorize=True),
+        lambda: torch.autograd.functional.jacobian(model, x, vectorize=True, strategy="forward-mode"),
+        lambda: torch.autograd.grad(
+            model(x).sum(0), list(parameters.values()), torch.eye(4), is_grads_batched=True
+        ),
+        lambda: torch.func.vmap(lambda d: torch.autograd.grad(y, parameters["0.weight"], d))(torch.eye(4)),
     ):
         with pytest.raises(rg.errors.TransformError, match=r"layer '\d' .*session\.paused"):
             transformed()

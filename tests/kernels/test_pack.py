@@ -117,3 +117,24 @@ def test_signs_of_images() -> None:
         pack.where_positive(delta.bfloat16(), pack.signs(half), False),
         torch.where(half > 0, delta.bfloat16(), 0),
     )
+
+
+@pytest.mark.parametrize("bits", pack.BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ends", [(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0), (-1.0, 1e-3), (0.9, 1.0)])
+def test_ranges_up_to_the_largest_number(ends: tuple[float, float], dtype: torch.dtype, bits: int) -> None:
+    """The range, or its last level, may be beyond float32: entries come back within a step, and unbiased."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    x = (torch.linspace(*ends, 600, dtype=torch.float64) * largest).to(dtype)
+    x[[0, 255, 256, 599]] = torch.tensor([*ends, *ends], dtype=torch.float64).mul(largest).to(dtype)
+    for found in (
+        packed(x, bits),
+        pack._unpack_in_torch(*pack._pack_in_torch(x.float(), 7, bits))[:600].to(dtype),
+    ):
+        assert bool(found.isfinite().all())
+        error = (found.double() - x.double()) / largest
+        width = (ends[1] - ends[0]) / (2**bits - 1)
+        assert float(error.abs().max()) <= width + torch.finfo(dtype).eps
+        assert abs(float(error.mean())) < width / 5
+    fast, plain = cpu_pack.pack(x.float(), KEY, bits), pack._pack_in_torch(x.float(), KEY, bits)
+    assert torch.equal(fast[0], plain[0])

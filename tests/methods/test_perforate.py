@@ -213,9 +213,7 @@ def test_needs_the_input() -> None:
     keys = list(model.state_dict())
     methods = [Perforate(rule="perforated"), rg.Spectral(rank=3)]
     for order in (methods, methods[::-1]):
-        with pytest.raises(
-            OptionError, match=r"'0': PerforatedRule reads.*SpectralRule keeps.*`only` and `skip`"
-        ):
+        with pytest.raises(OptionError, match=r"'0': perforate reads.*spectral keeps.*`only` and `skip`"):
             rg.attach(model, order)
         assert type(model[0]) is nn.Linear
         assert list(model.state_dict()) == keys

@@ -15,6 +15,7 @@ from retrograde.errors import (
     RetrogradeWarning,
     StateError,
 )
+from retrograde.spectral.adaptation.gate import bound
 
 
 class Net(nn.Module):
@@ -67,6 +68,47 @@ def test_a_clean_stream_leaves_the_gate_closed_and_the_model_bit_for_bit(model, 
             assert torch.equal(adapted(x), model(x))
     assert not adapted.active
     assert list(adapted.drift) == ["conv", "fc"]
+
+
+@pytest.mark.parametrize("batches", [10, 14, 20])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_source_batches_do_not_open_it_on_clean_data(batches, seed):
+    """A long stream of it, at every step; and what is clearly shifted opens it all the same."""
+    torch.manual_seed(seed)
+    model = Net()
+    for x in images(seed=10 + seed):
+        model(x)
+    adapted = spectral.adapt(model.eval(), images(batches, seed=20 + seed))
+    with torch.no_grad():
+        for x in images(200, seed=30 + seed):
+            adapted(x)
+            assert not adapted.active
+        for x in images(20, seed=40 + seed):
+            adapted(paler(x))
+    assert adapted.active
+
+
+def test_uncertainty_of_a_variance():
+    """Against quantiles of chi-square, 3.325, 10.12 and 77.05, of 9, 19 and 99 degrees of freedom."""
+    for freedom, quantile in ((9, 3.325), (19, 10.117), (99, 77.046)):
+        assert bound(freedom) == pytest.approx(freedom / quantile, rel=4e-3)
+
+
+def test_readings_are_the_sources_own(model):
+    """Twice of many batches; of few ones a fixed number, and the model and torch's random numbers stay as they were."""
+
+    class Counting(list):
+        read = 0
+
+        def __iter__(self):
+            self.read += 1
+            return super().__iter__()
+
+    for count, read in ((100, 2), (50, 6), (10, 12)):
+        source, state = Counting(images(count)), torch.get_rng_state()
+        spectral.adapt(model, source)
+        assert source.read == read
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("correction", ["transport", "colour", "scale"])
@@ -172,6 +214,59 @@ def test_ready_statistics(model, adapted):
         spectral.adapt(nn.Sequential(nn.Linear(2, 2)), adapted.statistics())
     with pytest.raises(StateError, match="not what"):
         spectral.adapt(model, {"conv": {}})
+    cut = {
+        name: dict(own, source_basis=own["source_basis"][:3]) for name, own in adapted.statistics().items()
+    }
+    with pytest.raises(StateError, match="not what"):
+        spectral.adapt(model, cut)
+
+
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_ready_statistics_of_other_widths(model, at):
+    """Known from the layer at once, else at the first call; `state_dict` is refused by torch, and leaves it usable."""
+    ready = spectral.adapt(model, images(), at=at).statistics()
+    wider = Net()
+    wider.conv, wider.norm, wider.fc = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.Linear(7, 6)
+    with pytest.raises(StateError, match=rf"'(conv|fc)' has 7 features at its {at}, and they are of 6"):
+        spectral.adapt(wider.eval(), ready, at=at)
+
+    class Own(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(width, 128))
+
+        def forward(self, x):
+            return x.flatten(1) @ self.weight.T
+
+    def own(width):
+        return nn.Sequential(Own(width), nn.Identity()).eval()
+
+    made = spectral.adapt(own(5), images(), layers="0")
+    other = spectral.adapt(own(4), made.statistics(), layers="0")
+    with pytest.raises(StateError, match="'0' has 4 features in this call, and its statistics are of 5"):
+        other(images(1)[0])
+    narrow = spectral.adapt(own(4), images(), layers="0")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        narrow.load_state_dict(made.state_dict())
+    assert narrow(images(1)[0]).shape == (16, 4)
+
+
+def test_batches_that_the_model_does_not_take(model):
+    """Labels first, other keys, nothing of tensors: what came, and what a batch must be."""
+    says = "A batch must be a tensor, a tuple or list that begins with the model's input"
+    labels = [(torch.zeros(16, dtype=torch.long), x) for x in images()]
+    with pytest.raises(
+        OptionError, match=rf"Net fails on a batch.*given int64 tensor of shape \(16,\).*{says}"
+    ):
+        spectral.adapt(model, labels)
+    pictures = [{"picture": x, "label": torch.zeros(16)} for x in images()]
+    with pytest.raises(OptionError, match=rf"brings 'picture', 'label'.*takes 'x': 'x' is missing.*{says}"):
+        spectral.adapt(model, pictures)
+    with pytest.raises(OptionError, match=rf"a str is not a batch \(tuple\).*{says}"):
+        spectral.adapt(model, [("a", x) for x in images()])
+    beside = [{"x": x, "labels": torch.zeros(16)} for x in images()]
+    assert spectral.adapt(model, beside).drift == spectral.adapt(model, images()).drift
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
@@ -259,7 +354,7 @@ def test_refusals(model):
         ({"rank": 0}, "rank=0"),
         ({"energy": 1.5}, "energy=1.5"),
     ):
-        with pytest.raises(OptionError, match=says):
+        with pytest.raises(OptionError, match=rf"^adapt: {says} must be"):
             spectral.adapt(model, batches, **wrong)
     with pytest.raises(OptionError, match="gave no batches"):
         spectral.adapt(model, iter(batches))
@@ -304,6 +399,14 @@ def test_a_stream_in_training_mode_is_said(adapted):
     with torch.no_grad(), pytest.warns(RetrogradeWarning, match="training mode"):
         adapted(images(1)[0])
     adapted(images(1)[0])
+
+
+def test_in_one_line(model, adapted):
+    assert repr(adapted) == (
+        "Adapted(Net: 2 layers, at='output', correction='transport', window=100, gate='auto', watching)"
+    )
+    adapted.gate = "open"
+    assert repr(adapted).endswith("gate='open', correcting)")
 
 
 def test_a_wrong_gate_is_refused(adapted):

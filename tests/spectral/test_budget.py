@@ -70,6 +70,18 @@ def test_the_budget_falls_as_a_cube():
     )
 
 
+def test_in_one_line():
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer)
+    train(model, optimizer, 12)
+    assert repr(schedule) == (
+        "BudgetSchedule(Sequential: budget=0.5, steps 2 to 12 every 3; "
+        f"step 12, {len(schedule.ranks)} of 3 layers below full rank)"
+    )
+    assert schedule.ranks
+
+
 @pytest.mark.parametrize("make", [sgd, adam])
 def test_the_folded_model_computes_what_was_trained(make: Any):
     model = net()
@@ -223,6 +235,9 @@ def test_resuming_goes_on_as_if_nothing_had_been():
     strange = schedule_of(stranger, sgd(stranger))
     with pytest.raises(StateError, match="layers that the model does not have"):
         strange.load_state_dict(schedule.state_dict())
+    wider = nn.Sequential(nn.Linear(16, 25), nn.Tanh(), nn.Linear(25, 20), nn.Tanh(), nn.Linear(20, 4))
+    with pytest.raises(StateError, match="'0' with 24 outputs, and the model's has 25"):
+        schedule_of(wider, sgd(wider)).load_state_dict(schedule.state_dict())
 
 
 def test_a_skipped_step_does_not_count():

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import retrograde as rg
-from retrograde.errors import AttachError, NoEffectError, OptionError, PatternError, RetrogradeWarning
+from retrograde.errors import (
+    AttachError,
+    NoEffectError,
+    OptionError,
+    PatternError,
+    RetrogradeWarning,
+    StateError,
+)
 from retrograde.spectral.factorisation import timing
-from retrograde.spectral.factorisation.moments import Moments, largest_rank, spectrum_of_outputs
+from retrograde.spectral.factorisation.moments import largest_rank, spectrum_of_outputs
 from retrograde.spectral.factorisation.parts import Part
 from retrograde.spectral.factorisation.ranks import Curve, allocate
+from retrograde.spectral.moments import Moments
 
 DOUBLE = torch.float64
 
@@ -83,15 +91,6 @@ class TestTheMathematics:
             for centred in (True, False)
         ]
         assert found[0] < 0.9 * found[1]
-
-    def test_moments_survive_a_mean_that_dwarfs_the_deviations(self):
-        x = torch.randn(5000, 6, generator=torch.Generator().manual_seed(0), dtype=DOUBLE) + 1e4
-        moments = Moments()
-        for part in x.float().split(900):
-            moments.add(part)
-        mean, second = moments.finish()
-        torch.testing.assert_close(mean, x.mean(0), rtol=1e-6, atol=0)
-        torch.testing.assert_close(second, torch.cov(x.mT, correction=0), rtol=1e-3, atol=1e-3)
 
     def test_weights_give_truncated_svd(self):
         layer = nn.Linear(24, 20, bias=False, dtype=DOUBLE)
@@ -203,6 +202,22 @@ class TestFactorise:
         small.eval(), again.eval()
         torch.testing.assert_close(again(images()), small(images()), rtol=0, atol=0)
         assert "2.1.bias" in small.state_dict()  # of a convolution without one
+
+    def test_factors_that_do_not_fit(self):
+        """Other inputs, other outputs, a rank that does not match, and keys that are missing."""
+        small, _ = rg.spectral.factorise(nn.Sequential(nn.Linear(32, 32)), torch.randn(200, 32), budget=0.5)
+        state = small.state_dict()
+        for inputs, outputs in ((31, 32), (32, 33)):
+            with pytest.raises(
+                StateError, match=rf"'0' is {outputs}×{inputs}, and its factors.*of another width"
+            ):
+                rg.spectral.load_factors(nn.Sequential(nn.Linear(inputs, outputs)), state)
+        with pytest.raises(StateError, match="of another width"):
+            rg.spectral.load_factors(
+                nn.Sequential(nn.Linear(32, 32)), state | {"0.0.weight": state["0.0.weight"][1:]}
+            )
+        with pytest.raises(StateError, match=r"does not fit Sequential.*0\.bias"):
+            rg.spectral.load_factors(nn.Sequential(nn.Linear(32, 32)), {})
 
     def test_the_model_itself_is_left_alone(self):
         model = net().train()
@@ -423,6 +438,10 @@ class TestErrors:
             rg.spectral.factorise(net(), [], budget=0.5)
         with pytest.raises(OptionError, match="is not a batch"):
             rg.spectral.factorise(net(), ["a picture"], budget=0.5)
+        with pytest.raises(OptionError, match=r"'input' is missing.*for any other give `call`"):
+            rg.spectral.factorise(net(), [{"picture": images()}], budget=0.5)
+        with pytest.raises(OptionError, match=r"given int64 tensor of shape .*A batch must be"):
+            rg.spectral.factorise(net(), [(torch.arange(4), images())], budget=0.5)
         with pytest.raises(OptionError, match="'0' gives outputs on the data that are not finite"):
             rg.spectral.factorise(net(), images() * float("inf"), budget=0.5)
 

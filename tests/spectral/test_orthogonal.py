@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from retrograde.errors import AttachError, NoEffectError, PatternError
+from retrograde.errors import AttachError, NoEffectError, PatternError, RetrogradeWarning
 from retrograde.maths import spectral
 from retrograde.spectral import keep_orthogonal
 from retrograde.spectral.orthogonal import nearest_orthonormal, stiefel_step, tangent
@@ -25,7 +26,18 @@ def point(n: int, p: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.linalg.qr(torch.randn(n, p, dtype=torch.float64))[0].to(dtype)
 
 
+def initialised(model: nn.Module) -> Any:
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.orthogonal_(layer.weight)
+    return model
+
+
 def network(width: int = 12) -> nn.Sequential:
+    return initialised(plain(width))
+
+
+def plain(width: int = 12) -> nn.Sequential:
     return nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 30), nn.ReLU(), nn.Linear(30, 3))
 
 
@@ -97,7 +109,7 @@ def test_nearest() -> None:
 @pytest.mark.parametrize(("optimizer", "shape"), [("sgd", (4, 12)), ("adam", (12, 4))])
 def test_ten_thousand_steps(optimizer: str, shape: tuple[int, int]) -> None:
     """Orthonormal to 1e-6 in float32, wide and tall, at every reading, under gradients that keep turning the weight."""
-    layer = nn.Linear(shape[1], shape[0], bias=False)
+    layer = initialised(nn.Linear(shape[1], shape[0], bias=False))
     made = OPTIMIZERS[optimizer](layer.parameters())
     kept = keep_orthogonal(layer, made)
     start, worst = layer.weight.detach().clone(), 0.0
@@ -126,6 +138,7 @@ def test_step_in_training_is_the_optimizers_turned() -> None:
     """Against the same optimizer by hand: SGD's first step is −ηG, its tangent part the first-order move."""
     model = network().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model[2].weight.data = nearest_orthonormal(model[2].weight.data)
     keep_orthogonal(model, optimizer, "2")
     before = model[2].weight.detach().clone()
     F.cross_entropy(model(torch.randn(16, 20, dtype=torch.float64)), torch.randint(3, (16,))).backward()
@@ -203,6 +216,7 @@ def test_closure() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions(groups: int) -> None:
     model = nn.Sequential(nn.Conv2d(2, 8, 3, groups=groups), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    initialised(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     kept = keep_orthogonal(model, optimizer, "0")
     x, y = torch.randn(1, 2, 8, 8), torch.tensor([1])
@@ -238,7 +252,7 @@ def test_bfloat16_and_autocast() -> None:
 
 
 def test_shared_weight_is_turned_once() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    model = initialised(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3)))
     model[2].weight = model[0].weight
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     kept = keep_orthogonal(model, optimizer)
@@ -278,7 +292,9 @@ def test_other_parametrizations_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(AttachError, match=r"'0' has a parametrization.*remove_parametrizations"):
         keep_orthogonal(model, optimizer)
-    assert keep_orthogonal(model, optimizer, "2").layers == ("2",)
+    kept = keep_orthogonal(model, optimizer, "2")
+    assert kept.layers == ("2",)
+    kept.remove()
 
 
 # State, ends and errors.
@@ -308,7 +324,10 @@ def test_a_plain_checkpoint_loaded_later_is_made_orthonormal() -> None:
     kept = keep_orthogonal(model, optimizer)
     model.load_state_dict({name: 7 * value for name, value in network().state_dict().items()})
     assert max(kept.orthonormality().values()) > 1
-    train(model, optimizer, 1)
+    with pytest.warns(
+        RetrogradeWarning, match=r"0, 2 were written to since the last step.*up to 48 from orthonormal"
+    ):
+        train(model, optimizer, 1)
     assert max(kept.orthonormality().values()) <= 1e-6
 
 
@@ -316,8 +335,11 @@ def test_copies_and_pickles() -> None:
     """Nothing is left on the model; hooks stay with the optimizer that they were given."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    keep_orthogonal(model, optimizer)
+    kept = keep_orthogonal(model, optimizer)
     train(model, optimizer, 2)
+    for twin in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
+        assert twin.layers == ("0", "2")
+        twin.remove()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(torch.ones(1, 20)), model(torch.ones(1, 20)))
     pickle.loads(pickle.dumps(optimizer))
@@ -330,13 +352,88 @@ def test_removed() -> None:
     kept.remove()
     train(model, optimizer, 5)
     assert max(kept.orthonormality().values()) > 1e-3
-    assert keep_orthogonal(model, optimizer).layers == ("0", "2")
+    with pytest.warns(RetrogradeWarning, match="were replaced"):
+        assert keep_orthogonal(model, optimizer).layers == ("0", "2")
+    train(model, optimizer, 1)
+
+
+def test_weights_that_are_replaced_at_once_are_said() -> None:
+    """With how far they were; orthonormal ones, to the weight's own rounding, are taken in silence."""
+    model = plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    far = spectral.orthonormality(model[2].weight.detach())
+    with pytest.warns(
+        RetrogradeWarning, match=rf"2 were up to {far:.2g} from orthonormal.*replaced.*orthogonal_"
+    ):
+        kept = keep_orthogonal(model, optimizer, "2")
+    kept.remove()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = network().to(dtype)
+        keep_orthogonal(model, torch.optim.SGD(model.parameters(), lr=0.5)).remove()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_steps_of_another_optimizer_are_said(own: bool) -> None:
+    """Once, whether or not the given one ever steps again; and that it makes the weights orthonormal again."""
+    model = network()
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.5) for _ in range(2))
+    kept = keep_orthogonal(model, optimizer)
+    train(model, optimizer, 2)
+    with pytest.warns(RetrogradeWarning, match=r"another SGD than.*0, 2 up to .* from orthonormal") as caught:
+        train(model, other, 3)
+    assert len(caught) == 1
+    assert max(kept.orthonormality().values()) > 1e-3
+    if own:
+        with pytest.warns(
+            RetrogradeWarning, match="an optimizer that is not the one keep_orthogonal was given"
+        ):
+            train(model, optimizer, 1)
+        assert max(kept.orthonormality().values()) <= 1e-6
+    else:
+        kept.remove()
+        train(model, other, 1)
+
+
+def test_optimizers_around_and_inside_are_no_others() -> None:
+    """One that steps the given one within its own step, and one that the given one steps."""
+
+    class Around(torch.optim.SGD):
+        inner: torch.optim.Optimizer
+
+        def step(self, closure: Any = None) -> None:
+            self.inner.step()
+
+    for outermost in (False, True):
+        model = network()
+        outer = Around(model.parameters(), lr=0.1)
+        outer.inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept = keep_orthogonal(model, outer if outermost else outer.inner)
+        train(model, outer, 3)
+        assert max(kept.orthonormality().values()) <= 1e-6
+        # Layers that are not kept are anybody's.
+        train(model[4], torch.optim.SGD(model[4].parameters(), lr=0.1), 1, 30)
+
+
+def test_an_optimizer_that_is_dropped_is_said() -> None:
+    model = network()
+    with pytest.warns(RetrogradeWarning, match="0, 2 was dropped before it made a step"):
+        keep_orthogonal(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_in_one_line() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = keep_orthogonal(model, optimizer)
+    train(model, optimizer, 3)
+    assert repr(kept) == "Orthogonal(0, 2; 3 steps)"
+    kept.remove()
+    assert repr(kept) == "Orthogonal(0, 2; 3 steps, removed)"
 
 
 def test_refusals() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    keep_orthogonal(model, optimizer, "0")
+    kept = keep_orthogonal(model, optimizer, "0")
     with pytest.raises(AttachError, match=r"'0'.*already.*remove\(\)"):
         keep_orthogonal(model, optimizer)
     with pytest.raises(PatternError, match="matches no layer"):
@@ -352,3 +449,7 @@ def test_refusals() -> None:
         keep_orthogonal(
             attention, torch.optim.SGD(attention.parameters(), lr=0.1), lambda name, _: name == "(root)"
         )
+    recurrent = nn.Sequential(nn.LSTM(4, 4))
+    with pytest.raises(NoEffectError, match="no linear layer"):
+        keep_orthogonal(recurrent, torch.optim.SGD(recurrent.parameters(), lr=0.1))
+    kept.remove()

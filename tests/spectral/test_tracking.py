@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from retrograde.spectral.adaptation.features import channel_axis, rows_of
-from retrograde.spectral.adaptation.tracking import Moments, Tracker, corrected, source_of, weight_of
+from retrograde.spectral.adaptation.tracking import Tracker, corrected, source_of, weight_of
+from retrograde.spectral.moments import Moments
 
 D = 6
 

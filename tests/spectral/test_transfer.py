@@ -473,6 +473,10 @@ def test_refused_sources() -> None:
         TransferPenalty(model, [])
     with pytest.raises(DataError, match=r"layer '0'.*not finite"):
         TransferPenalty(model, [rows() / 0])
+    with pytest.raises(OptionError, match=r"given int64 tensor of shape .*A batch must be.*give `forward`"):
+        TransferPenalty(model, [(torch.arange(4), rows())])
+    with pytest.raises(OptionError, match="'input' is missing"):
+        TransferPenalty(model, [{"picture": rows()}])
     with pytest.raises(OptionError, match="no statistics"):
         TransferPenalty(model, model.state_dict())
     with pytest.raises(NoEffectError, match="no linear-like"):

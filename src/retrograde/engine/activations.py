@@ -4,13 +4,14 @@ torch's keeps its output for the backward pass, the same tensor that the next la
 keeps less, the whole would stay for the ReLU's sake alone, though all that it needs is where it is positive.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from retrograde.engine.boundary import transforming
+from retrograde.engine.boundary import has_batches, has_tangent, transforming
 from retrograde.engine.layers import copied, reduced, subclass
 from retrograde.errors import DoubleBackwardError
 from retrograde.kernels import pack
@@ -42,6 +43,9 @@ class _Relu(torch.autograd.Function):
                 "activation, which has no derivative. Compute that term inside `with session.paused():`, forward pass "
                 "included, where plain autograd runs."
             )
+        if has_batches(delta):
+            # No kernel reads them, and torch's own does the same.
+            return torch.where(pack.mask(bits, delta.shape, ctx.last), delta, 0), None
         return pack.where_positive(delta, bits, ctx.last), None
 
 
@@ -60,7 +64,7 @@ class LightReLU(nn.Module):
         """Whether torch's own must run: compilers follow no function in place, and transforms look into none."""
         if torch.compiler.is_compiling():
             return self.inplace
-        return input.is_nested or transforming()
+        return input.is_nested or transforming() or has_tangent(input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copied(self, nn.ReLU, self.__dict__, memo)
@@ -69,16 +73,48 @@ class LightReLU(nn.Module):
         return reduced(self, nn.ReLU, self.__dict__, protocol)
 
 
-def lighten(modules: Iterable[Any]) -> list[Any]:
-    """Let every plain `nn.ReLU` among modules keep less; those that do now."""
-    found = [module for module in modules if type(module) is nn.ReLU and "forward" not in module.__dict__]
-    for module in found:
+class Lightened:
+    """The plain `nn.ReLU` among modules keep less from here on, until `end`.
+
+    One that several models share keeps less as long as any of their `Lightened` is there, and none is paused.
+
+    Attributes:
+        modules: those that it is about.
+        paused: whether it wants torch's own to run for now.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.paused = False
+        self.modules = [
+            module
+            for module in modules
+            if isinstance(module, LightReLU) or (type(module) is nn.ReLU and "forward" not in module.__dict__)
+        ]
+        for module in self.modules:
+            _holders.setdefault(module, weakref.WeakSet()).add(self)
+            _settle(module)
+
+    def pause(self, paused: bool) -> None:
+        """Let torch's own run, or not any more."""
+        self.paused = paused
+        for module in self.modules:
+            _settle(module)
+
+    def end(self) -> None:
+        """Make plain what no other one holds, where nothing else has changed the class since."""
+        for module in self.modules:
+            _holders[module].discard(self)
+            _settle(module)
+
+
+# Beside the modules, whose copies and pickles must hold nothing of it.
+_holders: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Lightened]]" = weakref.WeakKeyDictionary()
+
+
+def _settle(module: nn.Module) -> None:
+    holders = _holders[module]
+    light = bool(holders) and not any(holder.paused for holder in holders)
+    if light and type(module) is nn.ReLU:
         cast(Any, module).__class__ = subclass(nn.ReLU, LightReLU)
-    return cast("list[Any]", found)
-
-
-def restore(modules: list[Any]) -> None:
-    """Undo `lighten`, where nothing else has changed the class since."""
-    for module in modules:
-        if isinstance(module, LightReLU):
-            cast(Any, module).__class__ = nn.ReLU
+    elif not light and isinstance(module, LightReLU):
+        cast(Any, module).__class__ = nn.ReLU

@@ -259,6 +259,8 @@ def _weights(layer: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
 
 def cross(y: Tensor, program: Any) -> Tensor:
     """`y`, with the boundary of `program`, a `BlockProgram`, in its backward pass."""
+    if not torch.compiler.is_compiling() and (boundary.transforming() or boundary.has_tangent(y)):
+        raise boundary.untransformed(f"block {program.block.name!r}")
     return _BlockBoundary.apply(y, program)  # pyright: ignore[reportReturnType]
 
 
@@ -279,6 +281,8 @@ class _BlockBoundary(torch.autograd.Function):
             return None, None
         if torch.compiler.is_compiling():
             return torch.ops.retrograde.block_backward(delta, ctx.program.token), None
+        if boundary.has_batches(delta):
+            raise boundary.untransformed(f"block {ctx.program.block.name!r}")
         if torch.is_grad_enabled():
             raise DoubleBackwardError(
                 f"a gradient of a gradient was asked for (create_graph=True) through block {ctx.program.block.name!r}, "

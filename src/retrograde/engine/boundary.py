@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from retrograde.engine.maps.base import Gradients, Map, map_of
 from retrograde.errors import AttachError, DoubleBackwardError, TransformError
@@ -100,8 +101,8 @@ class Boundary(torch.autograd.Function):
         weight, rows, *saved = ctx.saved_tensors
         needs, program, map = ctx.needs_input_grad, ctx.program, ctx.map
         compiling = torch.compiler.is_compiling()
-        if not compiling and _batched(delta):
-            raise _untransformed(program)
+        if not compiling and has_batches(delta):
+            raise untransformed(f"layer {program.name!r}")
         if not compiling and torch.is_grad_enabled():
             # Gradients are only recorded in a backward pass that was run with create_graph=True.
             raise DoubleBackwardError(
@@ -126,16 +127,28 @@ class Boundary(torch.autograd.Function):
 # as a small product.
 _straight: Any = super(torch.autograd.Function, Boundary).apply  # pyright: ignore[reportAttributeAccessIssue]
 transforming: Any = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-
-# What `torch.autograd.functional.jacobian(vectorize=True)` sends backward, which no other transform can come to.
-_batched: Any = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
-def _untransformed(program: Program) -> TransformError:
+def has_batches(delta: Tensor) -> bool:
+    """Whether δ is many gradients in one: of ``is_grads_batched``, a vectorized jacobian, or `torch.func.vmap`."""
+    return _functorch.is_legacy_batchedtensor(delta) or _functorch.is_functorch_wrapped_tensor(delta)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation follows one of the tensors."""
+    if forward_ad._current_level < 0:  # pyright: ignore[reportPrivateUsage]
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def untransformed(what: str) -> TransformError:
+    """The refusal of transforms, where `what` has a backward pass of its own."""
     return TransformError(
-        f"layer {program.name!r} was called inside a transform of torch.func (grad, vmap, jvp, jacrev, a vectorized "
-        "jacobian): its backward pass is a program of its own, which transforms cannot look into. Compute that term "
-        "inside `with session.paused():`, forward pass included, where plain autograd runs."
+        f"{what} was called inside a transform of torch.func (grad, vmap, jvp, jacrev), in forward mode, or was sent "
+        "many gradients at once (is_grads_batched, a vectorized jacobian): its backward pass is a program of its own, "
+        "which transforms cannot look into. Compute that term inside `with session.paused():`, forward pass included, "
+        "where plain autograd runs."
     )
 
 
@@ -145,8 +158,8 @@ def apply(
     """`Boundary`, by the shortest way there is."""
     if torch.compiler.is_compiling():
         return Boundary.apply(x, weight, bias, rows, program, map)  # pyright: ignore[reportReturnType]
-    if transforming():
-        raise _untransformed(program)
+    if transforming() or has_tangent(x, weight, bias):
+        raise untransformed(f"layer {program.name!r}")
     return _straight(x, weight, bias, rows, program, map)
 
 

@@ -78,6 +78,9 @@ class LayerProgram:
         """Seconds of the backward calls so far: on a GPU, of launching them. No part of the state."""
         self.clocked_steps = 0
         """Optimizer steps that these seconds belong to."""
+        self._kept = (0, 0.0, 0.0)
+        """Backward calls that found something else kept in place of the layer's input; bytes of the inputs, and those
+        that were kept. No part of the state."""
         self._settled: tuple[float, torch.dtype, float] | None = None
         """Size, dtype and zeros of a product without rules for which torch's own kernels were chosen."""
         self._treated: tuple[weakref.ref[Tensor], int] | None = None
@@ -104,7 +107,7 @@ class LayerProgram:
         self._fold = filling("fold")
         save, product = filling("save"), filling("product")
         if save != product or len(save) > 1:
-            names = ", ".join(sorted({type(rule).__name__ for rule in (*save, *product)}))
+            names = ", ".join(sorted({self._method_of(rule) for rule in (*save, *product)}))
             raise OptionError(
                 f"slots `save` and `product` of layer {self.name!r} are filled by {names}: the rule that keeps "
                 "something other than the layer's input must also compute the weight gradient from it, and only one "
@@ -116,18 +119,21 @@ class LayerProgram:
         reading = next((rule for rule in self.rules if rule.needs_input), None)
         if reading is not None and self._save not in (None, reading):
             raise OptionError(
-                f"layer {self.name!r}: {type(reading).__name__} reads the layer's input in the backward pass, and "
-                f"{type(self._save).__name__} keeps something else in its place. Attach one of them to this layer; "
+                f"layer {self.name!r}: {self._method_of(reading)} reads the layer's input in the backward pass, and "
+                f"{self._method_of(self._save)} keeps something else in its place. Attach one of them to this layer; "
                 "`only` and `skip` choose layers."
             )
         self.int8 = any(rule.int8_forward for rule in self.rules)
         """Whether the forward product runs in 8 bits."""
         if self.int8 and self._save is not None:
             raise OptionError(
-                f"layer {self.name!r}: {type(self._save).__name__} keeps something other than the layer's input, and a "
-                "forward pass in 8 bits keeps the rounded one; only one can be kept. Leave the forward pass exact, or "
-                "attach one of them to this layer; `only` and `skip` choose layers."
+                f"layer {self.name!r}: {self._method_of(self._save)} keeps something other than the layer's input, and "
+                "a forward pass in 8 bits keeps the rounded one; only one can be kept. Leave the forward pass exact, "
+                "or attach one of them to this layer; `only` and `skip` choose layers."
             )
+
+    def _method_of(self, rule: Rule | None) -> str:
+        return next(name for name, own in self._by_method.items() if own is rule)
 
     # Forward.
 
@@ -216,6 +222,8 @@ class LayerProgram:
                 grant = Grant(self.block.grant.tier)
         self.calls = number + 1
         call = Call(delta, saved, weight, input_shape, map, needs, flops, small, self, number, grant.tier)
+        if saved and (self.int8 or self._save is not None):
+            self._count_kept(call, rows)
         if self.int8:
             self._unpack(call)
         for rule in self._gate:
@@ -293,6 +301,18 @@ class LayerProgram:
         if parts != self._key_of[0]:
             self._key_of = parts, mix_key(*parts)
         return mix_key(call, start=self._key_of[1])
+
+    def _count_kept(self, call: Call, rows: Tensor | None) -> None:
+        calls, plain, kept = self._kept
+        plain += math.prod(call.input_shape) * call.weight.element_size()
+        kept += sum(tensor.nbytes for tensor in call.saved) + (0 if rows is None else rows.nbytes)
+        self._kept = calls + 1, plain, kept
+
+    @property
+    def kept(self) -> tuple[float, float] | None:
+        """Bytes of an input, and those kept in its place, a call; None before one in which something else was kept."""
+        calls, plain, kept = self._kept
+        return (plain / calls, kept / calls) if calls else None
 
     def _unpack(self, call: Call) -> None:
         """What a forward pass in 8 bits kept: W and x as levels."""

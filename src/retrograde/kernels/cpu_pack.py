@@ -16,6 +16,8 @@ _GROUP = 256
 
 _INFINITE = np.int32(0x7F800000)
 _SIGN_OFF = np.int32(0x7FFFFFFF)
+_LARGEST = np.float32(np.finfo(np.float32).max)
+_HALF, _WHOLE = np.float32(0.5), np.float32(1)
 
 
 @inlined
@@ -32,11 +34,11 @@ def _ends(bits: Any, found: Any) -> Any:
 
 
 @inlined
-def _round(x: Any, low: Any, step: Any, most: Any, levels: Any) -> None:
-    """Levels of a group in place of their noise."""
+def _round(x: Any, low: Any, step: Any, most: Any, half: Any, levels: Any) -> None:
+    """Levels of a group in place of their noise; `low` and `step` are times `half`, as x is here."""
     unit = step if step > 0 else np.float32(1)
     for j in range(x.size):
-        ratio = (x[j] - low) / unit
+        ratio = (x[j] * half - low) / unit
         whole = np.floor(ratio)
         if levels[j] * np.float32(2.0**-24) < ratio - whole:
             whole += np.float32(1)
@@ -57,10 +59,12 @@ def _pack(x: Any, pattern: Any, out: Any, ranges: Any, ends: Any, key0: Any, key
             last = min(end, at + _GROUP)
             inside = levels[at - b * BLOCK : at - b * BLOCK + _GROUP]
             finite = _ends(pattern[at:last], ends[g])
-            low, step = ranges[g, 0], (ranges[g, 1] - ranges[g, 0]) / most
+            half = _HALF if ranges[g, 1] - ranges[g, 0] > _LARGEST else _WHOLE
+            low = ranges[g, 0] * half
+            step = (ranges[g, 1] * half - low) / most
             if finite:
-                _round(x[at:last], low, step, most, inside[: last - at])
-                ranges[g, 1] = step
+                _round(x[at:last], low, step, most, half, inside[: last - at])
+                ranges[g, 1] = step / half
             else:
                 inside[:] = 0
                 ranges[g, 0], ranges[g, 1] = np.nan, np.nan
@@ -80,14 +84,18 @@ def _unpack(levels: Any, ranges: Any, out: Any, bits: Any) -> None:
     parts = 8 // bits
     width, mask = _GROUP // parts, np.uint8((1 << bits) - 1)
     for g in prange(ranges.shape[0]):
-        low, step = ranges[g, 0], ranges[g, 1]
+        # The last level may lie beyond float32, where Δ was rounded up too.
+        half = _HALF if ranges[g, 0] + np.float32(mask) * ranges[g, 1] > _LARGEST else _WHOLE
+        low, step, largest = ranges[g, 0] * half, ranges[g, 1] * half, _LARGEST * half
         row = levels[g * width : (g + 1) * width]
         for part in range(parts):
             first = g * _GROUP + part * width
             shift = np.uint8(part * bits)
             target = out[first : min(out.size, first + width)]
             for i in range(target.size):
-                target[i] = low + np.float32((row[i] >> shift) & mask) * step
+                found = low + np.float32((row[i] >> shift) & mask) * step
+                # Written so that NaN stays.
+                target[i] = (largest if found > largest else found) / half
 
 
 def pack(flat: Tensor, key: int, bits: int) -> tuple[Tensor, Tensor]:

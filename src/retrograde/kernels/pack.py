@@ -4,8 +4,9 @@ Each 256 entries that lie side by side, a group, have a range of their own:
 
     Δ = (max x − min x)/(2^b − 1),   q = floor((x − min x)/Δ + u),  u ~ U[0, 1),   x̂ = min x + Δ q,   E[x̂] = x
 
-and are kept in b bits each, beside min x and Δ in float32: b + 1/4 bits an entry. A group with an entry that is not
-finite comes back as NaN. Noise is `retrograde.maths.philox.uniform`'s, counted in the order of memory.
+and are kept in b bits each, beside min x and Δ in float32: b + 1/4 bits an entry. Where max x − min x is beyond
+float32, all of it is computed with halves, which are exact there. A group with an entry that is not finite in float32
+comes back as NaN. Noise is `retrograde.maths.philox.uniform`'s, counted in the order of memory.
 
 Reference: Chen et al., *ActNN: Reducing training memory footprint via 2-bit activation compressed training*, ICML 2021,
 arXiv 2104.14129.
@@ -89,8 +90,10 @@ def _pack_in_torch(flat: Tensor, key: int, bits: int) -> tuple[Tensor, Tensor]:
         noise = torch.cat((noise, noise.new_zeros(missing)))
     x = flat.view(groups, GROUP)
     low, high = x.aminmax(dim=1) if groups else (flat.new_empty(0), flat.new_empty(0))
-    step = (high - low) / most
-    ratio = (x - low[:, None]) / torch.where(step > 0, step, 1.0)[:, None]
+    half = torch.where((high - low).isinf(), 0.5, 1.0)
+    low_half = low * half
+    step = (high * half - low_half) / most
+    ratio = (x * half[:, None] - low_half[:, None]) / torch.where(step > 0, step, 1.0)[:, None]
     whole = ratio.floor()
     rounded = whole + (noise.view(groups, GROUP) < ratio - whole)
     levels = rounded.clamp_(0, most).nan_to_num_(0).to(torch.uint8)
@@ -98,7 +101,7 @@ def _pack_in_torch(flat: Tensor, key: int, bits: int) -> tuple[Tensor, Tensor]:
     parts = levels.view(groups, 8 // bits, GROUP * bits // 8)
     shifts = torch.arange(8 // bits, device=flat.device, dtype=torch.uint8) * bits
     packed = (parts << shifts[:, None]).sum(1, dtype=torch.uint8)
-    return packed.reshape(-1), torch.stack((low, step), 1)
+    return packed.reshape(-1), torch.stack((low, step / half), 1)
 
 
 def _unpack_in_torch(levels: Tensor, ranges: Tensor) -> Tensor:
@@ -108,8 +111,14 @@ def _unpack_in_torch(levels: Tensor, ranges: Tensor) -> Tensor:
     packed = levels.view(groups, 1, -1)
     per = GROUP // packed.shape[2]
     shifts = torch.arange(per, device=levels.device, dtype=torch.uint8) * (8 // per)
-    parts = (packed >> shifts[:, None]) & (2 ** (8 // per) - 1)
-    return (parts.view(groups, GROUP).float() * ranges[:, 1:] + ranges[:, :1]).view(-1)
+    most = 2 ** (8 // per) - 1
+    parts = ((packed >> shifts[:, None]) & most).view(groups, GROUP).float()
+    low, step = ranges[:, :1], ranges[:, 1:]
+    # The last level may lie beyond float32, where Δ was rounded up too.
+    half = torch.where((low + most * step).isinf(), 0.5, 1.0)
+    largest = torch.finfo(torch.float32).max
+    found = (parts * (step * half) + low * half).clamp_(-largest * half, largest * half) / half
+    return found.view(-1)
 
 
 def signs(x: Tensor) -> Tensor:
@@ -122,6 +131,22 @@ def signs(x: Tensor) -> Tensor:
     return (flat <= 0).logical_not()
 
 
+def mask(bits: Tensor, shape: torch.Size, last: bool) -> Tensor:
+    """What `signs` found of a tensor of `shape`, an entry each.
+
+    Args:
+        bits: from `signs`.
+        shape: of the tensor.
+        last: whether it was channels-last.
+    """
+    if bits.dtype != torch.bool:
+        eight = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+        lanes = bits.view(-1, 1, GROUP // 8)
+        bits = (lanes >> eight & 1).view(-1)[: shape.numel()].bool()
+    n, c, *rest = shape if last else (0, 0)
+    return bits.view(n, *rest, c).movedim(-1, 1) if last else bits.view(shape)
+
+
 def where_positive(delta: Tensor, bits: Tensor, last: bool) -> Tensor:
     """δ where `signs` of a tensor of its shape were set, and 0 elsewhere.
 
@@ -131,8 +156,7 @@ def where_positive(delta: Tensor, bits: Tensor, last: bool) -> Tensor:
         last: whether the tensor was channels-last.
     """
     if bits.dtype == torch.bool:
-        mask = bits.view(delta.movedim(1, -1).shape).movedim(-1, 1) if last else bits.view(delta.shape)
-        return torch.where(mask, delta, 0)
+        return torch.where(mask(bits, delta.shape, last), delta, 0)
     from retrograde.kernels import cpu_pack  # where it is needed: a compiler comes with it
 
     ordered = delta.movedim(1, -1) if last else delta

@@ -34,6 +34,9 @@ References:
     Muthuraman, *Dynamic spectral backpropagation*, arXiv 2505.23369 (extension 5, by name and purpose).
 """
 
+import warnings
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -42,12 +45,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from retrograde.engine import ranks
+from retrograde.engine.clock import Listener
 from retrograde.engine.layers import find_kind
 from retrograde.engine.maps.attention import AttentionKind
 from retrograde.engine.maps.base import LayerKind, Map, wide
-from retrograde.errors import AttachError, NoEffectError
+from retrograde.errors import AttachError, NoEffectError, RetrogradeWarning
 from retrograde.maths import spectral
-from retrograde.patterns import ROOT, Choice, select
+from retrograde.patterns import ROOT, Choice, select, some
 
 __all__ = ["Orthogonal", "keep_orthogonal", "nearest_orthonormal", "stiefel_step", "tangent"]
 
@@ -100,6 +104,17 @@ class _Kept:
         _, o, d = self.map.matrix(ranks.whole(target.detach())).shape
         ranks.write(target, self.map.from_matrix(q if o >= d else q.mT, self.weight.shape))
 
+    def distance(self) -> float:
+        """``max |QᵀQ − I|``."""
+        return spectral.orthonormality(self.columns(self.weight))
+
+    def strayed(self) -> float:
+        """The distance where others wrote to the weight and took it further away than rounding does; else 0."""
+        if self.weight._version == self.version:
+            return 0.0
+        found = self.distance()
+        return found if not found <= torch.finfo(self.weight.dtype).eps ** 0.5 else 0.0
+
     def settle(self) -> Tensor:
         """Q; made orthonormal where others wrote to the weight, as a loaded checkpoint does."""
         q = self.columns(self.weight)
@@ -116,12 +131,13 @@ class _Kept:
             self.before, self.version = None, self.weight._version
 
 
-class Orthogonal:
+class Orthogonal(Listener):
     """The weights that `keep_orthogonal` keeps, for as long as their optimizer steps.
 
     It has no state of its own: weights are in the model's `state_dict` and moments in the optimizer's. To resume, load
     both and call `keep_orthogonal` again, which leaves orthonormal weights as they are. Hooks do not go with a pickle
-    or a deep copy of an optimizer: there too, call it again.
+    or a deep copy of an optimizer: there too, call it again. A step of another optimizer than that one is not turned;
+    it brings a warning.
 
     Attributes:
         replaced: layers whose torch parametrization was replaced by a plain weight.
@@ -135,14 +151,28 @@ class Orthogonal:
         replaced: tuple[str, ...],
         left_out: dict[str, str],
     ) -> None:
+        super().__init__()
         self.replaced, self.left_out = replaced, left_out
         self._kept = kept
-        for each in kept.values():
-            each.settle()
+        self._optimizer = weakref.ref(optimizer)
+        self._steps = 0
+        self._said: set[str] = set()
+        self._settle(
+            "keep_orthogonal: the weights of {} were up to {} from orthonormal (max |QᵀQ − I|) and were replaced by "
+            "the nearest orthonormal ones, so the model computes another function now. Initialise new weights by "
+            "torch.nn.init.orthogonal_; measure a trained model again, or leave its layers out by `only`."
+        )
+        self._active = True
+        self.listen()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+
+    def __repr__(self) -> str:
+        return (
+            f"Orthogonal({some(list(self._kept))}; {self._steps} steps{'' if self._active else ', removed'})"
+        )
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -151,10 +181,12 @@ class Orthogonal:
 
     def orthonormality(self) -> dict[str, float]:
         """``max |QᵀQ − I|`` of each layer."""
-        return {name: spectral.orthonormality(kept.columns(kept.weight)) for name, kept in self._kept.items()}
+        return {name: kept.distance() for name, kept in self._kept.items()}
 
     def remove(self) -> None:
         """Let the optimizer's steps be plain again; weights stay what they are."""
+        self._active = False
+        self.stop()
         for hook in self._hooks:
             hook.remove()
 
@@ -166,6 +198,12 @@ class Orthogonal:
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # The first of `args` is the optimizer itself.
         closed = callable(kwargs.get("closure")) or (len(args) > 1 and callable(args[1]))
+        self._settle(
+            "the weights of {} were written to since the last step and were up to {} from orthonormal "
+            "(max |QᵀQ − I|): each was replaced by the nearest orthonormal matrix. A loaded checkpoint does this, or "
+            "an optimizer that is not the one keep_orthogonal was given: step with that one, or call remove()."
+        )
+        self._steps += 1
         for kept in self._kept.values():
             with torch.autocast(kept.weight.device.type, enabled=False):
                 q, grad = kept.settle(), kept.weight.grad
@@ -179,6 +217,59 @@ class Orthogonal:
             with torch.autocast(kept.weight.device.type, enabled=False):
                 kept.turn()
 
+    @torch.no_grad()
+    def _settle(self, message: str) -> None:
+        """Make every weight orthonormal, and say where that changed one by more than rounding."""
+        strayed: dict[str, float] = {}
+        for name, kept in self._kept.items():
+            with torch.autocast(kept.weight.device.type, enabled=False):
+                if far := kept.strayed():
+                    strayed[name] = far
+                kept.settle()
+        self._say(message, strayed)
+
+    def _say(self, message: str, strayed: Mapping[str, float]) -> None:
+        if strayed and message not in self._said:
+            self._said.add(message)
+            warnings.warn(
+                message.format(some(list(strayed)), f"{max(strayed.values()):.2g}"),
+                RetrogradeWarning,
+                stacklevel=5,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy hears nothing.
+        gone = {"_outermost": None, "_optimizer": None, "_hooks": [], "_active": False}
+        return {key: value for key, value in self.__dict__.items() if key not in gone} | gone
+
+    # What other optimizers do.
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it steps a kept weight."""
+        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(kept.weight) in theirs for kept in self._kept.values())
+
+    @torch.no_grad()
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say that a step was not turned, where it took weights away from the manifold."""
+        if optimizer is not self._optimizer():
+            strayed = {name: far for name, kept in self._kept.items() if (far := kept.strayed())}
+            self._say(
+                f"a step of another {type(optimizer).__name__} than the optimizer that keep_orthogonal was given took "
+                "the weights of {} up to {} from orthonormal (max |QᵀQ − I|): its steps are not turned. Give it to "
+                "keep_orthogonal in place of the other, or call remove() of what that returned.",
+                strayed,
+            )
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_active") and not self._steps:
+            warnings.warn(
+                f"the optimizer that keep_orthogonal was given for {some(list(self._kept))} was dropped before it made "
+                "a step, so nothing was kept. Give it the optimizer that the training loop steps.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+
 
 def keep_orthogonal(
     model: nn.Module, optimizer: torch.optim.Optimizer, only: Choice | None = None
@@ -186,6 +277,8 @@ def keep_orthogonal(
     """From now on the optimizer's steps keep the weights of the chosen layers orthonormal.
 
     Weights that are not orthonormal become so at once: each is replaced by the nearest such matrix (its polar factor).
+    That changes what the model computes, and is said by a warning: initialise by `torch.nn.init.orthogonal_`, and
+    expect a trained model to need training.
     A layer made by `torch.nn.utils.parametrizations.orthogonal` gets its present weight as a plain parameter, the same
     object that the optimizer holds; the key of its weight in `state_dict` is then ``weight`` again, its forward pass
     computes nothing, and moments of the old coordinates are dropped. Steps that `GradScaler` skips change nothing.
@@ -193,8 +286,9 @@ def keep_orthogonal(
     Args:
         model: with linear layers or convolutions. The weight of a linear layer is a matrix (o × d), that of a
             convolution one for each group, d being the values of a patch. Tall ones get orthonormal columns, wide ones
-            orthonormal rows.
-        optimizer: made over the model's parameters. The one whose `step` the training loop calls.
+            orthonormal rows. `nn.RNN`, `nn.LSTM` and `nn.GRU`, which hold several weights, are not among them.
+        optimizer: made over the model's parameters. The one whose `step` the training loop calls: steps of any other
+            are not turned, and bring a warning.
         only: glob patterns over full layer names, or a function of a layer's name and the layer; None takes all that
             `optimizer` trains but the last, which is the head as a rule.
 
@@ -207,8 +301,14 @@ def keep_orthogonal(
         AttachError: another call keeps the weight already, or a layer has a parametrization other than one
             `orthogonal` of a linear layer.
 
+    Warns:
+        RetrogradeWarning: weights were not orthonormal, now or when others wrote to them later; or another optimizer
+            stepped them.
+
     Examples:
         >>> model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+        >>> for layer in (model[0], model[2]):
+        ...     _ = nn.init.orthogonal_(layer.weight)
         >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         >>> kept = keep_orthogonal(model, optimizer)  # then train as before
         >>> kept.layers

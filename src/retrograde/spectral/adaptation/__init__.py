@@ -15,11 +15,12 @@ The gate. A brighter picture moves μ_t, a paler one shrinks C_t, and neither tu
 q the `quantile` and m the median of each of (3) to (5) over a stream of source batches, q/m says how far it scatters
 there, and s is the median of q/m over all layers and measures. The largest one of all, each divided by its limit, is
 
-    level = max of (3) to (5) over q·max(q/m, s);  the gate opens above 1 and closes below the level's quantile  (6)
+    level = max of (3) to (5) over f·q·max(q/m, s);  the gate opens above 1 and closes below the level's quantile  (6)
 
-so both limits come from source data alone. That stream is every second batch of the source, held against statistics
-of the others, for rows that statistics were taken from are nearer to them than new ones are. While the gate is closed
-the model runs as it is, bit for bit.
+so both limits come from source data alone. f = (1 − 2/(9ν) − 1.645 √(2/(9ν)))⁻³, 2.7 to 1 as there are more batches, is
+what the number B = ν + 1 of source batches leaves uncertain: the upper 95 % bound of a variance over its estimate. The
+stream of source batches is held against statistics of other ones (`retrograde.spectral.adaptation.gate`). While the
+gate is closed the model runs as it is, bit for bit.
 
 While it is open, with P_s = Q_s Q_sᵀ, P_t = Q_t Q_tᵀ and τ relative to the mean of Λ_s,
 
@@ -68,26 +69,24 @@ from retrograde.errors import (
     OptionError,
     RetrogradeWarning,
     StateError,
-    check_option,
+    check_value,
 )
 from retrograde.patterns import ROOT, Choice, select, some
-from retrograde.spectral.adaptation.features import channel_axis, features, hooked, rows_of, run
+from retrograde.spectral.adaptation.features import follow, hooked, width_of
+from retrograde.spectral.adaptation.gate import FEWEST_BATCHES, limits, measure
 from retrograde.spectral.adaptation.tracking import (
     SOURCE,
     Correction,
-    Moments,
     Tracker,
     corrected,
+    is_source,
     source_of,
-    weight_of,
 )
 
 __all__ = ["Adapted", "Shift", "adapt"]
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Gate = Literal["auto", "open", "closed"]
-_FEWEST_BATCHES = 10
-_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,13 @@ class _Options:
             ("correction", get_args(Correction)),
             ("rest", ("keep", "drop")),
         ):
-            check_option(self, option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
-        check_option(self, "tau", math.isfinite(self.tau) and self.tau >= 0, "a finite number, 0 or more")
-        check_option(self, "window", math.isfinite(self.window) and self.window > 0, "a positive number")
-        check_option(self, "rows", self.rows >= 2, "2 or more")
+            value = getattr(self, option)
+            check_value("adapt", option, value, value in choices, f"one of {', '.join(map(repr, choices))}")
+        fine = math.isfinite(self.tau) and self.tau >= 0
+        check_value("adapt", "tau", self.tau, fine, "a finite number, 0 or more")
+        fine = math.isfinite(self.window) and self.window > 0
+        check_value("adapt", "window", self.window, fine, "a positive number")
+        check_value("adapt", "rows", self.rows, self.rows >= 2, "2 or more")
 
 
 class Adapted(nn.Module):
@@ -198,8 +200,8 @@ class Adapted(nn.Module):
 
     @gate.setter
     def gate(self, value: Gate) -> None:
-        if value not in get_args(Gate):
-            raise OptionError(f"adapt: gate={value!r} must be one of {', '.join(map(repr, get_args(Gate)))}.")
+        choices = get_args(Gate)
+        check_value("adapt", "gate", value, value in choices, f"one of {', '.join(map(repr, choices))}")
         self._gate = value
 
     @property
@@ -240,21 +242,18 @@ class Adapted(nn.Module):
         """The model, as it was."""
         return self.model
 
-    def extra_repr(self) -> str:
-        """Layers and options."""
-        return f"layers={some(list(self._names))}, {self._options}, gate={self.gate!r}"
+    def __repr__(self) -> str:
+        options, state = self._options, "correcting" if self.active else "watching"
+        return (
+            f"Adapted({type(self.model).__name__}: {len(self._names)} layers, at={options.at!r}, "
+            f"correction={options.correction!r}, window={options.window:g}, gate={self.gate!r}, {state})"
+        )
 
     def _on_call(
         self, name: str, tracker: Tracker, levels: list[float], layer: nn.Module, x: Any
     ) -> Tensor | None:
-        x = features(name, x)
-        axis = channel_axis(layer, x)
-        # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
+        x, axis = follow(name, tracker, self._options.rows, self._options.window, layer, x)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = rows_of(x, axis, self._options.rows).to(tracker.mean)
-            if rows.shape[0]:
-                examples = x.shape[0] if axis else 1
-                tracker.update(rows, weight_of(examples, self._options.window))
             levels.append(float((tracker.shift() / tracker.usual).max()))
             if levels[-1] > float(self.limits[0]):
                 self.is_open.fill_(True)
@@ -283,7 +282,9 @@ def adapt(
 
     Args:
         model: it stays as it is; the wrapper calls it.
-        source: batches of data like those of training, held out where there are some, in random order, read twice:
+        source: batches of data like those of training, held out where there are some: 10 batches at least, in
+            random order, but in the same one each time. They are read twice, and up to twelve times where they are
+            fewer than 100. A shuffled DataLoader without a `generator` of its own keeps its order here. Batches are
             inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave.
         layers: by patterns over full names, or a function of name and layer; None takes every linear-like layer but the
             last one that is called (the first one, with ``at="input"``).
@@ -302,11 +303,13 @@ def adapt(
         The wrapper, in the model's mode.
 
     Raises:
-        OptionError: a value out of its range, or too few source batches, or batches that can be read only once.
+        OptionError: a value out of its range, or too few source batches, or batches that can be read only once, or
+            that the model does not take.
         PatternError: a pattern that matches no layer.
         NoEffectError: no layer to adapt, or one that is never called.
         AttachError: a compiled model, or a layer whose features are not one floating-point tensor.
-        StateError: ready statistics of other layers.
+        StateError: ready statistics of other layers, or of layers of other widths; the latter at the first call where a
+            layer does not say how many features it has.
 
     Examples:
         >>> adapted = rg.spectral.adapt(model.eval(), loader)
@@ -316,13 +319,9 @@ def adapt(
         >>> adapted.active, adapted.drift
     """
     options = _Options(at, correction, tau, rest, window, rows)
-    if not 0.5 < quantile <= 1:
-        raise OptionError(f"adapt: quantile={quantile} must be above 0.5 and at most 1.")
-    if not 0 < energy <= 1 or (rank is not None and rank < 1):
-        raise OptionError(
-            f"adapt: rank={rank}, energy={energy}: rank must be 1 or more, or None to follow `energy`, which must be "
-            "above 0 and at most 1."
-        )
+    check_value("adapt", "quantile", quantile, 0.5 < quantile <= 1, "above 0.5 and at most 1")
+    check_value("adapt", "energy", energy, 0 < energy <= 1, "above 0 and at most 1")
+    check_value("adapt", "rank", rank, rank is None or rank >= 1, "1 or more, or None to follow `energy`")
     for name, module in model.named_modules():
         if (
             type(module).__name__ == "OptimizedModule"
@@ -334,57 +333,46 @@ def adapt(
             )
     if isinstance(source, Mapping):
         return _ready(model, cast(Statistics, source), layers, options)
-    halves = _measured(model, source, layers, options)
-    known = {name: Tracker.of(even, rank, energy) for name, (even, _) in halves.items()}
-    shifts = _watched(Adapted(model, known, torch.tensor([math.inf, 0.0]), options), source)
-    high, middle = shifts.quantile(quantile, 0).clamp_min(_TINY), shifts.median(0).values.clamp_min(_TINY)
-    scatter = high / middle
-    usual = high * scatter.clamp_min(scatter.median())
-    closing = (shifts / usual).amax((1, 2)).quantile(quantile).clamp_max(1)
-    trackers = {name: Tracker.of(even.plus(odd), rank, energy) for name, (even, odd) in halves.items()}
-    for tracker, own in zip(trackers.values(), usual, strict=True):
-        tracker.usual.copy_(own)
-    limits = torch.stack((torch.ones_like(closing), closing))
-    return Adapted(model, trackers, limits.to(next(iter(trackers.values())).mean), options)
-
-
-def _measured(
-    model: nn.Module, source: Iterable[Any], layers: Choice | None, options: _Options
-) -> dict[str, tuple[Moments, Moments]]:
-    """Moments of each layer's features, in the order of their calls: of even batches and of odd ones."""
-    modules = dict(model.named_modules())
-    chosen = [name for name, layer in modules.items() if _is_linear_like(layer)]
-    if layers is not None:
-        chosen = list(select({name: [name] for name in modules}, layers, "layers", True, modules)[0])
-    found: dict[str, tuple[Moments, Moments]] = {}
-    batches = 0
-
-    def add(name: str, layer: nn.Module, x: Any) -> None:
-        rows = rows_of(features(name, x), channel_axis(layer, x), 2**62)
-        found.setdefault(name, (Moments(), Moments()))[batches % 2].add(rows)
-
-    with hooked(model, {name: partial(add, name) for name in chosen}, options.at):
-        for _ in run(model, model, source):
-            batches += 1
-    if batches < _FEWEST_BATCHES:
+    chosen = _chosen(model, layers)
+    halves, batches = measure(model, source, chosen, at)
+    if batches < FEWEST_BATCHES:
         raise OptionError(
-            f"adapt: the source has {batches} batches, and the gate's limits need {_FEWEST_BATCHES} or more. Give more "
+            f"adapt: the source has {batches} batches, and the gate's limits need {FEWEST_BATCHES} or more. Give more "
             "data, or smaller batches."
         )
-    called = list(found)
+    names = _called(list(halves), chosen, layers, at)
+    trackers = {name: Tracker.of(halves[name][0].plus(halves[name][1]), rank, energy) for name in names}
+    usual, closing = limits(
+        model, source, halves, batches, trackers, at=at, rows=rows, window=window, quantile=quantile
+    )
+    for tracker, own in zip(trackers.values(), usual, strict=True):
+        tracker.usual.copy_(own)
+    levels = torch.stack((torch.ones_like(closing), closing))
+    return Adapted(model, trackers, levels.to(next(iter(trackers.values())).mean), options)
+
+
+def _chosen(model: nn.Module, layers: Choice | None) -> list[str]:
+    """Names of the layers that are adapted if they are called."""
+    modules = dict(model.named_modules())
     if layers is None:
-        called = called[1:] if options.at == "input" else called[:-1]
-    elif len(called) < len(chosen):
-        missing = [name for name in chosen if name not in found]
+        return [name for name, layer in modules.items() if _is_linear_like(layer)]
+    return list(select({name: [name] for name in modules}, layers, "layers", True, modules)[0])
+
+
+def _called(called: list[str], chosen: list[str], layers: Choice | None, at: str) -> list[str]:
+    """Names of those that are adapted, in the order of their calls."""
+    if layers is not None and len(called) < len(chosen):
+        missing = [name for name in chosen if name not in called]
         raise NoEffectError(
             f"adapt: {some(missing)} chosen by `layers` is never called by the model. Name other layers."
         )
-    if not called:
+    found = called if layers is not None else called[1:] if at == "input" else called[:-1]
+    if not found:
         raise NoEffectError(
             "adapt: no layer to adapt: of the linear-like layers that the model calls, the last one (with "
-            f"at='input' the first one) is left out by default. It calls {some(list(found))}. Name some in `layers`."
+            f"at='input' the first one) is left out by default. It calls {some(called)}. Name some in `layers`."
         )
-    return {name: found[name] for name in called}
+    return found
 
 
 def _is_linear_like(layer: nn.Module) -> bool:
@@ -392,27 +380,13 @@ def _is_linear_like(layer: nn.Module) -> bool:
     return not isinstance(find_kind(layer), str | None) and not isinstance(layer, nn.MultiheadAttention)
 
 
-def _watched(adapted: Adapted, source: Iterable[Any]) -> Tensor:
-    """Equations (3) to (5) after each odd batch of the source, as a test stream: (batches, layers, 3), float64."""
-    adapted.gate = "closed"
-    odd = (batch for number, batch in enumerate(source) if number % 2)
-    found = [
-        torch.stack([cast(Tracker, tracker).shift() for tracker in adapted.trackers])
-        for _ in run(adapted, adapted.model, odd)
-    ]
-    if not found:
-        raise OptionError(
-            "adapt: the source gave no batches when it was read for the second time. Give a DataLoader or a list, not "
-            "an iterator."
-        )
-    return torch.stack(found).double().cpu()
-
-
 def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options: _Options) -> Adapted:
     modules = dict(model.named_modules())
     strange = [name for name in source if name not in modules]
     lacking = [
-        name for name, own in source.items() if not {*SOURCE, "limits"} <= set(cast(Mapping[str, Any], own))
+        name
+        for name, own in source.items()
+        if not ({*SOURCE, "limits"} <= set(cast(Mapping[str, Any], own)) and is_source(own))
     ]
     if strange or lacking or not source:
         raise StateError(
@@ -420,6 +394,14 @@ def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options:
             f"{f'it has no layer {some(strange)}' if strange else 'they are not what Adapted.statistics() gives'}. "
             "Give source batches instead, or the statistics of this model."
         )
+    for name, own in source.items():
+        width = width_of(modules[name], options.at)
+        if width is not None and width != len(own["source_mean"]):
+            raise StateError(
+                f"adapt: ready statistics do not fit {type(model).__name__}: layer {name!r} has {width} features at "
+                f"its {options.at}, and they are of {len(own['source_mean'])}. Give source batches instead, the "
+                "statistics of this model, or the `at` that they were taken with."
+            )
     names = list(source)
     if layers is not None:
         names = [

@@ -1,15 +1,16 @@
 """How `retrograde.spectral.adapt` reaches features: hooks that are on the model during a call alone, and rows."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retrograde.engine.maps.base import spread, wide
-from retrograde.errors import AttachError
+from retrograde.errors import AttachError, StateError
+from retrograde.spectral.adaptation.tracking import Tracker, weight_of
 
 _FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
@@ -28,26 +29,43 @@ def rows_of(x: Tensor, axis: int, budget: int) -> Tensor:
     return wide(rows[spread(rows.shape[0], budget, rows.device)])
 
 
-def run(module: nn.Module, model: nn.Module, source: Iterable[Any]) -> Generator[None]:
-    """Call `module` on each batch of the source, in evaluation mode; modes are put back."""
-    modes = [(part, part.training) for part in module.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+def width_of(layer: nn.Module, at: str) -> int | None:
+    """How many features `layer` returns, or is given; None where it does not say."""
+    if isinstance(layer, (nn.Linear, *_FIRST)):
+        names = ("out_features", "out_channels") if at == "output" else ("in_features", "in_channels")
+    elif isinstance(layer, _SECOND):
+        names = ("num_features", "num_channels")
+    elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return layer.normalized_shape[-1]
+    else:
+        return None
+    # Lazy layers say 0.
+    return next(getattr(layer, name) for name in names if hasattr(layer, name)) or None
 
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
 
-    module.eval()
-    try:
-        for batch in source:
-            with torch.no_grad():
-                if isinstance(batch, Mapping):
-                    module(**{key: moved(value) for key, value in cast(Mapping[str, Any], batch).items()})
-                else:
-                    module(moved(cast(Any, batch[0] if isinstance(batch, tuple | list) else batch)))
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
+def follow(
+    name: str, tracker: Tracker, budget: int, window: float, layer: nn.Module, x: Any
+) -> tuple[Tensor, int]:
+    """Let what the layer gave, or was given, move the stream's statistics; those features, and their axis.
+
+    Raises:
+        AttachError: they are not one floating-point tensor.
+        StateError: the statistics are of another width.
+    """
+    x = features(name, x)
+    axis = channel_axis(layer, x)
+    if x.shape[axis] != tracker.width:
+        raise StateError(
+            f"adapt: layer {name!r} has {x.shape[axis]} features in this call, and its statistics are of "
+            f"{tracker.width}: they are of another model, or the layer was replaced. Call adapt again with source "
+            "batches, or with this model's statistics."
+        )
+    # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        rows = rows_of(x, axis, budget).to(tracker.mean)
+        if rows.shape[0]:
+            tracker.update(rows, weight_of(x.shape[0] if axis else 1, window))
+    return x, axis
 
 
 @contextlib.contextmanager

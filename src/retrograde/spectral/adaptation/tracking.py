@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.maths import spectral
+from retrograde.spectral.moments import Moments
 
 Correction = Literal["transport", "colour", "mean", "scale", "align", "shrink"]
 
@@ -19,33 +20,6 @@ _RANKED = ("source_basis", "source_values", "basis")
 _TINY = 1e-12
 _FLOOR = 1e-6
 """Of the largest eigenvalue: variances below it count as it does in ratios."""
-
-
-class Moments:
-    """Exact mean and covariance of all rows that were added, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.like = self._sum = self._squares = torch.zeros(())
-
-    def add(self, rows: Tensor) -> None:
-        """Take rows (n, d)."""
-        self.like, wider = rows[:0], rows.double()
-        self.count += rows.shape[0]
-        self._sum = self._sum.to(wider) + wider.sum(0)
-        self._squares = self._squares.to(wider) + wider.mT @ wider
-
-    def plus(self, other: "Moments") -> "Moments":
-        """Of the rows of both."""
-        both = Moments()
-        both.count, both.like = self.count + other.count, self.like
-        both._sum, both._squares = self._sum + other._sum, self._squares + other._squares
-        return both
-
-    def done(self) -> tuple[Tensor, Tensor]:
-        """μ (d,) and C (d, d)."""
-        mean = self._sum / self.count
-        return mean, self._squares / self.count - mean.outer(mean)
 
 
 class Tracker(nn.Module):
@@ -69,9 +43,10 @@ class Tracker(nn.Module):
         self.reset()
 
     @classmethod
-    def of(cls, moments: Moments, rank: int | None, energy: float) -> "Tracker":
-        """From the source's exact moments: k is `rank`, or the smallest that holds the share `energy` of the trace."""
-        mean, covariance = moments.done()
+    def of(cls, moments: Moments, rank: int | None, energy: float = 1.0) -> "Tracker":
+        """From the source's moments: k is `rank`, or the smallest that holds the share `energy` of the trace."""
+        # Each process has its own source, and its own stream.
+        mean, covariance = moments.finish(everywhere=False)
         d = mean.shape[0]
         values, vectors = (x.flip(-1) for x in torch.linalg.eigh(covariance))
         values = values.clamp_min(0)
@@ -79,6 +54,11 @@ class Tracker(nn.Module):
         rest = values[k:].mean() if k < d else values.new_zeros(())
         source = (mean, vectors[:, :k], values[:k], rest, values.new_ones(3))
         return cls({name: tensor.to(moments.like) for name, tensor in zip(SOURCE, source, strict=True)})
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.source_mean.shape[0]
 
     def reset(self) -> None:
         """Forget the test stream: it is taken to be like the source."""
@@ -169,11 +149,12 @@ class Tracker(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         state_dict, prefix = args[:2]
+        saved = {name: state_dict[prefix + name] for name in SOURCE if prefix + name in state_dict}
         # The rank follows the source's energy, so that what is loaded may have another one.
-        for name, buffer in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor) and name in _RANKED:
-                setattr(self, name, buffer.new_empty(saved.shape))
+        if len(saved) == len(SOURCE) and is_source(saved) and len(saved["source_mean"]) == self.width:
+            for name in _RANKED:
+                own = getattr(self, name)
+                setattr(self, name, own.new_empty(*own.shape[:-1], len(saved["source_values"])))
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tracker":
@@ -215,6 +196,15 @@ def corrected(
 def weight_of(examples: int, window: float) -> float:
     """a = 1 − exp(−n/N): what n examples count for in a window of N, whatever batches they come in."""
     return 1 - math.exp(-examples / window)
+
+
+def is_source(statistics: Mapping[str, Tensor]) -> bool:
+    """Whether the shapes of all of `SOURCE` belong together."""
+    basis = statistics["source_basis"]
+    shapes = (basis.shape[:1], basis.shape, basis.shape[1:], (), (3,))
+    return basis.dim() == 2 and all(
+        tuple(statistics[name].shape) == tuple(shape) for name, shape in zip(SOURCE, shapes, strict=True)
+    )
 
 
 def source_of(tracker: Tracker) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
-from retrograde.patterns import Choice
+from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place, split
 from retrograde.spectral.factorisation.moments import Plain, Spectrum, Watch, spectrum_of_outputs
 from retrograde.spectral.factorisation.parts import Part, ranks_within, report_rows
@@ -128,6 +128,12 @@ class BudgetSchedule:
         self._watch = Watch(layers, set(layers) - set(self._left), self._gathers, model)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
+    def __repr__(self) -> str:
+        return (
+            f"BudgetSchedule({type(self._model).__name__}: budget={self._budget:g}, steps {self._start} to {self._end} "
+            f"every {self._every}; step {self.step}, {len(self.ranks)} of {len(self._layers)} layers below full rank)"
+        )
+
     def share(self, step: int) -> float:
         """b(t), equation (1)."""
         if step < self._start:
@@ -186,7 +192,7 @@ class BudgetSchedule:
         """Take back what `state_dict` gave, before the next step.
 
         Raises:
-            StateError: it is of other layers.
+            StateError: it is of other layers, or of layers of other widths.
         """
         strange = sorted((state["spectra"].keys() | state["ranks"].keys()) - self._layers.keys())
         if strange:
@@ -194,6 +200,13 @@ class BudgetSchedule:
                 f"the schedule's state is of layers that the model does not have: {strange[:5]}. Load it into a "
                 "schedule of the same model."
             )
+        for name, (basis, *_) in state["spectra"].items():
+            layer = cast(Plain, self._layers[name])
+            if len(basis) != len(layer.weight):
+                raise StateError(
+                    f"the schedule's state has layer {name or ROOT!r} with {len(basis)} outputs, and the model's has "
+                    f"{len(layer.weight)}. Load it into a schedule of the same model."
+                )
         self.step, self.ranks, self._macs = state["step"], dict(state["ranks"]), dict(state["macs"])
         self._parts = {}
         for name, parts in state["spectra"].items():

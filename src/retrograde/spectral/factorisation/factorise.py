@@ -38,11 +38,11 @@ from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place
 from retrograde.spectral.factorisation.moments import Plain, spectrum_of_weight
-from retrograde.spectral.factorisation.observation import Call, inputs_of, observe, run_on_input
+from retrograde.spectral.factorisation.observation import Call, inputs_of, observe
 from retrograde.spectral.factorisation.parts import Part, ranks_within, report_rows
 from retrograde.spectral.factorisation.report import FactorReport
 from retrograde.spectral.factorisation.timing import MARGIN, alternate, fastest_rank
-from retrograde.spectral.running import evaluating
+from retrograde.spectral.running import Runner, evaluating
 
 Seconds = tuple[float, float]
 
@@ -112,7 +112,7 @@ def factorise(
         True
     """
     _check(energy, budget, spectrum)
-    original, run = model, call or run_on_input
+    original, run = model, Runner("factorise: data", call, "call")
     model = model if inplace else copy.deepcopy(model)
     layers, left = candidates(model, only, skip)
     if inplace and model in layers.values():
@@ -199,10 +199,11 @@ def _try(whole: nn.Module, small: nn.Module, run: Call, first: Any, example: Any
         try:
             run(small, first)
         except Exception as error:
+            cause = error.__cause__ or error
             raise OptionError(
-                f"the factorised model fails on the first batch: {type(error).__name__}: {error}. Probably a module "
+                f"the factorised model fails on the first batch: {type(cause).__name__}: {cause}. Probably a module "
                 "reads the weight of a layer inside, past its forward, and the layer is two now: leave it with `skip`."
-            ) from error
+            ) from cause
         if example is None:
             return None
         with evaluating(whole):

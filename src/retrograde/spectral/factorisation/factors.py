@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograde.engine.layers import AttachedLayer
-from retrograde.errors import AttachError, NoEffectError
+from retrograde.errors import AttachError, NoEffectError, StateError
 from retrograde.patterns import ROOT, Choice, select
 from retrograde.spectral.factorisation.moments import Plain, Spectrum
 
@@ -186,7 +186,11 @@ def parameters_of(module: nn.Module) -> int:
 def shape_of(layer: nn.Module) -> str:
     """The weight's shape: ``128×64×3×3``."""
     weight: Any = layer.weight
-    return "×".join(map(str, weight.shape))
+    return _sizes(weight)
+
+
+def _sizes(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape))
 
 
 def place(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -208,7 +212,7 @@ def load_factors(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         state: what ``state_dict`` of the factorised model gave.
 
     Raises:
-        RuntimeError: the state does not fit, as ``load_state_dict`` says.
+        StateError: the state is not of this architecture: a layer of another width, or a key that is missing.
 
     Examples:
         >>> import torch
@@ -226,10 +230,23 @@ def load_factors(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         prefix = f"{name}." if name else ""
         second = state.get(f"{prefix}1.weight")
         if type(layer) in _PLAIN and f"{prefix}0.weight" in state and second is not None:
-            plain = cast(Plain, layer)
+            plain, first = cast(Plain, layer), state[f"{prefix}0.weight"]
+            expected = (second.shape[1], *plain.weight.shape[1:]), (len(plain.weight), second.shape[1])
+            if (first.shape, tuple(second.shape[:2])) != expected:
+                raise StateError(
+                    f"load_factors: layer {name or ROOT!r} is {shape_of(plain)}, and its factors in the state, "
+                    f"{_sizes(first)} and {_sizes(second)}, are of another width. Build the architecture that was "
+                    "factorised."
+                )
             basis = plain.weight.new_zeros(len(second), second.shape[1], dtype=torch.float64)
             offset = basis[:, 0] + float(f"{prefix}1.bias" in state)
             new[layer] = split(plain, Spectrum(basis, basis[0], offset), second.shape[1])
     model = place(model, new)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise StateError(
+            f"load_factors: the state does not fit {type(model).__name__}: {' '.join(str(error).split())} Build the "
+            "architecture that was factorised, and give the whole state_dict of the factorised model."
+        ) from error
     return model

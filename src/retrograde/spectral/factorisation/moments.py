@@ -4,8 +4,7 @@ For rows y of a layer's outputs without its bias, y = W x, over all positions of
 
     m = E[y],   C = E[(y − m)(y − m)ᵀ]   (centred)   or   E[y yᵀ]   (not)     (1)
 
-Rows are shifted by the first batch's mean and multiplied in float32 (float64 where they are float64), at most 8,192 at
-a time, and each product is added to a float64 sum: m may be large against the deviations. A linear layer with fewer
+Rows are summed up by `retrograde.spectral.moments`: m may be large against the deviations. A linear layer with fewer
 inputs than outputs keeps its inputs' moments instead, from which C = W C_x Wᵀ follows exactly.
 
 Cost: n·d² multiply-adds for n rows of width d = d_out, or d_in where that is smaller; 8·d² bytes; an eigenproblem of
@@ -23,10 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as tree
 
-from retrograde.engine import ranks
 from retrograde.maths.spectral import eigh
-
-_CHUNK = 8192
+from retrograde.spectral.moments import Moments
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Plain = nn.Linear | Convolution
@@ -53,53 +50,6 @@ class Spectrum:
         if not total > 0:
             return [1.0] * len(self.eigenvalues)
         return (self.eigenvalues.cumsum(0) / total).clamp_max(1.0).tolist()
-
-
-class Moments:
-    """Sums over rows (n, d), as they come."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
-        """The shift (d,), and of shifted rows the sum (d,) and the sum of outer products (d, d), in float64."""
-
-    @property
-    def width(self) -> int:
-        """d; 0 before the first rows."""
-        return 0 if self._sums is None else self._sums[0].numel()
-
-    def add(self, rows: Tensor) -> None:
-        """Take rows (n, d) in."""
-        if not len(rows):
-            return
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
-            for chunk in rows.detach().split(_CHUNK):
-                part = chunk.to(wide)
-                if self._sums is None:
-                    shift = part.mean(0)
-                    total = torch.zeros_like(shift, dtype=torch.float64)
-                    self._sums = shift, total, total.new_zeros(part.shape[1], part.shape[1])
-                shift, total, products = self._sums
-                part = part - shift
-                total += part.sum(0, dtype=torch.float64)
-                products += part.mT @ part
-                self.count += len(chunk)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and centred second moment (d, d), float64, over all ranks' rows."""
-        if self._sums is None:
-            raise ValueError("no rows were added")
-        shift, total, products = self._sums
-        delta = total / self.count
-        mean, second = shift.double() + delta, products / self.count - torch.outer(delta, delta)
-        if ranks.count() > 1:
-            count = torch.tensor(float(self.count), dtype=torch.float64, device=mean.device)
-            total, around = mean * count, (second + torch.outer(mean, mean)) * count
-            ranks.add([count, total, around])
-            mean = total / count
-            second = around / count - torch.outer(mean, mean)
-        return mean, second
 
 
 def spectrum_of_outputs(layer: Plain, moments: Moments, centred: bool) -> Spectrum:

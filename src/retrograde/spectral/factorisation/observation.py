@@ -1,7 +1,7 @@
 """A model run over data in evaluation, its layers watched."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,31 +10,17 @@ from torch import Tensor, nn
 from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.patterns import ROOT
 from retrograde.spectral.factorisation.moments import (
-    Moments,
     Plain,
     Spectrum,
     Watch,
     rows_of,
     spectrum_of_outputs,
 )
+from retrograde.spectral.moments import Moments
 from retrograde.spectral.running import evaluating
 
 Call = Callable[[nn.Module, Any], object]
 """Runs a model on one batch of data."""
-
-
-def run_on_input(model: nn.Module, batch: Any) -> object:
-    """``model(batch)``, ``model(batch[0])`` of a tuple or list, whose others are targets, ``model(**batch)``."""
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
-        return model(batch[0])
-    raise OptionError(
-        f"data holds {type(batch).__name__}, which is not a batch: give tensors, tuples whose first entry is the "
-        "model's input, or dicts of its keyword arguments; or say with `call` how the model is run on one."
-    )
 
 
 @dataclass(frozen=True)

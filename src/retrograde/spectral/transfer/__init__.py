@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.clock import Listener
 from retrograde.engine.layers import find_kind
-from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError, check_value
 from retrograde.patterns import Choice, select, some
 from retrograde.spectral.transfer.restrained import Rest, Restrained, Scale, Statistics
 from retrograde.spectral.transfer.sources import NORMALISATIONS, Forward, linear_like, source_moments
@@ -86,7 +86,7 @@ class TransferPenalty(Listener):
         forward: runs the model on one batch, where it is called otherwise than with its input.
 
     Raises:
-        OptionError: a value out of its range.
+        OptionError: a value out of its range, or a batch that the model does not take.
         PatternError: a pattern matches nothing.
         NoEffectError: no layer would be restrained.
         DataError: the loader is empty, or a layer's input is not finite.
@@ -126,12 +126,20 @@ class TransferPenalty(Listener):
         self.left_out: dict[str, str] = {}
         """Full name → why a layer with weights of a known kind is not restrained."""
         self._active = False
-        _check("rank", rank, rank >= 0, "0 or more")
-        _check("energy", energy, 0 < energy <= 1, "above 0 and at most 1")
-        _check("rest", rest, rest in get_args(Rest), f"one of {', '.join(get_args(Rest))}")
-        _check("scale", scale, scale in get_args(Scale), f"one of {', '.join(get_args(Scale))}")
-        _check("rows", rows, rows >= 1, "1 or more")
-        _check("batches", batches, batches >= 1, "1 or more")
+        check_value("TransferPenalty", "rank", rank, rank >= 0, "0 or more")
+        check_value("TransferPenalty", "energy", energy, 0 < energy <= 1, "above 0 and at most 1")
+        check_value(
+            "TransferPenalty", "rest", rest, rest in get_args(Rest), f"one of {', '.join(get_args(Rest))}"
+        )
+        check_value(
+            "TransferPenalty",
+            "scale",
+            scale,
+            scale in get_args(Scale),
+            f"one of {', '.join(get_args(Scale))}",
+        )
+        check_value("TransferPenalty", "rows", rows, rows >= 1, "1 or more")
+        check_value("TransferPenalty", "batches", batches, batches >= 1, "1 or more")
         if rank == 0 and rest == "none":
             raise OptionError("TransferPenalty: rank=0 with rest='none' restrains nothing. Give one of them.")
         self.strength = strength
@@ -191,9 +199,10 @@ class TransferPenalty(Listener):
 
         Raises:
             NoEffectError: the model has no linear-like layer.
+            OptionError: a batch that the model does not take.
             DataError: the loader is empty, or a layer's input is not finite.
         """
-        _check("rank", rank, rank >= 1, "1 or more")
+        check_value("TransferPenalty", "rank", rank, rank >= 1, "1 or more")
         return source_moments(model, source, rank=rank, rows=rows, batches=batches, forward=forward)
 
     @property
@@ -203,7 +212,13 @@ class TransferPenalty(Listener):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        _check("strength", value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
+        check_value(
+            "TransferPenalty",
+            "strength",
+            value,
+            math.isfinite(value) and value >= 0,
+            "a finite number, 0 or more",
+        )
         self._strength = float(value)
 
     @property
@@ -333,8 +348,3 @@ _IDLE = (
     "a TransferPenalty was {} before any optimizer step reached it, so it had no effect. Keep the object while "
     "training (penalty = TransferPenalty(…)), and make the optimizer over the parameters of the model that it got."
 )
-
-
-def _check(option: str, value: object, fine: bool, must: str) -> None:
-    if not fine:
-        raise OptionError(f"TransferPenalty: {option}={value!r} must be {must}.")

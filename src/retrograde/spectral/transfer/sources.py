@@ -10,21 +10,20 @@ so what is stored of a layer is Q (D × k), Λ (k) and tr C₀, beside its weigh
 Cost: the model's forward pass, 2·n·D² for n rows of D entries, and D² numbers of memory a layer until it is cut.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as tree  # pyright: ignore[reportPrivateUsage]
 
 from retrograde.engine import ranks
 from retrograde.engine.layers import find_kind
 from retrograde.engine.maps.base import LayerKind, Map
 from retrograde.errors import DataError, NoEffectError
 from retrograde.maths.spectral import eigh, leading_eigenpairs, qr_steps
-from retrograde.spectral.running import evaluating
+from retrograde.spectral.running import Runner, evaluating
 
 NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -84,6 +83,7 @@ def source_moments(
 
     Raises:
         NoEffectError: the model has no linear-like layer.
+        OptionError: a batch that the model does not take.
         DataError: no batch came, or a layer was given what is not finite.
     """
     layers = linear_like(model)
@@ -110,7 +110,7 @@ def source_moments(
 
         return hook
 
-    run = _plain_call(model) if forward is None else forward
+    run = Runner("source", None if forward is None else partial(_call, forward), "forward")
     handles = [
         layer.register_forward_pre_hook(watch(name, kind), with_kwargs=True)
         for name, (layer, kind) in layers.items()
@@ -119,7 +119,7 @@ def source_moments(
     try:
         with evaluating(model):
             for batch in islice(source, batches):
-                run(batch)
+                run(model, batch)
                 seen += 1
     finally:
         for handle in handles:
@@ -150,6 +150,10 @@ def source_moments(
     return state
 
 
+def _call(forward: Forward, model: nn.Module, batch: Any) -> object:
+    return forward(batch)
+
+
 _KEYS = ("basis", "values", "trace")
 
 
@@ -167,27 +171,3 @@ def _cut(moment: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         lambda q: moment @ q, qr_steps(lambda q: moment @ q, start, _ITERATIONS)
     )
     return basis[..., :k].contiguous(), values[..., :k].contiguous(), trace
-
-
-def _plain_call(model: nn.Module) -> Forward:
-    device = next(model.parameters()).device
-    parameters = inspect.signature(model.forward).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-    def run(batch: Any) -> object:
-        x = batch[0] if isinstance(batch, list | tuple) else batch
-        x = tree.tree_map_only(Tensor, lambda tensor: tensor.to(device), x)
-        try:
-            if not isinstance(x, Mapping):
-                return model(x)
-            # Labels beside the inputs are for the loss.
-            return model(**{str(key): value for key, value in x.items() if takes_all or key in parameters})
-        except TypeError as error:
-            error.add_note(
-                "This happened while source statistics were taken. A batch is the input, a tuple or list that begins "
-                "with it, or a mapping of keyword arguments; for any other give `forward`, a function of the batch "
-                "that runs the model."
-            )
-            raise
-
-    return run
