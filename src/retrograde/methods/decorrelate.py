@@ -22,31 +22,34 @@ The layer holds A and b at all times: coordinates change around the optimizer's 
 W, and the step s that it makes counts as one of W:
 
     dW = (dA − db μᵀ) Rᵀ                                 (6)   before the step
-    A ← γ A + s R,  s = P − γ A                          (7)   after it; P: what it left, γ: what weight decay left of A
+    A ← ω A + s R,  s = P − ω A                          (7)   after it; P: what it left, ω: the share that weight
+                                                               decay left of A
     b ← b − ΔA μ,   ΔA: what (7) changed                 (8)
 
 So forward pass, ``state_dict``, copies, averages and compiled code see an ordinary layer; a new R or μ changes no
 function, and a step that raises leaves an ordinary layer behind.
 
 **Precondition**: before each step ``dW ← dW (Σ + cI)^(−p)``, Σ = E[xxᵀ] in the low-rank form, scaled so that directions
-outside U keep their gradient, times γ^(2p): γ^(2p) dW (I + U diag(g^(2p) − 1) Uᵀ). With p = 1 plain SGD then moves A as (7) does.
+outside U keep their gradient, times γ^(2p): γ^(2p) dW (I + U diag(g^(2p) − 1) Uᵀ). With p = 1 plain SGD then moves A
+as (7) does.
 
 Convolutions: R acts on patches, of C_in/groups · kernel values, each group with its own R, one for all positions. At
 zero-padded borders the padding counts as an input of 0, not of μ. Transposed convolutions: R acts on the channels of a
 pixel, and a pixel's mean reaches an output through kernel/stride places on average, which is what ``ΔA μ`` sums.
 A layer without a trained bias keeps μ = 0, and Σ = Cov + mean·meanᵀ takes the covariance's place.
 
-Deviations from the paper: the low-rank form, γ and centring are not in it; without centring inputs far from zero diverge.
+Deviations from the paper: the low-rank form, γ and centring are not in it; uncentred, inputs far from zero diverge.
 In (4) R changes every T steps, not in each, with a step that λ_max bounds, and the variance of each feature has
 c = 0.001·tr/d (seen through R) added, without which the row of a silent feature grows for ever. The optimizer's moments
 are left as they are when R changes. Decoupled weight decay (`AdamW`, `Muon`) is exactly decay of A; decay inside the
 gradient (SGD's) is multiplied by R like the rest of the step. LBFGS is refused: its line search needs the loss's own
 gradient.
 
-Cost for each step, weight (o × d): 8·o·d·k operations (full: 4·o·d²; precondition: 4·o·d·k), nothing for each row, so
-a layer's share of its own 6·n·o·d for n rows is 8k/6n, and a copy of the weights. k is the largest that keeps it under `max_overhead`; a layer
-whose batches have too few rows for any is left as it is, with a warning. Every T steps, and less and less often where R
-settles, 4·n·d·k for the statistics of n rows (full: 4·n·d² + 2·d³). Memory: the weights once more during a step.
+Cost for each step, weight (o × d): 8·o·d·k operations and a copy of the weight, counted as 2·o·d·k more (full: 4·o·d²;
+precondition: 4·o·d·k), nothing for each row, so a layer's share of its own 6·n·o·d for n rows is 10k/6n. k is the
+largest that keeps it under `max_overhead`; a layer whose batches have too few rows for any is left as it is, with a
+warning. Every T steps, and less and less often where R settles, 4·n·d·k for the statistics of n rows (full: 4·n·d² +
+2·d³). Memory: the weights once more during a step.
 
 Suggested settings: the defaults with Adam at 1e-3. It helps most where inputs are correlated and nothing normalises
 them: multilayer perceptrons, networks without BatchNorm.

@@ -463,7 +463,7 @@ class PreconditionRule(DecorrelateRule):
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of matrices (g, o, d) that stay in a core's cache while several passes go over them; on a GPU all of them."""
+    """Rows of matrices (g, o, d) that stay in a core's cache while passes go over them; on a GPU all of them."""
     groups, outputs, d = matrices[0].shape
     rows = max(1, _CACHED // (groups * d)) if matrices[0].device.type == "cpu" else outputs
     return zip(*(matrix.split(rows, 1) for matrix in matrices), strict=True)
