@@ -1,8 +1,8 @@
 """Writes the tables of the README and of the methods' cards from ``results/``; ``--check`` only says which are stale.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is ``when``, what each method is for and what
-it gave; ``verdicts``, how many claims came out how; ``hand-written``, what such kernels gain; or the name of a method,
-whose claims are listed that have been run. No figure is typed: the texts have gaps that `FIGURES` fills.
+it gave; ``verdicts``, how many claims came out how; ``hand-written``, what such kernels gain; ``ablation``, what
+training in subspaces comes to; or the name of a method, whose claims are listed that have been run. No figure is typed: the texts have gaps that `FIGURES` fills.
 """
 
 import json
@@ -20,7 +20,7 @@ from make_results import overview
 from retrograde.lab.claims import wording
 from retrograde.lab.claims.library import Entry, Library
 from retrograde.lab.claims.result import Finding, Result, read_result
-from retrograde.report.table import make_table
+from retrograde.report.table import NONE, make_table
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
@@ -90,6 +90,18 @@ WHEN = (
 """What you have, what to take, what it gave, and what beats it."""
 
 
+SUBSPACES = {
+    "full": "whole",
+    "top/none": "leading directions alone",
+    "random/none": "random directions alone",
+    "bulk/none": "without the leading directions",
+    "top/full-step": "leading directions, every second step whole",
+    "random/full-step": "random directions, every second step whole",
+    "unbiased": "unbiased: leading directions and weighted random channels, as much memory",
+}
+"""Rows of `ablation`, in words."""
+
+
 def fill(text: str, document: Path) -> str:
     """The document with every table made anew."""
 
@@ -112,6 +124,8 @@ def render(name: str) -> str:
         return when()
     if name == "hand-written":
         return hand_written()
+    if name == "ablation":
+        return ablation()
     entries = Library(ROOT / "repro").entries()
     if name == "verdicts":
         return verdicts(entries)
@@ -152,6 +166,24 @@ def hand_written() -> str:
     made = make_table(("piece", "a product with it", "with plain numba", "gain"), rows, texts=1)
     machine = found["machine"]
     return f"{made.markdown(literal=False)}\n\n*{machine['cpu']}, {machine['instructions']}; `{found['command']}`*"
+
+
+def ablation() -> str:
+    """Final accuracy by subspace; a column for each file of results."""
+    found = [measured(f"spectral-ablation-{name}") for name in ("sgd", "slow", "adamw")]
+    head = (f"{one['options']['optimizer'].upper()}, rate {one['options']['lr']:g}" for one in found)
+    rows = [(label, *(spread(one["results"].get(key)) for one in found)) for key, label in SUBSPACES.items()]
+    options = found[0]["options"]
+    made = make_table(("gradient", *head), rows, texts=1)
+    return (
+        f"{made.markdown(literal=False)}\n\n*Test accuracy on {options['data']} after {options['epochs']} epochs, "
+        f"{options['model']}, {options['rank']} directions or channels in each layer, {options['seeds']} seeds "
+        f"± their standard deviation; `{found[0]['command']}`*"
+    )
+
+
+def spread(row: dict[str, Any] | None) -> str:
+    return NONE if row is None else f"{100 * row['mean']:.2f} ± {100 * row['std']:.2f} %"
 
 
 def gain(piece: dict[str, Any]) -> str:
@@ -198,9 +230,9 @@ def step(key: str, autocast: bool = False) -> str:
     return f"{digits(1e3 * min(rows, key=lambda row: row['seconds'])[key])} ms"
 
 
-def kept(variant: str, metric: str) -> str:
-    """A figure of the claim on kept activations over plain training's."""
-    return f"×{claim(_KEPT).ratios(variant)[metric].mean:.2f}"
+def over_plain(name: str, variant: str, metric: str) -> str:
+    """A figure of a claim's variant over its baseline's."""
+    return f"×{claim(name).ratios(variant)[metric].mean:.2f}"
 
 
 def percent(share: float) -> str:
@@ -223,9 +255,9 @@ _EXACT = "exact/imdb-cnn"
 _KEPT = "dither/kept-activations"
 
 FIGURES: dict[str, Callable[[], str]] = {
-    "kept_2": lambda: kept("two", "saved_bytes"),
-    "kept_4": lambda: kept("four", "saved_bytes"),
-    "kept_step": lambda: kept("four", "late_step_seconds"),
+    "kept_2": lambda: over_plain(_KEPT, "two", "saved_bytes"),
+    "kept_4": lambda: over_plain(_KEPT, "four", "saved_bytes"),
+    "kept_step": lambda: over_plain(_KEPT, "four", "late_step_seconds"),
     "kept_accuracy_2": lambda: outcome(_KEPT, "2 bits: accuracy within 0.3 points"),
     "kept_accuracy_4": lambda: outcome(_KEPT, "4 bits: accuracy within 0.3 points of plain training's"),
     "exact": lambda: outcome(_EXACT, "a whole step takes at most half of a plain one's time"),
@@ -241,9 +273,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "focus_time": lambda: percent(focus("time_saving_against_plain")),
     "focus_step": lambda: outcome("deepfocus/imdb", "and a step takes less time than a dense one"),
     "focus_accuracy": lambda: outcome("deepfocus/imdb", "above the dense twin, tuned as hard"),
-    "memory": lambda: outcome(_FASHION, "half of the saved activations, or less"),
-    "spectral_sam": lambda: outcome(_FASHION, "more accurate than SAM in the same time"),
-    "spectral_sgd": lambda: outcome(_FASHION, "at least as accurate as plain SGD, to a tenth of a point"),
+    "memory": lambda: over_plain(_FASHION, "spectral", "saved_bytes"),
+    "spectral_sam": lambda: outcome(_FASHION, "the default is more accurate than SAM in the same time"),
+    "spectral_sgd": lambda: outcome(
+        _FASHION, "the default is at least as accurate as plain SGD, to a tenth of a point"
+    ),
     "grown": lambda: outcome(_COMPRESSION, "dendrites add accuracy to the narrow network"),
     "wider": lambda: outcome(_COMPRESSION, "more accurate than a wider network of as many parameters"),
     "step_fp32": lambda: step("seconds_fp32"),

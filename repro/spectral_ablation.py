@@ -7,7 +7,7 @@ run without warm-up and on all layers, head included, so that nothing but the su
 `Spectral()` as it comes. ``results/spectral-ablation-<optimizer>.json`` gets the accuracy after each epoch for each row
 and seed; a run that was interrupted goes on after the last finished row.
 
-Results: results/spectral-ablation-adamw.json, results/spectral-ablation-sgd.json
+Results: results/spectral-ablation-adamw.json, results/spectral-ablation-sgd.json, results/spectral-ablation-slow.json
 """
 
 import argparse
