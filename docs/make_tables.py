@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is ``when``, what each method is for and what
 it gave; ``verdicts``, how many claims came out how; ``hand-written``, what such kernels gain; ``ablation``, what
-training in subspaces comes to; or the name of a method, whose claims are listed that have been run. No figure is typed: the texts have gaps that `FIGURES` fills.
+training in subspaces comes to; or the name of a method, whose claims are listed that have been run. No figure is typed:
+the texts have gaps that `FIGURES` fills.
 """
 
 import json
