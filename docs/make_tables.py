@@ -68,11 +68,11 @@ WHEN = (
         "time: a step of a small MLP takes {kept_step} of plain training's with 4 bits",
     ),
     (
-        "a wish for minima that are flatter than SGD's",
+        "a gradient to be kept in few directions, to see what they learn",
         "`Spectral`",
         "{spectral_sam} of accuracy over SAM in the same time ([Fashion-MNIST]({claim}spectral-fashion-mnist)); "
         "the peak of saved activations was {memory} of plain training's, since every second step keeps all of them",
-        "plain SGD in the same time: against it {spectral_sgd}",
+        "plain SGD in the same time: against it {spectral_sgd}; and SAM where minima should be flat",
     ),
     (
         "a small network that should become more accurate as it is",
