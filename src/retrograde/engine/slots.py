@@ -484,6 +484,15 @@ class Method:
         """
         return None
 
+    def notes(self, model: nn.Module, rules: Mapping[str, Rule]) -> Sequence[str]:
+        """What the plan should say about the whole model, as sentences.
+
+        Args:
+            model: the model, before it is attached.
+            rules: this method's rules by layer name; at least one.
+        """
+        return ()
+
     def branches(self, model: nn.Module) -> Sequence[Block] | None:
         """The branches of `model`, where the method grants work to whole blocks; None where it does not.
 
