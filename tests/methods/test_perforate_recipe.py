@@ -359,6 +359,17 @@ def test_a_single_row(shape: tuple[int, ...]) -> None:
     assert_bitwise(norm.state_dict(), before)
 
 
+def test_batches_of_one() -> None:
+    """Nothing is ever known of the variance, and nothing is divided by none."""
+    layer = seeded(lambda: nn.Linear(6, 5))
+    session = rg.attach(layer, Perforate(grow_after=1))
+    run(layer, torch.optim.SGD(layer.parameters(), lr=0.05), 0, 5, (1, 6))
+    norm = layer.dendrites[0].norm
+    assert torch.equal(norm.running_var, torch.ones_like(norm.running_var))
+    assert conductor(session).dendrites == 3
+    assert float(layer(batch((1, 6))).detach().abs().max()) < 10
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_half_precision(half: bool) -> None:
     """Under autocast, and of a model in half precision besides: the layer's output type, finite, and it learns."""

@@ -249,7 +249,9 @@ class DendriteRule(Rule):
             square = float(ranks.mean(rows.square().mean()))
             deviation = square**-0.5 if square > 0 else 1.0
         values = self._draw(self.state.growths, attempt, 0, deviation)
-        return values if rows is None else {**values, **self._moments(rows, values["weight"])}
+        # A single row has no variance; z was drawn to have about one.
+        known = rows is not None and rows.shape[1] > 1
+        return {**values, **self._moments(rows, values["weight"])} if known else values
 
     def _rows(self) -> Tensor | None:
         """Rows of the layer's input of the last steps, (g, n, d)."""
