@@ -39,7 +39,13 @@ SETTINGS: dict[str, dict[str, Callable[[], rg.Method]]] = {
     "perforate": {
         "gradient": partial(rg.Perforate, where="*", max_dendrites=2, patience=1, limit=2),
         "perforated": partial(
-            rg.Perforate, rule="perforated", where="*", max_dendrites=1, patience=1, limit=1, candidate_limit=1
+            rg.Perforate,
+            rule="perforated",
+            where="*",
+            max_dendrites=1,
+            patience=1,
+            limit=1,
+            candidate_limit=1,
         ),
     },
     "spectral": {

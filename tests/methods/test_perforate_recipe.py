@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,6 +34,7 @@ from cases import (
     seeded,
 )
 from dendrite_cases import KINDS, conductor, rule, run
+from retrograde.engine import ranks
 from retrograde.errors import OptionError, RetrogradeWarning, StateError
 from retrograde.maths.perforate import correlations
 from retrograde.methods.perforate import Perforate
@@ -1024,27 +1026,41 @@ def test_export_of_the_folded_model() -> None:
 
 
 def worker(rank: int, folder: str) -> None:
-    model = seeded(mlp)
-    torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
-    session = rg.attach(model, Perforate(rule="hybrid", grow_after=2, fit_rows=32, fit_steps=3))
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    for step in range(14):
-        optimizer.zero_grad()
-        torch.sin(parallel(batch((16, 8), seed=10 * step + rank))).square().mean().backward()
-        optimizer.step()
-    state = model.state_dict()
-    torch.save({"state": state, "dendrites": conductor(session).dendrites}, f"{folder}/rank{rank}.pt")
+    found: dict[str, Any] = {}
+    for parallel in (nn.parallel.DistributedDataParallel, fully_shard):
+        for learning in ("gradient", "hybrid"):
+            model = seeded(
+                lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 8))
+            )
+            torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
+            method = Perforate(rule=learning, where="*", grow_after=2, fit_rows=32, fit_steps=3)  # type: ignore[arg-type]
+            session = rg.attach(model, method)
+            made: Any = parallel(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            for step in range(10):
+                optimizer.zero_grad()
+                torch.sin(made(batch((8, 2, 4, 4), seed=10 * step + rank))).square().mean().backward()
+                optimizer.step()
+                schedule.step()
+            state = {name: ranks.whole(value).clone() for name, value in model.state_dict().items()}
+            found[f"{parallel.__name__} {learning}"] = {**state, "sets": conductor(session).dendrites}
+    torch.save(found, f"{folder}/rank{rank}.pt")
 
 
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts, growth and running statistics are the same on both ranks."""
+    """Starts, growth and running statistics are the same on both ranks, sharded or not."""
     in_two_ranks(worker, tmp_path, monkeypatch)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert one["dendrites"] == two["dendrites"] == 3
-    assert_bitwise(two["state"], one["state"])
-    assert bool(one["state"]["0.dendrites.0.output"].any())
-    assert int(one["state"]["0.dendrites.0.norm.num_batches_tracked"]) > 2
+    assert len(one) == 4
+    for how, state in one.items():
+        other = two[how]
+        assert state.pop("sets") == other.pop("sets") == 3
+        assert_bitwise(other, state)
+        assert bool(state["0.dendrites.0.output"].any())
+        assert int(state["2.dendrites.0.norm.num_batches_tracked"]) >= 1
+    for learning in ("gradient", "hybrid"):
+        torch.testing.assert_close(one[f"fully_shard {learning}"], one[f"DistributedDataParallel {learning}"])
 
 
 def test_on_a_frozen_layer_that_is_named() -> None:
