@@ -250,8 +250,9 @@ class DendriteRule(Rule):
             deviation = square**-0.5 if square > 0 else 1.0
         values = self._draw(self.state.growths, attempt, 0, deviation)
         # A single row has no variance; z was drawn to have about one.
-        known = rows is not None and rows.shape[1] > 1
-        return {**values, **self._moments(rows, values["weight"])} if known else values
+        if rows is None or rows.shape[1] < 2:
+            return values
+        return {**values, **self._moments(rows, values["weight"])}
 
     def _rows(self) -> Tensor | None:
         """Rows of the layer's input of the last steps, (g, n, d)."""
