@@ -136,8 +136,8 @@ class PerforateConductor(Conductor):
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Dendrite phase: nothing moves but the candidates, whichever optimizer steps."""
-        new = [p for rule in self._rules.values() for p in rule.new_parameters()]
-        self._stage.before_step(optimizer, new)
+        rules = self._rules.values() if self._stage.lifts else ()
+        self._stage.before_step(optimizer, [p for rule in rules for p in rule.new_parameters()])
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Growth at its step, and the end of a phase that ends by itself; without scores, phases of a fixed length."""

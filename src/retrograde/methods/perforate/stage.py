@@ -40,6 +40,11 @@ class Stage:
         self._fresh: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._restart = False
 
+    @property
+    def lifts(self) -> bool:
+        """Whether the learning rate of what has grown was restarted."""
+        return bool(self._lifts) or any(lifts is not None for _, lifts in self._loaded)
+
     # Phases.
 
     def freeze(self) -> None:
