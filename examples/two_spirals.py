@@ -67,6 +67,15 @@ def main() -> None:
     perforated = chosen.rule == "perforated"
     method = Perforate(
         rule=chosen.rule,
+        where="*",
+        # One set after the other in a cascade, as in the papers.
+        norm=None,
+        activation="tanh",
+        initial="small",
+        scale=1.0,
+        at_once=1,
+        cascade=True,
+        grow_after=None,
         max_dendrites=20 if perforated else 6,
         candidates=8 if perforated else 1,
         patience=4 if perforated else 6,

@@ -185,6 +185,29 @@ def test_alias_as_pattern() -> None:
     assert found["other"].status == "attached"
 
 
+class Talkative(rg.Method):
+    """Says of the whole model how many layers it acts on."""
+
+    name = "talkative"
+
+    def make_rule(self, site: rg.Site) -> rg.Rule | str:
+        return rg.Rule(site.name) if isinstance(site.layer, nn.Linear) else "no linear layer"
+
+    def notes(self, model: nn.Module, rules: Any) -> list[str]:
+        return [f"{len(list(model.parameters()))} parameters, rules for {', '.join(rules)}."]
+
+
+def test_notes_of_methods() -> None:
+    """A method may say something about the whole model; one that acts on nothing says nothing."""
+    plan = rg.make_plan(mlp(), [Talkative(), rg.Dither()], only=["0", "4"])
+    assert plan.notes == ("6 parameters, rules for 0, 4.",)
+    assert str(plan).endswith("\n\n6 parameters, rules for 0, 4.")
+    assert plan.to_dict()["notes"] == list(plan.notes)
+    plan = rg.make_plan(cnn(), [Talkative(), rg.Dither()], only="0", strict=False)
+    assert plan.notes == ()
+    assert "notes" not in plan.to_dict()
+
+
 def test_not_strict() -> None:
     """strict=False forgives a pattern without a match, not a plan without effect."""
     assert rows(mlp(), skip="nothing", strict=False)["0"].status == "attached"

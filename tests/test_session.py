@@ -242,6 +242,48 @@ def test_backward_seconds() -> None:
     assert all(seconds > 0 and steps == 3 for seconds, steps in found.values())
 
 
+class Listening(rg.Method):
+    """Notes what its conductor is told."""
+
+    name = "listening"
+
+    def __init__(self) -> None:
+        self.told: list[tuple[float, ...]] = []
+
+    def make_rule(self, site: rg.Site) -> rg.Rule:
+        return rg.Rule(site.name)
+
+    def conductor(self, model: nn.Module, rules: Any) -> rg.Conductor:
+        told = self.told
+
+        class Earlier(rg.Conductor):
+            """Written before training scores were passed."""
+
+            def validated(self, score: float) -> None:  # type: ignore[override]
+                told.append((score,))
+
+        class Present(rg.Conductor):
+            def validated(self, score: float, train: float | None = None) -> None:
+                told.append((score, *(() if train is None else (train,))))
+
+        return Present() if isinstance(model, nn.Sequential) else Earlier()
+
+
+def test_training_score() -> None:
+    """It reaches conductors where it is given, and is left out where it is not."""
+    method = Listening()
+    session = rg.attach(seeded(mlp), method)
+    session.validated(0.5)
+    session.validated(0.5, train=0.75)
+    assert method.told == [(0.5,), (0.5, 0.75)]
+    assert session.summary().best == (0, 0.5)
+    with pytest.raises(OptionError, match="train=nan is not a finite number"):
+        session.validated(0.5, train=math.nan)
+    earlier = Listening()
+    rg.attach(nn.Linear(3, 3), earlier).validated(0.5)
+    assert earlier.told == [(0.5,)]
+
+
 def test_report() -> None:
     """Scores are kept with their step; the best one is shown; nonsense is refused."""
     model, optimizer, session = run()

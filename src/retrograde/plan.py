@@ -83,12 +83,14 @@ class Plan:
         step: seconds of a forward and backward pass of the whole model, and bytes that it keeps in between, where an
             example was given.
         patterns: how many layers each of the user's patterns matched.
+        notes: what methods say about the whole model.
     """
 
     rows: tuple[PlanRow, ...]
     blocks: tuple[BlockRow, ...] = ()
     step: StepForecast | None = None
     patterns: tuple[PatternRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def attached(self) -> tuple[PlanRow, ...]:
@@ -106,6 +108,7 @@ class Plan:
             "layers": rows,
             **blocks,
             **patterns,
+            **({"notes": list(self.notes)} if self.notes else {}),
             **({"forecast": found} if (found := self.forecast()) else {}),
         }
 
@@ -140,6 +143,8 @@ class Plan:
             parts += ["", _block_table(self.blocks)]
         if self.patterns:
             parts += ["", *map(_pattern_line, self.patterns)]
+        if self.notes:
+            parts += ["", *self.notes]
         return parts
 
 

@@ -213,8 +213,17 @@ def _decide(
     step = None
     if example is not None:
         step = _forecast(model, rows, placements, blocks, example, decline)
-    plan = Plan(tuple(rows), block_rows, step, tuple(patterns))
+    plan = Plan(tuple(rows), block_rows, step, tuple(patterns), _notes(model, methods, placements))
     return Decision(plan, tuple(placements), blocks)
+
+
+def _notes(model: nn.Module, methods: Sequence[Method], placements: list[Placement]) -> tuple[str, ...]:
+    """What the methods that act say about the whole model."""
+    notes: list[str] = []
+    for method in methods:
+        rules = {p.name: p.rules[method.name] for p in placements if p.methods.get(method.name) == method}
+        notes += method.notes(model, rules) if rules else ()
+    return tuple(notes)
 
 
 def _warn_of_idle(placements: Sequence[Placement]) -> None:

@@ -450,26 +450,23 @@ class Session:
             block.active = not paused
         self._light.pause(paused)
 
-    def validated(self, score: float) -> None:
+    def validated(self, score: float, *, train: float | None = None) -> None:
         """Report a validation score, higher is better; methods with phases act on it.
 
         Args:
             score: a finite number; the best one so far appears in `summary`.
+            train: the same score of the training data, where it is known: methods that add capacity warn where the
+                network overfits already.
 
         Raises:
-            OptionError: `score` is not a finite number.
+            OptionError: `score` or `train` is not a finite number.
         """
-        try:
-            value = float(score)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise OptionError(
-                f"validated: {score!r} is not a finite number. Give a score where higher is better."
-            )
+        value = _finite("score", score)
+        # Only where it is given: conductors of third parties may not know it.
+        known = {} if train is None else {"train": _finite("train", train)}
         self._scores.append((self.step, value))
         for conductor in self._conductors.values():
-            conductor.validated(value)
+            conductor.validated(value, **known)
 
     def report(self, *, val: float) -> None:
         """Earlier name of `validated`."""
@@ -727,6 +724,18 @@ def _make_blocks(
         for layer in inside:
             layer.block = made[name]
     return {place.block.name: made[place.block.name] for place in places}
+
+
+def _finite(name: str, given: float) -> float:
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise OptionError(
+            f"validated: {name}={given!r} is not a finite number. Give a score where higher is better."
+        )
+    return value
 
 
 def _shares(counts: Counters) -> dict[str, float | None]:

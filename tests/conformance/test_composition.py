@@ -37,9 +37,15 @@ SETTINGS: dict[str, dict[str, Callable[[], rg.Method]]] = {
         "unbounded": partial(rg.Dither, scale=1.0, bits=None, products="float32"),
     },
     "perforate": {
-        "gradient": partial(rg.Perforate, max_dendrites=1, patience=1, limit=2),
+        "gradient": partial(rg.Perforate, where="*", max_dendrites=2, patience=1, limit=2),
         "perforated": partial(
-            rg.Perforate, rule="perforated", max_dendrites=1, patience=1, limit=1, candidate_limit=1
+            rg.Perforate,
+            rule="perforated",
+            where="*",
+            max_dendrites=1,
+            patience=1,
+            limit=1,
+            candidate_limit=1,
         ),
     },
     "spectral": {

@@ -64,12 +64,13 @@ METHODS = [
     *(
         Entry(name, make, make)
         for name, make in (
-            ("perforate", partial(rg.Perforate, max_dendrites=1, patience=1, limit=2)),
+            ("perforate", partial(rg.Perforate, where="*", max_dendrites=2, patience=1, limit=2)),
             (
                 "perforate-perforated",
                 partial(
                     rg.Perforate,
                     rule="perforated",
+                    where="*",
                     max_dendrites=1,
                     patience=1,
                     limit=1,

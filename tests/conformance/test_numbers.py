@@ -19,8 +19,8 @@ METHODS: dict[str, Method] = {
     "decorrelate": rg.Decorrelate(rank=3, every=2),
     "decorrelate-full": rg.Decorrelate(mode="full", every=1),
     "decorrelate-precondition": rg.Decorrelate(mode="precondition", rank=3, every=2),
-    "perforate": rg.Perforate(period=2),
-    "perforated": rg.Perforate(rule="perforated", period=2, candidates=2),
+    "perforate": rg.Perforate(where="*", period=2),
+    "perforated": rg.Perforate(rule="perforated", where="*", period=2, candidates=2),
     "spectral": rg.Spectral(3, warmup=2, every=2, skip_head=False),
     "spectral-both": rg.Spectral(
         3, side="both", update="lie", warmup=2, every=2, skip_head=False, decay=1e-3

@@ -347,7 +347,7 @@ def _compare(case: Program, run: Run, plain: Run) -> None:
         if not value.isfinite().all() and all(other.isfinite().all() for other in fine):
             raise AssertionError(f"{name} is not finite.")
     if case.neutral and not _arbitrary(case):
-        found = {name: value.nan_to_num() for name, value in run.ends.items() if "dendrite_" not in name}
+        found = {name: value.nan_to_num() for name, value in run.ends.items() if "dendrites." not in name}
         expected = {name: value.nan_to_num() for name, value in plain.ends.items()}
         _require_near(found, expected, _tolerance(case))
 

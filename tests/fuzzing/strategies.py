@@ -1,5 +1,7 @@
 """What programs are drawn from."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from retrograde.errors import OptionError
 pick = st.sampled_from
 
 
-def _made(method: type[rg.Method], **options: list[Any]) -> st.SearchStrategy[Any]:
+def _made(method: Callable[..., rg.Method], **options: list[Any]) -> st.SearchStrategy[Any]:
     """The method with options drawn from lists, or left at their defaults; what it refuses is left out."""
 
     def make(drawn: dict[str, Any]) -> rg.Method | None:
@@ -37,7 +39,12 @@ NEUTRAL = {
     "dither": pick(
         [rg.Dither(0.0), rg.Dither(0.0, bits=None), rg.Dither(1e-7, bits=None, products="float32")]
     ),
-    "perforate": st.builds(rg.Perforate, rule=pick(["gradient", "perforated"]), max_dendrites=pick([1, 2])),
+    "perforate": st.builds(
+        rg.Perforate,
+        rule=pick(["gradient", "hybrid", "perforated"]),
+        where=st.just("*"),
+        max_dendrites=pick([1, 2]),
+    ),
     "spectral": st.builds(
         rg.Spectral, rank=pick([1, 1, 1, None]), side=pick(SIDES), skip_head=pick([False, True])
     ),
@@ -56,7 +63,9 @@ _DEEPFOCUS = {
 _DEEPFOCUS |= {"low": ["bfloat16", None], "controller": ["random"], "momentum": [0.0]}
 _DITHER = {"scale": [0.5, 4.0, 1e3], "target_sparsity": [0.8], "bits": [2, None], "forward": ["int8"]}
 _PERFORATE = {"max_dendrites": [1, 2], "patience": [1], "limit": [1, 2], "period": [1, 2], "tries": [1]}
-_PERFORATE |= {"candidates": [2], "candidate_patience": [1], "candidate_limit": [1, 2]}
+_PERFORATE |= {"candidates": [2], "candidate_patience": [1], "candidate_limit": [1, 2], "cascade": [True]}
+_PERFORATE |= {"norm": ["batch", None], "initial": ["small"], "at_once": [1, 2], "grow_after": [0, 1, None]}
+_PERFORATE |= {"scale": [1.0], "fit_rows": [1, 20], "fit_steps": [1, 2]}
 _SPECTRAL = {
     "rank": [1, 2, 3],
     "side": SIDES,
@@ -71,7 +80,10 @@ ACTIVE = {
     "deepfocus": _made(rg.DeepFocus, **_DEEPFOCUS),
     "dither": _made(rg.Dither, products=["float32", "bfloat16"], **_DITHER),
     "perforate": _made(
-        rg.Perforate, rule=["gradient", "perforated"], activation=["tanh", "sigmoid", "relu"], **_PERFORATE
+        partial(rg.Perforate, where="*"),
+        rule=["gradient", "hybrid", "perforated"],
+        activation=["tanh", "sigmoid", "relu"],
+        **_PERFORATE,
     ),
     "spectral": _made(rg.Spectral, update=["lie"], skip_head=[False], **_SPECTRAL),
 }

@@ -37,76 +37,18 @@ from cases import (
     seeded,
     transposed,
 )
+from dendrite_cases import KINDS, conductor, first_edition, grow, rule, run
 from retrograde.engine.layers import AttachedLayer
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, TransformError
 from retrograde.methods.perforate import Perforate
-from retrograde.methods.perforate.conductor import PerforateConductor
 from retrograde.methods.perforate.dendrites import Dendritic
-from retrograde.methods.perforate.rule import DendriteRule
-
-
-class Told(Turned):
-    """The same, made known by a function that returns its operands."""
-
-
-def operands(layer: Told, x: Tensor) -> rg.Operands:
-    return rg.Operands(x, layer.weight.T, layer.bias)
-
-
-rg.register_layer(Told, operands)
 
 LEARNING = ("gradient", "perforated")
-KINDS = [
-    Case("linear", lambda: nn.Linear(6, 5), (7, 6)),
-    Case("linear_no_bias", lambda: nn.Linear(6, 5, bias=False), (3, 4, 6)),
-    Case("conv1d_groups", conv(1, 4, 6, 3, groups=2, padding=1), (3, 4, 9)),
-    Case("conv2d_stride", conv(2, 4, 6, 3, stride=2, padding=1, bias=False), (3, 4, 7, 8)),
-    Case("conv2d_same_even", conv(2, 4, 6, 4, padding="same"), (3, 4, 7, 8)),
-    Case("conv2d_reflect", conv(2, 4, 6, 3, padding=1, padding_mode="reflect", dilation=2), (3, 4, 9, 8)),
-    Case("conv2d_depthwise", conv(2, 4, 4, 3, groups=4, padding=1), (3, 4, 7, 8)),
-    Case("conv2d_unbatched", conv(2, 4, 6, 3, padding=1), (4, 7, 8)),
-    Case("conv3d", conv(3, 4, 6, 3, padding=1), (2, 4, 5, 6, 5)),
-    Case("transposed1d", transposed(1, 4, 6, 3, stride=2), (3, 4, 9)),
-    Case("transposed2d_groups", transposed(2, 4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 5, 6)),
-    Case(
-        "transposed2d_output_size",
-        transposed(2, 4, 6, 3, stride=2, padding=1),
-        (3, 4, 5, 6),
-        {"output_size": [10, 12]},
-    ),
-    Case("transposed2d_unbatched", transposed(2, 4, 6, 3, dilation=2, bias=False), (4, 5, 6)),
-    Case("transposed3d", transposed(3, 4, 6, 3, stride=2, output_padding=1), (2, 4, 3, 4, 3)),
-    Case("turned", partial(Turned, 6, 5), (7, 6)),
-    Case("told", partial(Told, 6, 5), (3, 4, 6)),
-]
 COPIED = [
     Case("linear", partial(nn.Linear, 6, 5), (7, 6)),
     Case("conv2d", conv(2, 4, 6, 3, padding=1), (3, 4, 7, 8)),
     Case("transposed2d", transposed(2, 4, 6, 3, stride=2), (3, 4, 5, 6)),
 ]
-
-
-def conductor(session: rg.Session) -> PerforateConductor:
-    return session._conductors["perforate"]  # type: ignore[return-value]
-
-
-def rule(layer: nn.Module) -> DendriteRule:
-    return next(r for r in program(layer).rules if isinstance(r, DendriteRule))
-
-
-def grow(session: rg.Session, sets: int = 1, spread: float = 0.3) -> None:
-    """`sets` more in use with parameters and w of size `spread`; 0 leaves them as growth makes them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RetrogradeWarning)  # candidates that saw nothing: meant here
-        for _ in range(sets):
-            for r in conductor(session)._rules.values():
-                r.grow(1)
-    if spread:
-        active = conductor(session).dendrites
-        for i, (name, p) in enumerate(session.model.named_parameters()):
-            # Unused capacity stays zero.
-            if "dendrite" in name and int(name.rpartition("_")[2]) < active:
-                p.data.copy_(spread * batch(p.shape, 50 + i, p.dtype))
 
 
 def wide(values: Tensor, layer: nn.Module) -> Tensor:
@@ -131,21 +73,14 @@ def by_hand(
     keys = plain.state_dict().keys()
     values: list[Tensor] = []
     for d in range(sets):
-        z = product(plain, {k: state[f"dendrite_{k}_{d}"] for k in keys}, x, **call)
+        z = product(plain, {k: state[f"dendrites.{d}.{k}"] for k in keys}, x, **call)
         for e, a in enumerate(values):
-            z = z + wide(state[f"dendrite_cascade_{d}"][e], plain) * a
+            z = z + wide(state[f"dendrites.{d}.cascade"][e], plain) * a
         values.append(f(z))
     y = product(plain, {k: state[k] for k in keys}, x, **call)
     for d, a in enumerate(values):
-        y = y + wide(state[f"dendrite_output_{d}"], plain) * a
+        y = y + wide(state[f"dendrites.{d}.output"], plain) * a
     return y
-
-
-def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, shape: Any) -> None:
-    for step in range(first, last):
-        optimizer.zero_grad()
-        torch.sin(model(batch(shape, seed=100 + step).requires_grad_())).square().mean().backward()
-        optimizer.step()
 
 
 def test_options() -> None:
@@ -191,16 +126,13 @@ def test_plan_names_the_new_keys() -> None:
     """The row of a layer says which keys its part of the state gains: those, and no others, from the start."""
     model = seeded(mlp)
     before = set(model.state_dict())
-    session = rg.attach(model, Perforate(where="[02]"))
+    session = rg.attach(model, first_edition(where="[02]"))
     rows = {row.name: row for row in session.plan.rows}
     for name in ("0", "2"):
         added = {key.removeprefix(f"{name}.") for key in set(model.state_dict()) - before if key[0] == name}
-        told = re.findall(r"dendrite_\w+\*?", rows[name].why)
-        assert len(told) == 4
-        for key in added:
-            assert sum(fnmatchcase(key, pattern) for pattern in told) == 1
-        for pattern in told:
-            assert any(fnmatchcase(key, pattern) for key in added)
+        (told,) = re.findall(r"dendrites\.\*", rows[name].why)
+        assert added
+        assert all(fnmatchcase(key, told) for key in added)
     assert "dendrite" not in rows["4"].why
     keys = list(model.state_dict())
     grow(session, 2)
@@ -211,16 +143,16 @@ def test_needs_the_input() -> None:
     """Candidates read the layer's input; where Spectral keeps another thing in its place, attaching says so."""
     model = seeded(mlp)
     keys = list(model.state_dict())
-    methods = [Perforate(rule="perforated"), rg.Spectral(rank=3)]
+    methods = [first_edition(rule="perforated"), rg.Spectral(rank=3)]
     for order in (methods, methods[::-1]):
         with pytest.raises(OptionError, match=r"'0': perforate reads.*spectral keeps.*`only` and `skip`"):
             rg.attach(model, order)
         assert type(model[0]) is nn.Linear
         assert list(model.state_dict()) == keys
-    session = rg.attach(model, [Perforate(), rg.Spectral(rank=3, warmup=0)])
+    session = rg.attach(model, [first_edition(), rg.Spectral(rank=3, warmup=0)])
     grow(session)
     run(model, torch.optim.SGD(model.parameters(), lr=0.05), 0, 3, (16, 8))
-    assert bool(torch.isfinite(model[2].dendrite_weight_0).all())
+    assert bool(torch.isfinite(model[2].dendrites[0].weight).all())
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -229,7 +161,7 @@ def test_neutral(name: str, learning: Any) -> None:
     """Without dendrites: autograd's gradients, and capacity that gets none."""
     make, shape = MODELS[name]
     plain, attached = seeded(make), seeded(make)
-    rg.attach(attached, Perforate(rule=learning))
+    rg.attach(attached, first_edition(rule=learning))
     x = batch(shape)
     assert torch.equal(plain(x), attached(x))
     assert_same(gradients(attached, x), gradients(plain, x), 1e-6)
@@ -241,11 +173,11 @@ def test_neutral(name: str, learning: Any) -> None:
 def test_growth_preserves_the_function(case: Case, learning: Any, autocast: bool) -> None:
     """Bit for bit, in training and evaluation, with none and with other dendrites there before."""
     layer = case.make()
-    session = rg.attach(layer, Perforate(rule=learning, max_dendrites=3))
+    session = rg.attach(layer, first_edition(rule=learning, max_dendrites=3))
     x = batch(case.shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         grow(session, 1)
-        layer.dendrite_output_1.data.zero_()
+        layer.dendrites[1].output.data.zero_()
         for sets in (2, 3):
             layer.train()
             trained, evaluated = layer(x, **case.call), layer.eval()(x, **case.call)
@@ -254,8 +186,8 @@ def test_growth_preserves_the_function(case: Case, learning: Any, autocast: bool
             assert torch.equal(layer(x, **case.call), evaluated)
             assert torch.equal(layer.train()(x, **case.call), trained)
             assert layer(x, **case.call).dtype == trained.dtype
-    assert not bool(layer.dendrite_output_2.any())
-    assert bool(layer.dendrite_weight_2.any())
+    assert not bool(layer.dendrites[2].output.any())
+    assert bool(layer.dendrites[2].weight.any())
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -263,7 +195,7 @@ def test_growth_preserves_the_function(case: Case, learning: Any, autocast: bool
 def test_forward_and_fold(case: Case, learning: Any) -> None:
     """Equations (1) to (3) with the plain layer itself as M_d; the folded layer computes the same, and pickles."""
     layer = case.make()
-    session = rg.attach(layer, Perforate(rule=learning, max_dendrites=3, activation="sigmoid"))
+    session = rg.attach(layer, first_edition(rule=learning, max_dendrites=3, activation="sigmoid"))
     grow(session, 2)
     x = batch(case.shape)
     expected = by_hand(case.make(), layer.state_dict(), 2, x, torch.sigmoid, **case.call)
@@ -271,7 +203,7 @@ def test_forward_and_fold(case: Case, learning: Any) -> None:
     torch.testing.assert_close(layer.eval()(x, **case.call), expected)
     folded = session.fold()
     torch.testing.assert_close(folded(x, **case.call), expected)
-    assert not hasattr(folded, "dendrite_weight_2")
+    assert len(folded.dendrites) == 2
     assert rule(layer).active == 2
     for copied in (saved(layer), saved(folded)):
         torch.testing.assert_close(copied(x, **case.call), expected)
@@ -281,7 +213,7 @@ def test_forward_and_fold(case: Case, learning: Any) -> None:
 def test_gradients(case: Case) -> None:
     """Of the layer's own and of the dendrites' parameters, and of the input: autograd's, through the equations."""
     layer, plain = case.make().double(), case.make().double()
-    session = rg.attach(layer, Perforate(max_dendrites=3))
+    session = rg.attach(layer, first_edition(max_dendrites=3))
     grow(session, 2)
     x = batch(case.shape, dtype=torch.float64)
 
@@ -290,7 +222,13 @@ def test_gradients(case: Case) -> None:
 
     found = gradients(layer, x, **case.call)
     assert_same(found, gradients(layer, x, forward, **case.call), 1e-10)
-    assert {"weight", "input", "dendrite_weight_1", "dendrite_cascade_1", "dendrite_output_1"} <= found.keys()
+    assert {
+        "weight",
+        "input",
+        "dendrites.1.weight",
+        "dendrites.1.cascade",
+        "dendrites.1.output",
+    } <= found.keys()
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -298,7 +236,7 @@ def test_gradients(case: Case) -> None:
 def test_overhead(case: Case, learning: Any) -> None:
     """Each set in use costs one more forward product, and under the gradient rule two more backward products."""
     layer = case.make()
-    session = rg.attach(layer, Perforate(rule=learning))
+    session = rg.attach(layer, first_edition(rule=learning))
     grow(session, 2)
     gradients(layer, batch(case.shape), **case.call)
     flops = session.flops()
@@ -309,7 +247,7 @@ def test_overhead(case: Case, learning: Any) -> None:
 def test_fold_without_dendrites() -> None:
     """The plain layer, class, keys, attributes and all; the attached model stays as it is."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     folded = session.fold()
     assert type(folded[0]) is nn.Linear
     assert folded.state_dict().keys() == seeded(mlp).state_dict().keys()
@@ -319,7 +257,7 @@ def test_fold_without_dendrites() -> None:
     assert isinstance(folded[0], Dendritic)
     assert type(folded[0]).__name__ == "DendriticLinear"
     assert {key for key in folded.state_dict() if key.startswith("0.dendrite")} == {
-        f"0.dendrite_{part}_0" for part in ("weight", "bias", "output")
+        f"0.dendrites.0.{part}" for part in ("weight", "bias", "output")
     }
     assert isinstance(model[0], AttachedLayer)
     assert rule(model[0]).active == 1
@@ -350,7 +288,7 @@ def test_dendrites_under_autocast(name: str, half: bool) -> None:
     model = seeded(make)
     if half:
         model.half()
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     grow(session)
     x = batch(shape, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -368,7 +306,7 @@ def test_dendrites_under_autocast(name: str, half: bool) -> None:
 def test_folded_through_other_runtimes() -> None:
     """torch.export and tracing take a folded model with dendrites; TorchScript, which reads source, is refused."""
     model, x = seeded(mlp), batch((2, 8))
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     grow(session)
     folded = session.fold().eval()
     expected = folded(x)
@@ -383,7 +321,7 @@ def test_folded_through_other_runtimes() -> None:
 def test_fold_in_place(sets: int) -> None:
     """As the folded copy, keys and function, but with the layers and parameters of the model itself."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     layer, weight = model[0], model[0].weight
     for _ in range(sets):
         grow(session)
@@ -400,7 +338,7 @@ def test_fold_in_place(sets: int) -> None:
 def test_fold_in_a_dendrite_phase() -> None:
     """Norms that the phase has pinned count batches again, in the copy and in place."""
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
-    session = rg.attach(model, Perforate(rule="perforated"))
+    session = rg.attach(model, first_edition(rule="perforated"))
     session._conductors["perforate"]._stage.freeze()  # type: ignore[attr-defined]
     assert model[1].momentum == 0.0
     assert session.fold()[1].momentum == 0.1  # type: ignore[index]
@@ -411,7 +349,7 @@ def test_fold_in_a_dendrite_phase() -> None:
 def test_folded_trains_by_its_rule() -> None:
     for learning in LEARNING:
         layer = nn.Conv2d(3, 4, 3)
-        session = rg.attach(layer, Perforate(rule=learning))
+        session = rg.attach(layer, first_edition(rule=learning))
         grow(session)
         folded = session.fold()
         assert type(folded).__name__ == "DendriticConv2d"
@@ -426,12 +364,12 @@ def test_detach() -> None:
     """Same objects and keys as before; dendrites that are lost are named."""
     model = seeded(mlp)
     before, keys = dict(model.named_parameters()), list(model.state_dict())
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     assert len(list(model.parameters())) > len(before)
     session.detach()
     assert list(model.state_dict()) == keys
     assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     grow(session)
     with pytest.warns(RetrogradeWarning, match="fold"):
         session.detach()
@@ -443,7 +381,7 @@ def test_detach() -> None:
 def test_detached_is_plain(case: Case) -> None:
     """Class, attributes and function are the plain layer's again."""
     layer, plain = seeded(case.make), seeded(case.make)
-    session = rg.attach(layer, Perforate())
+    session = rg.attach(layer, first_edition())
     grow(session, 2)
     session.detach()
     assert type(layer) is type(plain)
@@ -489,7 +427,7 @@ def moving(found: Gradients) -> Gradients:
 def test_copies_compute_the_same(case: Case, make_copy: str, learning: Any) -> None:
     """Before growth and after, copies of copies included; no copy is attached, and none follows later growth."""
     model = nn.Sequential(case.make(), nn.Tanh())
-    session = rg.attach(model, Perforate(rule=learning, max_dendrites=2))
+    session = rg.attach(model, first_edition(rule=learning, max_dendrites=2))
     x = batch(case.shape)
     kept: list[tuple[nn.Module, Tensor]] = []
     for sets in (0, 1, 2):
@@ -515,15 +453,15 @@ def test_copies_compute_the_same(case: Case, make_copy: str, learning: Any) -> N
 def test_a_copy_trains_on() -> None:
     """As a plain model would: an optimizer made for it moves it, and the attached one stays."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     grow(session)
     before = copy.deepcopy(model.state_dict())
     copied = copy.deepcopy(model)
     run(copied, torch.optim.SGD(copied.parameters(), lr=0.05), 0, 2, (16, 8))
     assert_bitwise(model.state_dict(), before)
     moved = {key for key, value in copied.state_dict().items() if not torch.equal(value, before[key])}
-    assert {"0.weight", "0.dendrite_weight_0", "0.dendrite_output_0"} <= moved
-    assert not any(key.endswith(("_1", "_2", "count")) for key in moved)
+    assert {"0.weight", "0.dendrites.0.weight", "0.dendrites.0.output"} <= moved
+    assert not any("dendrites.1" in key or "dendrites.2" in key for key in moved)
 
 
 def latest(average: Tensor, value: Tensor, count: Any) -> Tensor:
@@ -536,7 +474,7 @@ def latest(average: Tensor, value: Tensor, count: Any) -> Tensor:
 def test_an_average_follows_growth(case: Case, learning: Any, buffers: bool) -> None:
     """`AveragedModel` made before any dendrite, whose every update is the attached model's present state."""
     model = nn.Sequential(case.make())
-    session = rg.attach(model, Perforate(rule=learning, max_dendrites=2))
+    session = rg.attach(model, first_edition(rule=learning, max_dendrites=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     average = AveragedModel(model, avg_fn=latest, use_buffers=buffers)
     x = batch(case.shape)
@@ -558,7 +496,7 @@ def test_real_averages(average: str, buffers: bool) -> None:
     """torch's own averages: of every parameter, with the dendrites of the model that they follow."""
     options: dict[str, Any] = {"multi_avg_fn": get_ema_multi_avg_fn(0.7)} if average == "exponential" else {}
     model = nn.Sequential(nn.Linear(6, 5))
-    session = rg.attach(model, Perforate(max_dendrites=2))
+    session = rg.attach(model, first_edition(max_dendrites=2))
     averaged = AveragedModel(model, use_buffers=buffers, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     x = batch((7, 6))
@@ -568,7 +506,7 @@ def test_real_averages(average: str, buffers: bool) -> None:
             grow(session)
         averaged.update_parameters(model)
     state = averaged.module[0].state_dict()
-    assert bool(state["dendrite_output_0"].any())
+    assert bool(state["dendrites.0.output"].any())
     torch.testing.assert_close(averaged(x), by_hand(nn.Linear(6, 5), state, 1, x))
 
 
@@ -576,7 +514,7 @@ def test_real_averages(average: str, buffers: bool) -> None:
 def test_an_average_by_hand(case: Case) -> None:
     """Over ``state_dict``: floating-point entries averaged, others taken; a copy that loads it has its function."""
     model = case.make()
-    session = rg.attach(model, Perforate(max_dendrites=2))
+    session = rg.attach(model, first_edition(max_dendrites=2))
     copied = copy.deepcopy(model)
     shadow = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -604,7 +542,7 @@ def test_an_average_by_hand(case: Case) -> None:
 def test_a_plain_state_means_no_dendrites(case: Case, learning: Any, attached: bool) -> None:
     """It loads strictly, into the attached model and into its copy, and gives the plain function."""
     model = nn.Sequential(case.make(), nn.Tanh())
-    session = rg.attach(model, Perforate(rule=learning))
+    session = rg.attach(model, first_edition(rule=learning))
     grow(session, 2)
     loaded = model if attached else copy.deepcopy(model)
     plain = nn.Sequential(seeded(case.make, 1), nn.Tanh())
@@ -627,7 +565,7 @@ def test_a_plain_state_means_no_dendrites(case: Case, learning: Any, attached: b
 def test_a_plain_state_for_some_layers() -> None:
     """A layer that no dendrites were asked for has no part in it; whatever else is missing is an error as ever."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(where=("0", "2")))
+    session = rg.attach(model, first_edition(where=("0", "2")))
     grow(session)
     state = model.state_dict()
     model.load_state_dict(state)
@@ -635,7 +573,7 @@ def test_a_plain_state_for_some_layers() -> None:
     # The state of a model in which the first layer alone had dendrites.
     model.load_state_dict({k: v for k, v in state.items() if not k.startswith("2.dendrite")})
     assert [rule(model[i]).active for i in (0, 2)] == [1, 0]
-    for absent in ("0.dendrite_output_1", "0.weight", "4.bias"):
+    for absent in ("0.dendrites.1.output", "0.weight", "4.bias"):
         with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{absent}\""):
             model.load_state_dict({k: v for k, v in state.items() if k != absent})
     plain = seeded(mlp).state_dict()
@@ -648,16 +586,16 @@ def test_a_plain_state_for_some_layers() -> None:
 def test_an_attached_state_in_a_plain_model(case: Case) -> None:
     """torch's own error, which names the dendrites; a folded model takes no more."""
     model = nn.Sequential(case.make())
-    session = rg.attach(model, Perforate(max_dendrites=2))
+    session = rg.attach(model, first_edition(max_dendrites=2))
     plain = nn.Sequential(case.make())
     for sets in (0, 1):
-        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"0\.dendrite_weight_0"'):
+        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"0\.dendrites\.0\.weight"'):
             plain.load_state_dict(model.state_dict())
         if not sets:
             grow(session)
     answer = plain.load_state_dict(model.state_dict(), strict=False)
     assert all("dendrite" in key for key in answer.unexpected_keys)
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"0\.dendrite_weight_1"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"0\.dendrites\.1\.weight"'):
         session.fold().load_state_dict(model.state_dict())
 
 
@@ -670,7 +608,7 @@ def encoder() -> nn.TransformerEncoder:
 def test_transformer_encoder() -> None:
     """torch's fused evaluation, padded batches included, does not go past dendrites; attention is declined."""
     model = seeded(encoder)
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     rows = {row.name: row for row in session.plan.rows}
     assert [rows[f"layers.1.{n}"].status for n in ("linear1", "linear2")] == ["attached", "attached"]
     for name in ("layers.0.self_attn", "layers.0.self_attn.out_proj"):
@@ -703,7 +641,7 @@ def test_perforated_stops_error() -> None:
     """x gets the gradient that it gets without dendrites; w learns, and nothing else of a dendrite does."""
     with_dendrites, without = nn.Linear(6, 5), nn.Linear(6, 5)
     without.load_state_dict(with_dendrites.state_dict())
-    session = rg.attach(with_dendrites, Perforate(rule="perforated"))
+    session = rg.attach(with_dendrites, first_edition(rule="perforated"))
     grow(session, 2)
     x, delta = batch((7, 6)).requires_grad_(), batch((7, 5), 2)
     with_dendrites(x).backward(delta)
@@ -711,25 +649,25 @@ def test_perforated_stops_error() -> None:
     without(x).backward(delta)
     assert torch.equal(perforated, x.grad)
     trained = {n for n, p in with_dendrites.named_parameters() if p.grad is not None}
-    assert trained == {"weight", "bias", "dendrite_output_0", "dendrite_output_1"}
-    a = torch.tanh(F.linear(x, with_dendrites.dendrite_weight_0, with_dendrites.dendrite_bias_0))
-    torch.testing.assert_close(with_dendrites.dendrite_output_0.grad, (a * delta).sum(0))
+    assert trained == {"weight", "bias", "dendrites.0.output", "dendrites.1.output"}
+    a = torch.tanh(F.linear(x, with_dendrites.dendrites[0].weight, with_dendrites.dendrites[0].bias))
+    torch.testing.assert_close(with_dendrites.dendrites[0].output.grad, (a * delta).sum(0))
 
 
 def test_gradient_rule_is_autograd() -> None:
     """All of the dendrites in use train by the loss, as a network written by hand does."""
     layer = nn.Linear(6, 5).double()
-    session = rg.attach(layer, Perforate(max_dendrites=2))
+    session = rg.attach(layer, first_edition(max_dendrites=2))
     grow(session, 1)
     x = batch((7, 6), dtype=torch.float64)
     found = gradients(layer, x)
     assert set(found) == {"input", "weight", "bias"} | {
-        f"dendrite_{p}_0" for p in ("weight", "bias", "output")
+        f"dendrites.0.{p}" for p in ("weight", "bias", "output")
     }
 
     def by_hand(y: Tensor) -> Tensor:
-        a = torch.tanh(F.linear(y, layer.dendrite_weight_0, layer.dendrite_bias_0))
-        return F.linear(y, layer.weight, layer.bias) + layer.dendrite_output_0 * a
+        a = torch.tanh(F.linear(y, layer.dendrites[0].weight, layer.dendrites[0].bias))
+        return F.linear(y, layer.weight, layer.bias) + layer.dendrites[0].output * a
 
     assert_same(found, gradients(layer, x, by_hand), 1e-12)
 
@@ -738,7 +676,7 @@ def test_gradient_rule_is_autograd() -> None:
 def test_unused_capacity_stays(learning: Any) -> None:
     """Momentum and weight decay move nothing that is not in use, or frozen."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(rule=learning))
+    session = rg.attach(model, first_edition(rule=learning))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     run(model, optimizer, 0, 2, (16, 8))
     grow(session)
@@ -747,7 +685,7 @@ def test_unused_capacity_stays(learning: Any) -> None:
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     parts = ("weight", "bias", "output") if learning == "gradient" else ("output",)
     expected = {
-        f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias", *(f"dendrite_{p}_0" for p in parts))
+        f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias", *(f"dendrites.0.{p}" for p in parts))
     }
     assert moved == expected
 
@@ -766,7 +704,7 @@ def test_compiled_checkpointed_accumulated(name: str, learning: Any) -> None:
     """fullgraph, activation checkpointing and micro-batches give the eager gradients."""
     make, shape = MODELS[name]
     model = seeded(make)
-    session = rg.attach(model, Perforate(rule=learning))
+    session = rg.attach(model, first_edition(rule=learning))
     grow(session, 2)
     x = batch(shape)
     eager = gradients(model, x)
@@ -788,7 +726,7 @@ def test_compiled_checkpointed_accumulated(name: str, learning: Any) -> None:
 def test_recompiles_at_growth_only() -> None:
     """Twelve layers share code; steps, dendrite phases included, add none; growth adds one version."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
-    session = rg.attach(model, Perforate(rule="perforated", patience=1))
+    session = rg.attach(model, first_edition(rule="perforated", patience=1))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     for layer in model:
         layer.compile(fullgraph=True, backend=counter)
@@ -809,7 +747,7 @@ def test_recompiles_at_growth_only() -> None:
 def test_autocast(learning: Any) -> None:
     """bfloat16: output dtype as of the plain layer, gradients close, candidates in float32."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(rule=learning, patience=1))
+    session = rg.attach(model, first_edition(rule=learning, patience=1))
     grow(session)
 
     def forward(x: Tensor) -> Tensor:
@@ -849,7 +787,7 @@ SHORT: dict[str, Any] = {
 def test_dendrite_phase_freezes_the_network() -> None:
     """Momentum, decay and BatchNorm included: evaluation stays the same to the bit while candidates learn."""
     model = seeded(net)
-    session = rg.attach(model, Perforate(rule="perforated", candidates=2, **SHORT))
+    session = rg.attach(model, first_edition(rule="perforated", candidates=2, **SHORT))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     run(model, optimizer, 0, 3, SHAPE)
     for score in (1.0, 0.0, 0.0):
@@ -878,7 +816,7 @@ def test_dendrite_phase_freezes_the_network() -> None:
     assert model[4].momentum is None
     assert session.metrics()["perforate"]["dendrites"] == 1
     run(model, optimizer, 9, 11, SHAPE)
-    assert all(bool(model[i].dendrite_output_0.any()) for i in (0, 3, 7))
+    assert all(bool(model[i].dendrites[0].output.any()) for i in (0, 3, 7))
 
 
 @pytest.mark.parametrize("learning", LEARNING)
@@ -887,7 +825,7 @@ def test_every_kind_goes_through_the_phases(case: Case, learning: Any) -> None:
     """Plateau, growth, and training on: new dendrites learn, and the fold computes what the attached layer does."""
     layer = seeded(case.make)
     options = {**SHORT, "patience": 1, "candidate_patience": 1}
-    session = rg.attach(layer, Perforate(rule=learning, **options), seed=2)
+    session = rg.attach(layer, first_edition(rule=learning, **options), seed=2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
 
     def train(steps: int) -> None:
@@ -906,9 +844,9 @@ def test_every_kind_goes_through_the_phases(case: Case, learning: Any) -> None:
         session.report(val=0.0)
         assert 0.01 < session.metrics()["layers"]["(root)"]["correlation"] <= 1 + 1e-6
     assert (conductor(session).phase, rule(layer).active) == ("neuron", 1)
-    assert not bool(layer.dendrite_output_0.any())
+    assert not bool(layer.dendrites[0].output.any())
     train(3)
-    assert bool(layer.dendrite_output_0.all())
+    assert bool(layer.dendrites[0].output.all())
     x = batch(case.shape)
     found = layer.eval()(x, **case.call)
     torch.testing.assert_close(found, by_hand(case.make(), layer.state_dict(), 1, x, **case.call))
@@ -919,7 +857,7 @@ def test_every_kind_goes_through_the_phases(case: Case, learning: Any) -> None:
 def test_candidates_climb_by_the_gradient(case: Case) -> None:
     """What a backward call adds for them is autograd's derivative of Σ sign(C)/σ_δ (δ − δ̄) a, in every parameter."""
     layer, plain = seeded(case.make).double(), case.make().double()
-    session = rg.attach(layer, Perforate(rule="perforated", candidates=2), seed=2)
+    session = rg.attach(layer, first_edition(rule="perforated", candidates=2), seed=2)
     grow(session)
     conductor(session)._grow()
     pool = rule(layer)._pool  # type: ignore[attr-defined]
@@ -930,7 +868,7 @@ def test_candidates_climb_by_the_gradient(case: Case) -> None:
     assert int(pool.moments.steps) == 1
     layer(x, **case.call).backward(delta)
     keys = plain.state_dict().keys()
-    first = {k: getattr(layer, f"dendrite_{k}_0").detach() for k in keys}
+    first = {k: layer.get_parameter(f"dendrites.0.{k}").detach() for k in keys}
     a0 = torch.tanh(product(plain, first, x, **case.call))
     moments = pool.moments
     for j in range(2):
@@ -948,11 +886,11 @@ def test_candidates_climb_by_the_gradient(case: Case) -> None:
 def test_each_neuron_takes_its_best_candidate(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output by output: the new dendrite of a neuron computes what that neuron's candidate did."""
     layer, plain = seeded(case.make), case.make()
-    session = rg.attach(layer, Perforate(rule="perforated", candidates=3), seed=2)
+    session = rg.attach(layer, first_edition(rule="perforated", candidates=3), seed=2)
     grow(session)
     conductor(session)._grow()
     pool = rule(layer)._pool  # type: ignore[attr-defined]
-    channels = layer.dendrite_output_0.numel()
+    channels = layer.dendrites[0].output.numel()
     index = torch.arange(channels) % 3
     scores = torch.nn.functional.one_hot(index, 3).T.float()
     monkeypatch.setattr(type(pool.moments), "score", lambda moments: scores)
@@ -973,7 +911,7 @@ def test_each_neuron_takes_its_best_candidate(case: Case, monkeypatch: pytest.Mo
 def test_detach_in_a_dendrite_phase() -> None:
     """BatchNorm is given back as it was."""
     model = seeded(net)
-    session = rg.attach(model, Perforate(rule="perforated", patience=1))
+    session = rg.attach(model, first_edition(rule="perforated", patience=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     run(model, optimizer, 0, 1, SHAPE)
     session.report(val=1.0)
@@ -995,7 +933,7 @@ SCRIPTS: dict[str, Callable[[int], float]] = {
 def test_finishes_within_its_bound(learning: Any, script: str) -> None:
     """Whatever the scores do; phases are marked, and the best state is the last."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(rule=learning, **SHORT))
+    session = rg.attach(model, first_edition(rule=learning, **SHORT))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     figures = session.metrics()["perforate"]
     bound, most = int(figures["bound"]), figures["parameters_bound"]
@@ -1031,14 +969,14 @@ def test_finishes_within_its_bound(learning: Any, script: str) -> None:
 @pytest.mark.parametrize("learning", LEARNING)
 def test_retry_draws_anew(learning: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 4))
-    session = rg.attach(model, Perforate(rule=learning, patience=1, candidate_limit=1, tries=2))
+    session = rg.attach(model, first_edition(rule=learning, patience=1, candidate_limit=1, tries=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     drawn: list[Tensor] = []
     for n in range(6):
         run(model, optimizer, n, n + 1, (16, 8))
         session.report(val=-float(n))
         if rule(model[0]).active:
-            drawn.append(model[0].dendrite_weight_0.detach().clone())
+            drawn.append(model[0].dendrites[0].weight.detach().clone())
     assert conductor(session).growths == 2
     assert not torch.equal(drawn[0], drawn[-1])
 
@@ -1046,7 +984,7 @@ def test_retry_draws_anew(learning: Any) -> None:
 def test_thresholds() -> None:
     """A new best must beat the old by 1e-3, then 1e-4, then anything, relatively."""
     for dendrites, margin in ((0, 1e-3), (1, 1e-4), (2, 0.0)):
-        session = rg.attach(nn.Linear(4, 4), Perforate())
+        session = rg.attach(nn.Linear(4, 4), first_edition())
         grow(session, dendrites, spread=0) if dendrites else None
         c = conductor(session)
         session.report(val=-10.0)
@@ -1059,7 +997,7 @@ def test_thresholds() -> None:
 def test_optimizer_state_is_cleared() -> None:
     """Moments of replaced weights go before the next step; those of other models stay."""
     model, other = seeded(mlp), nn.Linear(3, 3)
-    session = rg.attach(model, Perforate(patience=1))
+    session = rg.attach(model, first_edition(patience=1))
     optimizer = torch.optim.Adam([*model.parameters(), *other.parameters()], lr=0.01)
     other.weight.grad = torch.ones_like(other.weight)
     for step in range(3):
@@ -1087,7 +1025,7 @@ def test_resumes_bit_for_bit(stop: int, learning: Any) -> None:
     def made() -> tuple[nn.Module, torch.optim.Optimizer, rg.Session]:
         model = seeded(net)
         candidates = 2 if learning == "perforated" else 1
-        session = rg.attach(model, Perforate(rule=learning, candidates=candidates, **SHORT), seed=1)
+        session = rg.attach(model, first_edition(rule=learning, candidates=candidates, **SHORT), seed=1)
         return model, torch.optim.AdamW(model.parameters(), lr=0.01), session
 
     def train(model: nn.Module, optimizer: Any, session: rg.Session, first: int, last: int) -> set[str]:
@@ -1120,23 +1058,23 @@ def test_resumes_bit_for_bit(stop: int, learning: Any) -> None:
 def test_loading_brings_the_dendrites() -> None:
     """A model's state alone, loaded into a freshly attached model, computes the saved function."""
     one = seeded(mlp)
-    session = rg.attach(one, Perforate())
+    session = rg.attach(one, first_edition())
     grow(session, 2)
     for assign in (False, True):
         two = seeded(mlp, 1)
-        fresh = rg.attach(two, Perforate())
+        fresh = rg.attach(two, first_edition())
         two.load_state_dict(copy.deepcopy(one.state_dict()), assign=assign)
         assert [rule(two[i]).active for i in (0, 2, 4)] == [2, 2, 2]
         assert torch.equal(one(batch((16, 8))), two(batch((16, 8))))
         grow(fresh, spread=0)
-        assert two[0]._dendrite_state.count == 3
+        assert two[0]._dendrite_state.growths == 3
         assert torch.equal(one(batch((16, 8))), two(batch((16, 8))))
 
 
 def test_fixed_period_without_reports() -> None:
     """Phases last `period` steps; without one the fallback says so, once."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(rule="perforated", period=3, max_dendrites=1))
+    session = rg.attach(model, first_edition(rule="perforated", period=3, max_dendrites=1))
     run(model, torch.optim.SGD(model.parameters(), lr=0.05), 0, 10, (16, 8))
     events = [(step, event) for step, _, event, _ in conductor(session).marks]
     assert events == [(3, "dendrite phase"), (6, "1 dendrites"), (9, "finished")]
@@ -1147,7 +1085,7 @@ def test_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrograde.methods.perforate.conductor._SILENT", 1)
     monkeypatch.setattr("retrograde.methods.perforate.conductor._DEFAULT_PERIOD", 2)
     model = seeded(mlp)
-    session = rg.attach(model, Perforate())
+    session = rg.attach(model, first_edition())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.warns(RetrogradeWarning, match="validated") as caught:
         run(model, optimizer, 0, 6, (16, 8))
@@ -1158,10 +1096,10 @@ def test_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_warning_where_growth_is_driven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrograde.methods.perforate.conductor._SILENT", 1)
-    for method, reports in ((Perforate(), True), (Perforate(period=50), False)):
+    for method, reports in ((first_edition(), True), (first_edition(period=50), False)):
         model = seeded(mlp)
         session = rg.attach(model, method)
-        assert "when one grows" in session.plan.rows[0].why
+        assert "when they grow" in session.plan.rows[0].why
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -1172,7 +1110,7 @@ def test_no_warning_where_growth_is_driven(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_decayed_schedule_warns() -> None:
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(patience=1))
+    session = rg.attach(model, first_edition(patience=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
     session.report(val=1.0)
@@ -1187,7 +1125,7 @@ def test_optimizer_made_before_attaching() -> None:
     """Dendrites that no optimizer owns would never learn: an error at the first step."""
     model = seeded(mlp)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    rg.attach(model, Perforate())
+    rg.attach(model, first_edition())
     with pytest.raises(NoEffectError, match="after attaching"):
         run(model, optimizer, 0, 1, (16, 8))
 
@@ -1195,7 +1133,7 @@ def test_optimizer_made_before_attaching() -> None:
 def test_two_optimizers() -> None:
     """Each counts, and both find the network frozen in a dendrite phase."""
     model = seeded(mlp)
-    session = rg.attach(model, Perforate(rule="perforated", patience=1))
+    session = rg.attach(model, first_edition(rule="perforated", patience=1))
     optimizers = [
         torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith("4.") == last], lr=0.01)
         for last in (False, True)
@@ -1215,7 +1153,7 @@ def test_two_optimizers() -> None:
 
 def test_non_finite_error_is_passed_over() -> None:
     model = nn.Sequential(nn.Linear(8, 4))
-    session = rg.attach(model, Perforate(rule="perforated", patience=1))
+    session = rg.attach(model, first_edition(rule="perforated", patience=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     run(model, optimizer, 0, 1, (16, 8))
     session.report(val=1.0)
@@ -1232,7 +1170,7 @@ def test_non_finite_error_is_passed_over() -> None:
 def test_frozen_while_attached() -> None:
     """A layer whose input is not there in the backward pass is named, not passed over."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    session = rg.attach(model, Perforate(rule="perforated", patience=1))
+    session = rg.attach(model, first_edition(rule="perforated", patience=1))
     model[1].weight.requires_grad_(False)
     session.report(val=1.0)
     session.report(val=0.0)
@@ -1243,7 +1181,7 @@ def test_frozen_while_attached() -> None:
 def test_with_dither() -> None:
     """Another method on the same layers: dendrites grow, and fold."""
     model = seeded(mlp)
-    session = rg.attach(model, [rg.Dither(scale=1), Perforate(rule="perforated", **SHORT)])
+    session = rg.attach(model, [rg.Dither(scale=1), first_edition(rule="perforated", **SHORT)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for n in range(7):
         run(model, optimizer, n, n + 1, (16, 8))
@@ -1257,7 +1195,7 @@ def worker(rank: int, folder: str) -> None:
     model = seeded(mlp)
     torch.manual_seed(rank)  # drawn numbers must not depend on the rank's seed
     options = {**SHORT, "max_dendrites": 3}
-    session = rg.attach(model, Perforate(rule="perforated", **options))
+    session = rg.attach(model, first_edition(rule="perforated", **options))
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     phases: list[str] = []
@@ -1270,11 +1208,11 @@ def worker(rank: int, folder: str) -> None:
         mean = 1.0 if step == 6 else -float(step)
         session.report(val=mean + (3.0 * step if rank else -3.0 * step))
         phases.append(conductor(session).phase)
-        idle.append(model[0].dendrite_weight_2.grad is None)
+        idle.append(model[0].dendrites[2].weight.grad is None)
     result = {
         "state": model.state_dict(),
         "phases": phases,
-        "used": model[0].dendrite_output_0.detach().clone(),
+        "used": model[0].dendrites[0].output.detach().clone(),
         "idle": idle,
     }
     torch.save(result, f"{folder}/rank{rank}.pt")
@@ -1286,7 +1224,7 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["phases"] == two["phases"]
     assert "dendrite" in one["phases"]
-    assert one["state"]["0.dendrite_weight_0"].any()
+    assert one["state"]["0.dendrites.0.weight"].any()
     assert_bitwise(two["state"], one["state"])
     assert bool(one["used"].any())
     # Neither decay nor momentum moves what has no gradient.
@@ -1311,7 +1249,7 @@ class Adapted(nn.Module):
 def test_factors_and_frozen_layers_are_left() -> None:
     """A merge multiplies factors by their weights; what is frozen shall not train by a detour."""
     model = nn.Sequential(Adapted(), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 2))
-    rows = {row.name: row for row in rg.make_plan(model, [Perforate()]).rows}
+    rows = {row.name: row for row in rg.make_plan(model, [first_edition(where=None)]).rows}
     for name, why in {
         "0.base": "frozen",
         "0.a": "low-rank adapter",
@@ -1322,9 +1260,11 @@ def test_factors_and_frozen_layers_are_left() -> None:
         assert why in rows[name].why
     assert rows["2"].status == "attached"
     with pytest.raises(NoEffectError, match="a merge multiplies its weight"):
-        rg.attach(Adapted(), Perforate())
+        rg.attach(Adapted(), first_edition(where=None))
     model[0].peft_config = {}
-    assert "peft" in {row.name: row for row in rg.make_plan(model, [Perforate()]).rows}["0.a"].why
+    assert (
+        "peft" in {row.name: row for row in rg.make_plan(model, [first_edition(where=None)]).rows}["0.a"].why
+    )
 
 
 def test_dendrites_on_a_frozen_layer_that_is_named() -> None:
@@ -1332,7 +1272,7 @@ def test_dendrites_on_a_frozen_layer_that_is_named() -> None:
     model = nn.Sequential(
         nn.Linear(8, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 2).requires_grad_(False)
     )
-    session = rg.attach(model, Perforate(where="*", period=6, max_dendrites=1))
+    session = rg.attach(model, first_edition(where="*", period=6, max_dendrites=1))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetrogradeWarning)

@@ -389,8 +389,13 @@ class Conductor:
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after an optimizer that owns attached parameters made a step, after the rules' `local`."""
 
-    def validated(self, score: float) -> None:
-        """Called with a validation score, higher is better, when the user reports one (`Session.validated`)."""
+    def validated(self, score: float, train: float | None = None) -> None:
+        """Called with a validation score, higher is better, when the user reports one (`Session.validated`).
+
+        Args:
+            score: the validation score.
+            train: the same of the training data, passed where the user gives it.
+        """
 
     def fold(self, model: nn.Module) -> None:
         """Called with a folded copy of the model, to undo what concerns more than single layers."""
@@ -483,6 +488,15 @@ class Method:
             rules: this method's rules by layer name.
         """
         return None
+
+    def notes(self, model: nn.Module, rules: Mapping[str, Rule]) -> Sequence[str]:
+        """What the plan should say about the whole model, as sentences.
+
+        Args:
+            model: the model, before it is attached.
+            rules: this method's rules by layer name; at least one.
+        """
+        return ()
 
     def branches(self, model: nn.Module) -> Sequence[Block] | None:
         """The branches of `model`, where the method grants work to whole blocks; None where it does not.

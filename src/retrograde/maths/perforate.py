@@ -163,6 +163,38 @@ class Moments:
         return asdict(self)
 
 
+SCALE = 5.0
+"""s under an optimizer whose steps do not grow with the gradient."""
+
+
+def output_scale(adapts: bool, scale: float | None) -> float:
+    """s of ``y += s·w ⊙ a``, so that s·w learns five times as fast as a weight does.
+
+    Adam moves w by the learning rate whatever the gradient is, so s·w by s times that: s = 5. SGD's step is the
+    gradient of w, which has the factor s itself, so s·w moves by s² times what a weight moves: s = √5.
+
+    Args:
+        adapts: whether steps do not grow with the gradient.
+        scale: s where it is given.
+    """
+    if scale is not None:
+        return scale
+    return SCALE if adapts else math.sqrt(SCALE)
+
+
+def correlations(a: Tensor, delta: Tensor) -> Tensor:
+    """r of equation (4) over all rows, differentiable; 0 where a or δ does not vary.
+
+    Args:
+        a: (p, c).
+        delta: (p, c).
+    """
+    a, delta = a - a.mean(0), delta - delta.mean(0)
+    square = a.square().sum(0) * delta.square().sum(0)
+    fine = square > 0
+    return torch.where(fine, (a * delta).sum(0) / torch.where(fine, square, 1.0).sqrt(), 0.0)
+
+
 def best_of(score: Tensor) -> tuple[Tensor, Tensor]:
     """The best candidate of each neuron: ``(score (c,), index (c,))`` from (m, c)."""
     found, index = score.max(0)

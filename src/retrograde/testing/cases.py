@@ -90,7 +90,7 @@ METHODS: Mapping[str, Callable[[], Method]] = {
     "decorrelate": partial(Decorrelate, rank=2, every=2),
     "deepfocus": partial(DeepFocus, warmup=1),
     "dither": Dither,
-    "perforate": partial(Perforate, max_dendrites=1, patience=1, limit=2),
+    "perforate": partial(Perforate, where="*", max_dendrites=2, patience=1, limit=2),
     "spectral": partial(Spectral, rank=2, warmup=1, full_every=3, every=2, skip_head=False),
 }
 """The five methods, set to act within a few steps and able to work together."""

@@ -1,8 +1,10 @@
-"""When dendrites grow: phases of a whole model, driven by the validation scores that the user reports.
+"""When dendrites grow: at a step of the run, or by phases that validation scores drive.
 
-    neuron ── plateau ──► restore best ──► dendrite phase (perforated) ──► accept, zero row of w ──► neuron …
+    neuron ── step `grow_after` ──► (hybrid: dendrite phase) ──► all sets, rows of w zero ──► neuron, to the end
 
-A plateau ends a *cycle*: one dendrite set, tried once. A cycle without a new best score is undone, and tried again with
+    neuron ── plateau ──► restore best ──► (perforated, hybrid: dendrite phase) ──► accept, zero row of w ──► neuron …
+
+A plateau ends a *cycle*: one growth, tried once. A cycle without a new best score is undone, and tried again with
 new candidates; after `tries` of them the best state is restored for good.
 """
 
@@ -32,6 +34,8 @@ _THRESHOLDS = (1e-3, 1e-4, 0.0)
 _DEFAULT_PERIOD = 10_000
 _SILENT = 1000
 """Steps without a score after which a warning says that none has come."""
+_OVERFIT = 0.1
+"""Of the training score: how far it may be above the validation score."""
 _PLAIN = (
     *(
         "phase",
@@ -45,6 +49,7 @@ _PLAIN = (
         "improved",
         "since",
         "warned",
+        "overfits",
     ),
 )
 _PHASES = {"dendrite phase": "dendrite", "finished": "finished"}
@@ -63,6 +68,7 @@ class PerforateConductor(Conductor):
         attempt: failed cycles at the present number of dendrites.
         growths: cycles begun.
         improved: whether this cycle brought a new best score.
+        overfits: whether a training score was far above the validation score, which was said.
         marks: ``(step, report, event, dendrites)`` of every phase change, for a graph of the scores.
     """
 
@@ -78,7 +84,7 @@ class PerforateConductor(Conductor):
         self.reports = self.age = self.stale = self.quiet = self.attempt = self.growths = 0
         self.improved = False
         self.since = 0
-        self.warned = False
+        self.warned = self.overfits = False
         self.marks: list[tuple[int, int, str, int]] = []
         self._snapshot: dict[str, Tensor] | None = None
 
@@ -93,33 +99,62 @@ class PerforateConductor(Conductor):
 
     # What drives it.
 
-    def validated(self, score: float) -> None:
+    def validated(self, score: float, train: float | None = None) -> None:
         """One score; under data parallelism every rank reports, and the mean counts."""
         model = self._model()
         if model is None:
             return
         device = next(model.parameters()).device
         wide = torch.float32 if device.type == "mps" else torch.float64
+        if train is not None:
+            self._look_for_overfitting(score, train)
         score = float(ranks.mean(torch.tensor(score, dtype=wide, device=device)))
         self.reports += 1
         self.age += 1
-        if self.phase == "neuron":
+        if self._method.first_growth is not None:
+            self.best = score if self.best is None else max(self.best, score)
+        elif self.phase == "neuron":
             self._judge(score)
-        elif self.phase == "dendrite":
+        elif self.phase == "dendrite" and self._method.rule == "perforated":
             # Every layer is asked: each notes its own progress.
             better = [rule.improved() for rule in self._rules.values()]
             self.quiet = 0 if any(better) else self.quiet + 1
             if self.quiet >= self._method.candidate_patience or self.age >= self._method.candidate_limit:
                 self._accept()
 
+    def _look_for_overfitting(self, score: float, train: float) -> None:
+        if self.overfits or self.dendrites or train - score <= _OVERFIT * abs(train):
+            return
+        self.overfits = True
+        warnings.warn(
+            f"the training score, {train:.4g}, is far above the validation score, {score:.4g}: the network overfits, "
+            "and dendrites, which add capacity, will not help. Regularise it or give it more data, or leave Perforate "
+            "out.",
+            RetrogradeWarning,
+            stacklevel=4,
+        )
+
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Dendrite phase: nothing moves but the candidates, whichever optimizer steps."""
-        self._stage.before_step(optimizer)
+        rules = self._rules.values() if self._stage.lifts else ()
+        self._stage.before_step(optimizer, [p for rule in rules for p in rule.new_parameters()])
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Without scores, phases of a fixed length."""
+        """Growth at its step, and the end of a phase that ends by itself; without scores, phases of a fixed length."""
         self._stage.after_step()
-        if self.reports or self.phase == "finished":
+        if self.phase == "finished":
+            return
+        if self._method.rule == "hybrid" and self.phase == "dendrite":
+            # Ranks answer together.
+            if all(rule.ready() for rule in self._rules.values()):
+                self._accept()
+            return
+        first = self._method.first_growth
+        if first is not None:
+            if not self.dendrites and self._steps >= first:
+                self._grow()
+            return
+        if self.reports:
             return
         period = self._method.period
         if period is None and not self.warned and self._steps >= _SILENT:
@@ -127,7 +162,8 @@ class PerforateConductor(Conductor):
             warnings.warn(
                 f"Perforate has seen {self._steps} steps and no validation score: no dendrite has grown. While no "
                 f"score comes, its phases last {_DEFAULT_PERIOD} steps each, nothing is judged, and no state is "
-                "restored. Call session.validated(…) after each validation (higher is better), or set `period`.",
+                "restored. Say how long the run is, attach(…, steps=…), so that dendrites can grow at a share of it; "
+                "or call session.validated(…) after each validation (higher is better), or set `period`.",
                 RetrogradeWarning,
                 stacklevel=2,
             )
@@ -174,10 +210,18 @@ class PerforateConductor(Conductor):
         self._enter("dendrite", "dendrite phase")
 
     def _accept(self) -> None:
+        early = self._method.first_growth is not None
         for rule in self._rules.values():
             rule.grow(self.growths)
+            while early and not rule.full:
+                rule.grow(self.growths)
+            rule.end()
         self._stage.thaw()
-        self._stage.restart()
+        if early:
+            # Other parameters go on as they were; the new ones never had a gradient, so they have no moments.
+            self._stage.restart_rates()
+        else:
+            self._stage.restart()
         self._enter("neuron", f"{self.dendrites} dendrites")
 
     def _enter(self, phase: Phase, event: str) -> None:
@@ -213,19 +257,14 @@ class PerforateConductor(Conductor):
     def metrics(self) -> dict[str, Any]:
         """Phase, dendrites, cycles, phase marks, and what the run can cost at most.
 
-        ``bound`` is the largest number of reports until the method has finished; ``parameters_bound`` the parameters
-        that it can add, ``parameters_added`` those in use.
+        ``bound`` is the largest number of reports until the method has finished, where reports drive it;
+        ``parameters_bound`` the parameters that it can add, ``parameters_added`` those in use.
         """
         sizes = [
-            sum(value.numel() for value in dendrites.parameters(rule.layer, d).values())
-            for rule in self._rules.values()
-            for d in range(self._method.max_dendrites)
+            sum(p.numel() for p in s.parameters()) for rule in self._rules.values() for s in rule.growths
         ]
-        used = [
-            sum(value.numel() for value in dendrites.parameters(rule.layer, d).values())
-            for rule in self._rules.values()
-            for d in range(rule.active)
-        ]
+        used = [p.numel() for rule in self._rules.values() for p in rule.new_parameters()]
+        first = self._method.first_growth
         found = {
             "phase": self.phase,
             "marks": [
@@ -236,7 +275,7 @@ class PerforateConductor(Conductor):
             "cycles": float(self.growths),
             "attempt": float(self.attempt),
             "reports": float(self.reports),
-            "bound": float(self._method.bound()),
+            **({"bound": float(self._method.bound())} if first is None else {"grow_after": float(first)}),
             "parameters_added": float(sum(used)),
             "parameters_bound": float(sum(sizes)),
         }

@@ -1,11 +1,6 @@
-"""Dendrites on a layer: their parameters' names, their forward pass, and the plain layers that keep them.
+"""Dendrites on a layer: its class that computes with them, its state, and the plain layers that keep them.
 
-    z_d = M_d(x) + Σ_{e<d} V[d,e,:] ⊙ a_e        (1)
-    a_d = f(z_d)                                  (2)
-    y   = M(x) + Σ_d w[d,:] ⊙ a_d                 (3)
-
-Set d of a layer has the parameters ``dendrite_weight_d`` and ``dendrite_bias_d`` (M_d), ``dendrite_cascade_d`` (V[d],
-(d, C), none for d = 0) and ``dendrite_output_d`` (w[d], (C,)).
+The sets of a growth are a submodule, ``dendrites.g`` for the g-th, see `retrograde.methods.perforate.sets`.
 """
 
 from collections.abc import Callable
@@ -16,82 +11,16 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from retrograde.engine import ranks
 from retrograde.engine.maps.base import LayerKind, Map, kind_of, register_layer
 from retrograde.errors import StateError, TransformError
-from retrograde.maths.perforate import Activation, activate
+from retrograde.maths.perforate import Activation
+from retrograde.methods.perforate.sets import Dendrites, DendriteSets, Norm
 
-NAMES = ("weight", "bias", "cascade", "output")
 UNPACKED = "_retrograde_unpacked"
 """Marks an `nn.TransformerEncoder` that would pack padded batches, which its layers' fused kernels alone can take."""
-
-
-def name_of(part: str, index: int) -> str:
-    """Name of one parameter of set `index`."""
-    return f"dendrite_{part}_{index}"
-
-
-def allocate(layer: nn.Module, capacity: int, weight: Tensor, outputs: int, *, bias: bool) -> None:
-    """Register `capacity` sets, all zero."""
-    for d in range(capacity):
-        channels = weight.new_zeros(outputs)
-        parts = {
-            "weight": torch.zeros_like(weight),
-            "bias": channels if bias else None,
-            "cascade": weight.new_zeros(d, outputs) if d else None,
-            "output": channels.clone(),
-        }
-        for part, value in parts.items():
-            parameter = None if value is None else nn.Parameter(value.detach())
-            layer.register_parameter(name_of(part, d), parameter)
-
-
-def parameters(layer: nn.Module, index: int) -> dict[str, nn.Parameter]:
-    """The parameters of set `index` by part, without those that it lacks."""
-    found = {part: getattr(layer, name_of(part, index)) for part in NAMES}
-    return {part: value for part, value in found.items() if value is not None}
-
-
-def activations(
-    layer: nn.Module, x: Tensor, count: int, activation: Activation, map: Map, *, detached: bool
-) -> list[Tensor]:
-    """a_d of the first `count` sets, equations (1) and (2).
-
-    Args:
-        layer: carries the parameters.
-        x: what the layer multiplies.
-        count: dendrites in use.
-        activation: f.
-        map: how it multiplies.
-        detached: let no gradient through to x or to the dendrites' parameters.
-    """
-    values: list[Tensor] = []
-    x = x.detach() if detached else x
-    for d in range(count):
-        weight: Tensor = getattr(layer, name_of("weight", d))
-        bias: Tensor | None = getattr(layer, name_of("bias", d))
-        cascade: Tensor | None = getattr(layer, name_of("cascade", d))
-        if detached:
-            weight = weight.detach()
-            bias = None if bias is None else bias.detach()
-            cascade = None if cascade is None else cascade.detach()
-        z = map.forward(x, weight, bias)
-        if cascade is not None:
-            for e in range(d):
-                z = z + over_channels(cascade[e], map, z) * values[e]
-        values.append(activate(z, activation))
-    return values
-
-
-def add(layer: nn.Module, z: Tensor, values: list[Tensor], map: Map) -> Tensor:
-    """Equation (3), in the precision of z."""
-    for d, a in enumerate(values):
-        z = z + (over_channels(getattr(layer, name_of("output", d)), map, z) * a).to(z.dtype)
-    return z
-
-
-def over_channels(value: Tensor, map: Map, z: Tensor) -> Tensor:
-    """(C,) shaped to multiply a layer's output."""
-    return value.view(-1, *[1] * (-1 - map.axis(z)))
+_EARLIER = "dendrite_"
+"""What the keys of an earlier version's dendrites began with."""
 
 
 @dataclass
@@ -99,16 +28,76 @@ class State:
     """What a layer with dendrites keeps beside its parameters.
 
     Attributes:
-        count: sets in use; the others are all zero, and add nothing.
-        capacity: sets that there are parameters for.
+        growths: whose sets are in use; those of the others are all zero, and add nothing.
         activation: f.
         detached: in training, let no gradient through the dendrites.
     """
 
-    count: int
-    capacity: int
+    growths: int
     activation: Activation
     detached: bool
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "growths" not in state:
+            raise StateError(
+                "a layer with dendrites was pickled by an earlier version of retrograde, which kept each set in "
+                "parameters of its own. This version cannot read it: load the model with that version, or train anew."
+            )
+        self.__dict__.update(state)
+
+
+def growth(layer: nn.Module, index: int) -> DendriteSets:
+    """The sets of one growth."""
+    return cast(DendriteSets, cast(Any, layer).dendrites[index])
+
+
+def capacity(layer: nn.Module) -> int:
+    """Growths that there are parameters for."""
+    return len(cast(Any, layer).dendrites)
+
+
+def activations(layer: nn.Module, x: Tensor, count: int, activation: Activation, map: Map) -> list[Tensor]:
+    """a_e of every set of the first `count` growths, without a gradient."""
+    values: list[Tensor] = []
+    for index in range(count):
+        sets = growth(layer, index)
+        a = sets.activations(x, map, activation, values, detached=True, aside=True)
+        values += sets.split(a, map)
+    return values
+
+
+def add(
+    layer: nn.Module,
+    x: Tensor,
+    z: Tensor,
+    count: int,
+    activation: Activation,
+    map: Map,
+    *,
+    detached: bool,
+    aside: bool = False,
+) -> Tensor:
+    """Equations (1) to (3): z and what the first `count` growths add.
+
+    Args:
+        layer: carries the dendrites.
+        x: what the layer multiplies.
+        z: the layer's own product.
+        count: growths in use.
+        activation: f.
+        map: how the layer multiplies.
+        detached: let no gradient through to x or to the dendrites' parameters but w.
+        aside: see `Norm.normalised`.
+    """
+    values: list[Tensor] = []
+    cascades = any(growth(layer, index).cascade is not None for index in range(count))
+    for index in range(count):
+        sets = growth(layer, index)
+        a = sets.activations(x, map, activation, values, detached=detached, aside=aside)
+        z = sets.add(z, a, map)
+        if cascades:
+            values += sets.split(a, map)
+    return z
 
 
 class Dendritic(nn.Module):
@@ -120,6 +109,7 @@ class Dendritic(nn.Module):
     _dendrite_base: ClassVar[type[nn.Module]]
     _dendrite_kind: ClassVar[LayerKind]
     _dendrite_state: State
+    dendrites: Dendrites
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As of the plain layer, with the dendrites' sum added."""
@@ -128,10 +118,9 @@ class Dendritic(nn.Module):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, map: Map) -> Tensor:
         state = self._dendrite_state
         # A copy may be an average, whose parameters grow without a word.
-        count = state.count if "_retrograde" in self.__dict__ else state.capacity
-        detached = state.detached and self.training
-        found = activations(self, x, count, state.activation, map, detached=detached)
-        return add(self, map.forward(x, weight, bias), found, map)
+        count = state.growths if "_retrograde" in self.__dict__ else capacity(self)
+        z = map.forward(x, weight, bias)
+        return add(self, x, z, count, state.activation, map, detached=state.detached and self.training)
 
     def _load_from_state_dict(
         self,
@@ -143,29 +132,31 @@ class Dendritic(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        _refuse_earlier(state_dict, prefix)
+        mine, count = f"{prefix}dendrites.", 0
+        weights = [state_dict.get(f"{mine}{index}.weight") for index in range(capacity(self))]
+        if not any(key.startswith(mine) for key in state_dict):
+            if f"{prefix}{self._dendrite_kind.names(self)[0]}" in state_dict:
+                # The dendrites' own modules are loaded after this one, from the same dictionary.
+                for index in range(capacity(self)):
+                    state_dict.update(growth(self, index).blank(f"{mine}{index}."))
+        elif used := [i for i, weight in enumerate(weights) if weight is not None and _any(weight)]:
+            count = used[-1] + 1
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        mine, state = f"{prefix}dendrite_", self._dendrite_state
-        if any(key.startswith(mine) for key in state_dict):
-            state.count = in_use(self, state.capacity)
-        elif f"{prefix}{self._dendrite_kind.names(self)[0]}" in state_dict:
-            missing_keys[:] = [key for key in missing_keys if not key.startswith(mine)]
-            with torch.no_grad():
-                for d in range(state.capacity):
-                    for value in parameters(self, d).values():
-                        value.zero_()
-            state.count = 0
+        self._dendrite_state.growths = count
 
     def extra_repr(self) -> str:
         """The plain layer's, and the dendrites."""
         state = self._dendrite_state
-        return f"{super().extra_repr()}, dendrites={state.count}, activation={state.activation!r}"
+        sets = sum(growth(self, index).sets for index in range(state.growths))
+        return f"{super().extra_repr()}, dendrites={sets}, activation={state.activation!r}"
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise TransformError(
             f"torch.jit.script cannot compile a {self._dendrite_base.__name__} with dendrites: they are computed "
-            "set by set in ordinary Python. Use torch.export or torch.jit.trace, which take this model as it is."
+            "growth by growth in ordinary Python. Use torch.export or torch.jit.trace, which take this model as it is."
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -174,6 +165,22 @@ class Dendritic(nn.Module):
         kind = self._dendrite_kind.origin
         kind = None if _registered(self._dendrite_base) is kind else kind
         return _empty, (self._dendrite_base, kind), self.__dict__
+
+
+def _any(weight: Tensor) -> bool:
+    return bool(ranks.whole(weight).any())
+
+
+def _refuse_earlier(state_dict: dict[str, Any], prefix: str) -> None:
+    """Never load a state whose dendrites would be left out, or be taken for others."""
+    found = sorted(key for key in state_dict if key.startswith(f"{prefix}{_EARLIER}"))
+    if found:
+        raise StateError(
+            f"the state holds dendrites of an earlier version of retrograde ({found[0]!r} and {len(found) - 1} more): "
+            "each set had parameters of its own, without a norm and without a scale. This version keeps the sets of a "
+            f"growth together ({prefix}dendrites.0.weight) and cannot read them. Load the state with the version that "
+            "wrote it, or take the keys of its dendrites out, which leaves the plain layers."
+        )
 
 
 def _empty(plain: type[nn.Module], kind: LayerKind | None) -> nn.Module:
@@ -189,7 +196,7 @@ def _empty(plain: type[nn.Module], kind: LayerKind | None) -> nn.Module:
 
 
 # With the plain class itself allowed, `torch.load` with ``weights_only`` takes its layers with dendrites too.
-torch.serialization.add_safe_globals([State, _empty])
+torch.serialization.add_safe_globals([State, Dendrites, DendriteSets, Norm, _empty])
 
 
 def _registered(plain: type[nn.Module]) -> LayerKind | None:
@@ -234,44 +241,35 @@ class _DendriticKind(LayerKind):
 
         def extended(x: Tensor, weight: Tensor, bias: Tensor | None, map: Map) -> Tensor:
             state: State = layer._dendrite_state
-            found = activations(layer, x, state.capacity, state.activation, map, detached=state.detached)
-            return add(layer, product(x, weight, bias, map), found, map)
+            z, count = product(x, weight, bias, map), capacity(layer)
+            return add(layer, x, z, count, state.activation, map, detached=state.detached)
 
         return self._plain.forward(layer, extended, *args, **kwargs)
 
 
-def in_use(layer: nn.Module, capacity: int) -> int:
-    """Sets up to the last one that is not all zero."""
-    used = [d for d in range(capacity) if any(bool(value.any()) for value in parameters(layer, d).values())]
-    return used[-1] + 1 if used else 0
-
-
-def adopt(layer: nn.Module, kind: LayerKind, state: State) -> Dendritic:
-    """Make a layer with allocated sets one that computes with them."""
+def adopt(layer: nn.Module, kind: LayerKind, dendrites: Dendrites, state: State) -> Dendritic:
+    """Make a layer one that computes with dendrites."""
     layer.__class__ = dendritic(type(layer), kind)
     made = cast(Dendritic, layer)
+    made.dendrites = dendrites.train(layer.training)
     made._dendrite_state = state  # pyright: ignore[reportPrivateUsage]
     return made
 
 
 def fold(layer: Dendritic) -> nn.Module:
     """Make a copy with all its capacity into a plain layer, or into one with the sets that are in use."""
-    state = layer._dendrite_state  # pyright: ignore[reportPrivateUsage]
-    strip(layer, state.count)
-    state.capacity = state.count
-    if not state.count:
+    count = layer._dendrite_state.growths  # pyright: ignore[reportPrivateUsage]
+    if not count:
         restore(layer)
+        return layer
+    del layer.dendrites[count:]
+    for index in range(count):
+        growth(layer, index).fold()
     return layer
 
 
-def strip(layer: Dendritic, first: int) -> None:
-    """Take away the sets from `first` on."""
-    for d in range(first, layer._dendrite_state.capacity):  # pyright: ignore[reportPrivateUsage]
-        for part in NAMES:
-            delattr(layer, name_of(part, d))
-
-
 def restore(layer: Dendritic) -> None:
-    """Give the layer its plain class back."""
+    """Give the layer its plain class back, without dendrites."""
+    del layer.dendrites
     layer.__class__ = layer._dendrite_base  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
     del layer.__dict__["_dendrite_state"]

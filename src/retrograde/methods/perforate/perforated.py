@@ -33,7 +33,8 @@ class PerforatedRule(DendriteRule):
         self._pool = self._new_pool(attempt)
 
     def _new_pool(self, attempt: int) -> Pool:
-        drawn = [self._draw(self.active, attempt, j) for j in range(self._method.candidates)]
+        index = self.state.growths
+        drawn = [self._draw(index, attempt, j) for j in range(self._method.candidates)]
         # Adam's squares of a half-precision gradient would be zero.
         stacked = {part: wide(torch.stack([values[part] for values in drawn])) for part in drawn[0]}
         weight = stacked["weight"]
@@ -59,20 +60,16 @@ class PerforatedRule(DendriteRule):
         weight = self._pool.values["weight"]
         call.spend((2 * weight.shape[0] + self.active) * call.flops)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            activation, own = (
-                self._method.activation,
-                x.to(self.layer.get_parameter(dendrites.name_of("weight", 0))),
-            )
-            accepted = dendrites.activations(
-                self.layer, own, self.active, activation, call.map, detached=True
-            )
+            own = x.to(self.growths[0].weight.dtype)
+            count = self.state.growths if self._method.cascade else 0
+            accepted = dendrites.activations(self.layer, own, count, self._method.activation, call.map)
             self._pool.observe(call, x.to(weight), [a.to(weight) for a in accepted])
 
     def _follow(self) -> None:
         """The candidates where the layer is now, in its precision: a model may be moved or cast at any time."""
         if self._pool is None:
             return
-        mine, theirs = self._pool.values["weight"], wide(dendrites.parameters(self.layer, 0)["weight"])
+        mine, theirs = self._pool.values["weight"], wide(self.growths[0].weight)
         if (mine.dtype, mine.device) != (theirs.dtype, theirs.device):
             state, self._pool = self._pool.state_dict(), self._new_pool(0)
             self._pool.load_state_dict(state)
@@ -103,8 +100,7 @@ class PerforatedRule(DendriteRule):
             )
         score, values = pool.best()
         self.score, self._pool = float(score.max()), None
-        parts = dendrites.parameters(self.layer, self.active)
-        return {part: value for part, value in values.items() if part in parts}
+        return values
 
     def state_dict(self) -> dict[str, Any]:
         """What every rule keeps, and the candidates."""

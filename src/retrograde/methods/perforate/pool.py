@@ -12,7 +12,7 @@ from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.maths import perforate as maths
 from retrograde.maths.perforate import Activation, Moments, Sums
-from retrograde.methods.perforate.dendrites import over_channels
+from retrograde.methods.perforate.sets import over_channels
 
 _IMPROVEMENT = 1.1
 _NOISE_FLOOR = 0.01
@@ -78,7 +78,7 @@ class Pool:
             cascade = self.values["cascade"][j]
             z = map.forward(x, weight[j], None if bias is None else bias[j])
             for row, a_e in zip(cascade, accepted, strict=True):
-                z = z + over_channels(row, map, z) * a_e
+                z = z + over_channels(row, axis) * a_e
             a = _rows(maths.activate(z, self._activation), axis)
             self._sums.add_candidate(j, a, rows, self.moments)
             if not self.moments.steps:

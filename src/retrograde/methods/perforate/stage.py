@@ -2,10 +2,11 @@
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from retrograde.errors import RetrogradeWarning
@@ -25,11 +26,24 @@ class Stage:
         self._model = weakref.ref(model)
         self.learning = False
         self._pinned: dict[str, tuple[float | None, int | None]] = {}
-        self._seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]] = (
+        self._peaks: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]] = (
             weakref.WeakKeyDictionary()
         )
+        """The largest learning rate of each group so far."""
+        self._lifts: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[float]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """By how much new parameters learn faster than the group's rate; empty until the first step that they make."""
+        self._loaded: list[tuple[list[float], list[float] | None]] = []
+        """Peaks and lifts of a resumed run, for the optimizers in the order in which they step."""
+        self._before: list[tuple[nn.Parameter, Tensor, float]] = []
         self._fresh: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._restart = False
+
+    @property
+    def lifts(self) -> bool:
+        """Whether the learning rate of what has grown was restarted."""
+        return bool(self._lifts) or any(lifts is not None for _, lifts in self._loaded)
 
     # Phases.
 
@@ -44,16 +58,21 @@ class Stage:
         self.unpin()
         self._pinned = {}
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """No gradient in a dendrite phase; moments of weights that were replaced are forgotten."""
+    def before_step(self, optimizer: torch.optim.Optimizer, new: Sequence[nn.Parameter] = ()) -> None:
+        """No gradient in a dendrite phase; moments of weights that were replaced are forgotten.
+
+        Args:
+            optimizer: that is about to step.
+            new: parameters whose learning rate was restarted.
+        """
+        self._before = []
         model = self._model()
         mine = set[int]() if model is None else {id(parameter) for parameter in model.parameters()}
         if model is None or not any(
             id(p) in mine for group in optimizer.param_groups for p in group["params"]
         ):
             return
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._seen.setdefault(optimizer, rates)
+        self._note_rates(optimizer)
         if self._restart and optimizer not in self._fresh:
             self._fresh.add(optimizer)
             for parameter in [p for p in optimizer.state if id(p) in mine]:
@@ -61,21 +80,65 @@ class Stage:
         if self.learning:
             for parameter in model.parameters():
                 parameter.grad = None
+        elif new and optimizer in self._lifts:
+            self._keep(optimizer, {id(p) for p in new})
+
+    def _note_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if optimizer not in self._peaks and self._loaded:
+            peaks, lifts = self._loaded.pop(0)
+            if len(peaks) == len(rates):
+                self._peaks[optimizer] = peaks
+                if lifts is not None:
+                    self._lifts[optimizer] = lifts
+        peaks = self._peaks.get(optimizer, [])
+        # Groups may be added on the way.
+        peaks = [*peaks, *rates[len(peaks) :]][: len(rates)]
+        self._peaks[optimizer] = [max(pair) for pair in zip(peaks, rates, strict=True)]
+
+    def restart_rates(self) -> None:
+        """What is new from here on learns at the largest rate that its group has had, then as the schedule goes."""
+        for optimizer in self._peaks:
+            self._lifts[optimizer] = []
+
+    def _keep(self, optimizer: torch.optim.Optimizer, new: set[int]) -> None:
+        """The new parameters whose step has to be made longer, as they are before it."""
+        groups, peaks = optimizer.param_groups, self._peaks[optimizer]
+        if not self._lifts[optimizer]:
+            rates = [float(group["lr"]) for group in groups]
+            lifts = [peak / rate if rate > 0 else 1.0 for peak, rate in zip(peaks, rates, strict=True)]
+            self._lifts[optimizer] = lifts
+        for group, lift, peak in zip(groups, self._lifts[optimizer], peaks, strict=False):
+            rate = float(group["lr"])
+            factor = min(lift, peak / rate) if rate > 0 else 1.0
+            if factor > 1:
+                self._before += [
+                    (p, p.detach().clone(), factor)
+                    for p in group["params"]
+                    if id(p) in new and p.grad is not None
+                ]
 
     def restart(self) -> None:
         """Weights were replaced: each optimizer's moments go before its next step."""
         self._restart, self._fresh = True, weakref.WeakSet()
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """Optimizers that turn up from here on were loaded or made after the restart, and are left alone."""
-        self._restart = self._restart and any(o not in self._fresh for o in self._seen)
+        """Steps of parameters whose rate was restarted are made longer, which any rule linear in the rate allows.
+
+        Optimizers that turn up from here on were loaded or made after the restart of moments, and are left alone.
+        """
+        for parameter, before, factor in self._before:
+            parameter.copy_(before.add(parameter - before, alpha=factor))
+        self._before = []
+        self._restart = self._restart and any(o not in self._fresh for o in self._peaks)
 
     def warn_of_decay(self) -> None:
         """A plateau at a vanishing learning rate is none."""
         pairs = [
-            (float(group["lr"]), float(group.get("initial_lr", first)))
-            for optimizer, rates in self._seen.items()
-            for group, first in zip(optimizer.param_groups, rates, strict=False)
+            (float(group["lr"]), float(group.get("initial_lr", peak)))
+            for optimizer, peaks in self._peaks.items()
+            for group, peak in zip(optimizer.param_groups, peaks, strict=False)
         ]
         if pairs and all(now < _DECAYED * start for now, start in pairs):
             warnings.warn(
@@ -113,8 +176,14 @@ class Stage:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Phase, pinned norms, and whether a restart waits for the next step."""
-        return {"learning": self.learning, "pinned": dict(self._pinned), "restart": self._restart}
+        """Phase, pinned norms, learning rates, and whether a restart of moments waits for the next step."""
+        rates = [[list(peaks), self._lifts.get(optimizer)] for optimizer, peaks in self._peaks.items()]
+        return {
+            "learning": self.learning,
+            "pinned": dict(self._pinned),
+            "restart": self._restart,
+            "rates": rates or [[peaks, lifts] for peaks, lifts in self._loaded],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave: the model is frozen and pinned again if it was."""
@@ -128,3 +197,8 @@ class Stage:
         if self.learning:
             self._pin()
         self._restart, self._fresh = bool(state["restart"]), weakref.WeakSet()
+        self._peaks, self._lifts = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
+        self._loaded = [
+            (list(map(float, peaks)), None if lifts is None else list(map(float, lifts)))
+            for peaks, lifts in state["rates"]
+        ]
