@@ -18,7 +18,7 @@ METHODS: dict[str, Method] = {
     "exact": rg.Exact(),
     "dither": rg.Dither(),
     "deepfocus": rg.DeepFocus(warmup=4),
-    "decorrelate": rg.Decorrelate(every=4),
+    "decorrelate": rg.Decorrelate(rank=8, every=4),
     "perforate": rg.Perforate(where="*", period=5, max_dendrites=2),
     "spectral": rg.Spectral(warmup=4, every=4),
 }

@@ -28,7 +28,8 @@ class Coordinates:
             self.R = state["matrix"]
         else:
             basis, gain = state["basis"], state["gain"]
-            self.R = torch.eye(basis.shape[1]).to(basis) + basis @ torch.diag_embed(gain - 1) @ basis.mT
+            turned = torch.eye(basis.shape[1]).to(basis) + basis @ torch.diag_embed(gain - 1) @ basis.mT
+            self.R = state["scale"] * turned
         weight, bias = (layer._parameters.get(name) for name in self.names)
         self.shape = weight.shape
         A = self.map.matrix(weight.detach())

@@ -28,7 +28,7 @@ TRAINER, LIGHTNING, ACCELERATE, LOOP = (
 METHOD = "rg.Dither(scale=2.0)"
 METHODS = {
     "dither": METHOD,
-    "decorrelate": "rg.Decorrelate(every=4)",
+    "decorrelate": "rg.Decorrelate(rank=8, every=4)",
     "deepfocus": "rg.DeepFocus(warmup=4, p_max=0.5)",
     "perforate": "rg.Perforate(patience=1, limit=2, period=7)",
     "perforated": "rg.Perforate(rule='perforated', patience=2, limit=2, candidate_limit=2, period=7)",

@@ -13,7 +13,7 @@ from cases import seeded
 
 METHODS = {
     "dither": rg.Dither(),
-    "decorrelate": rg.Decorrelate(every=2),
+    "decorrelate": rg.Decorrelate(rank=8, every=2),
     "deepfocus": rg.DeepFocus(warmup=2),
     "perforate": rg.Perforate(period=3),
     "spectral": rg.Spectral(warmup=2, every=2),

@@ -134,7 +134,7 @@ def test_fitted_again_after_the_fold(tmp_path: Path) -> None:
 def test_closure_and_accumulation(tmp_path: Path) -> None:
     """Lightning computes gradients inside of the optimizer's step: methods that change them see them."""
     weights: list[Tensor] = []
-    for methods in ([], [RetrogradeCallback(rg.Decorrelate(mode="precondition", every=2))]):
+    for methods in ([], [RetrogradeCallback(rg.Decorrelate(mode="precondition", rank=8, every=2))]):
         torch.manual_seed(0)
         module = fit(make(tmp_path, *methods, accumulate_grad_batches=2))
         weights.append(module.net[0].weight.detach())

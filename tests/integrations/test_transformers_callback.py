@@ -314,7 +314,7 @@ def test_checkpoint_without_session(tmp_path: Path) -> None:
 
 def test_layers_that_a_forecast_declines(tmp_path: Path) -> None:
     """They are attached where they were in the checkpoint's run, whatever is forecast when it is resumed."""
-    methods = {"first": rg.Decorrelate(), "last": rg.Dither()}
+    methods = {"first": rg.Decorrelate(rank=8), "last": rg.Dither()}
     make(tmp_path, RetrogradeCallback(methods)).train()
     batch = {"x": torch.randn(4, 8), "labels": torch.zeros(4, dtype=torch.long)}
     model = Classifier()

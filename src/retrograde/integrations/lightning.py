@@ -91,13 +91,14 @@ class RetrogradeCallback(SessionCallback, Callback):
         self._scores, self._lacking, self._logged = 0, None, 0
         if self._methods is None:
             return
-        self._layers = _with_parameters(pl_module)
         try:
             self._attach(pl_module)
         except NoEffectError as error:
             raise NoEffectError(
                 f"{error} Layers that configure_model or setup make come later. {_LATER}"
             ) from error
+        # What a method itself gives a layer is of the session.
+        self._layers = _with_parameters(pl_module)
 
     def on_load_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]

@@ -47,9 +47,9 @@ gradient.
 
 Cost for each step, weight (o × d): 8·o·d·k operations and a copy of the weight, counted as 2·o·d·k more (full: 4·o·d²;
 precondition: 4·o·d·k), nothing for each row, so a layer's share of its own 6·n·o·d for n rows is 10k/6n. k is the
-largest that keeps it under `max_overhead`; a layer whose batches have too few rows for any is left as it is, with a
-warning. Every T steps, and less and less often where R settles, 4·n·d·k for the statistics of n rows (full: 4·n·d² +
-2·d³). Memory: the weights once more during a step.
+largest that keeps it under `max_overhead`, 4 to 32; in small batches 4 are more than that. Every T steps, and less and
+less often where R settles, 4·n·d·k for the statistics of n rows (full: 4·n·d² + 2·d³). Memory: the weights once more
+during a step.
 
 Suggested settings: the defaults with Adam at 1e-3. It helps most where inputs are correlated and nothing normalises
 them: multilayer perceptrons, networks without BatchNorm.
@@ -83,7 +83,7 @@ class Decorrelate(Method):
         mode: ``"lowrank"`` transforms the leading directions of the input, ``"full"`` learns the whole matrix (only for
             narrow layers), ``"precondition"`` transforms gradients alone.
         rank: k, leading directions; more than d counts as d. None takes, in each layer, as many as `max_overhead`
-            allows, 32 at most. Not in full mode.
+            allows, 4 to 32. Not in full mode.
         max_overhead: share of a layer's own work, by operations, that the method may add; without `rank`.
         every: T, steps between updates of R.
         longest: steps between them once they find nothing new; None is 16 T. Not in full mode.

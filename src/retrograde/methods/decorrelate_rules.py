@@ -4,7 +4,6 @@ The low-rank and the full mode change coordinates around the optimizer's step an
 changes gradients alone.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,7 +15,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Method, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
-from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.errors import OptionError
 from retrograde.maths import decorrelate
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
-_MOST = 32
+_MOST, _FEWEST = 32, 4
 """Directions, where no rank is given."""
 _CACHED = 2**16
 """Entries of a block."""
@@ -110,39 +109,30 @@ class DecorrelateRule(Rule):
                 setattr(self, name, value.to(like))
 
     def _affordable(self, step: Step) -> int:
-        """The most directions whose products and statistics keep to `max_overhead`; no more are tracked from now on."""
+        """The most directions whose products and statistics keep to `max_overhead`, four at least.
+
+        No more are tracked from now on.
+        """
         found = self.statistics
         if step.weight is None or not found.product or found.basis is None:
             return _MOST
         groups, d, tracked = found.basis.shape
         products = self.passes * step.weight.numel()
         statistics = _SLOW * 4 * found.spec.rows * groups * d / self._settings.every
-        k = int(self._settings.max_overhead * 3 * found.product / (products + statistics))
-        if not k:
-            warnings.warn(
-                "Decorrelate: a layer is left as it is: its batches have so few rows that any rank costs more than "
-                f"max_overhead={self._settings.max_overhead:g} of its time. Give larger batches, a larger max_overhead "
-                "(0.5, for instance), or a rank.",
-                RetrogradeWarning,
-                stacklevel=2,
-            )
+        k = max(_FEWEST, int(self._settings.max_overhead * 3 * found.product / (products + statistics)))
         k = k if k < 8 else k // 8 * 8
-        found.narrow(min(tracked, max(k, 1)))
+        k = min(k, tracked)
+        found.narrow(k)
         return k
 
-    def _leading(self, mean: Tensor | None, step: Step) -> "_Leading | None":
-        """Equations (2) and (3), of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None.
-
-        None where no direction is worth its cost.
-        """
+    def _leading(self, mean: Tensor | None, step: Step) -> "_Leading":
+        """Equations (2) and (3), of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None."""
         found = self.statistics
         assert found.basis is not None
         assert found.eigenvalues is not None
         assert found.variance is not None
         d, k = found.basis.shape[-2:]
         k = min(k, self._affordable(step) if self._settings.rank is None else self._settings.rank)
-        if not k:
-            return None
         basis, eigenvalues, variance = found.basis[..., :k], found.eigenvalues[:, :k], found.variance
         if mean is not None:
             rest = decorrelate.rest_variance(eigenvalues, variance, d)
@@ -327,9 +317,6 @@ class LowRankRule(CoordinateRule):
 
     def _learn(self, step: Step) -> None:
         found = self._leading(None if self._mean is not None else self.statistics.mean, step)
-        if found is None:
-            self._basis = self._gain = self._scaled = None
-            return
         self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
         self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
 
@@ -448,9 +435,7 @@ class PreconditionRule(DecorrelateRule):
     def _update(self, step: Step) -> None:
         assert self.statistics.mean is not None
         found = self._leading(self.statistics.mean, step)
-        self._basis = self._gain = None
-        if found is not None:
-            self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
+        self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
 
     def state_dict(self) -> dict[str, Any]:
         """U, g and γ too."""
