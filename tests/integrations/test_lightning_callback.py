@@ -293,7 +293,7 @@ def test_checkpoint_without_session(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_other_layers(checkpoint: Path, tmp_path: Path) -> None:
-    callback = RetrogradeCallback(rg.Perforate(period=3), skip="net.0")
+    callback = RetrogradeCallback(rg.Perforate(where="*", period=3), skip="net.0")
     with pytest.raises((StateError, RuntimeError), match=r"net\.0|other layers"):
         fit(make(tmp_path, callback, max_epochs=2), ckpt_path=checkpoint)
 
