@@ -382,7 +382,7 @@ def _tolerance(case: Program) -> float:
     return max(TOLERANCE[dtype] for dtype in through)
 
 
-_CANCELLED = 1e-3
+_CANCELLED = 1e-2
 """Of a loss of order one: gradients smaller than this throughout are sums that cancel."""
 
 
