@@ -233,7 +233,14 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
 
 
-ALL = (rg.Dither(), rg.Exact(), rg.Spectral(), rg.Decorrelate(rank=32), rg.DeepFocus(), rg.Perforate(where="*"))
+ALL = (
+    rg.Dither(),
+    rg.Exact(),
+    rg.Spectral(),
+    rg.Decorrelate(rank=32),
+    rg.DeepFocus(),
+    rg.Perforate(where="*"),
+)
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
