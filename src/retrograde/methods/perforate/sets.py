@@ -8,6 +8,7 @@ The outputs of the S·C channels lie as those of one wider layer: in each of the
 then those of the second. So the weights of all sets are one parameter, and nothing is put together in a step.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import cast
 
@@ -243,11 +244,19 @@ def over_channels(values: Tensor, axis: int) -> Tensor:
 
 
 def _output_dimension(map: Map, shape: tuple[int, ...]) -> int:
+    groups, outputs, d = _matrix_shape(map, shape)
     for dimension, size in enumerate(shape):
         wider = (*shape[:dimension], 2 * size, *shape[dimension + 1 :])
+        # More groups have more outputs, too.
         if map.outputs(wider) == 2 * map.outputs(shape):
-            return dimension
+            with contextlib.suppress(RuntimeError):
+                if _matrix_shape(map, wider) == (groups, 2 * outputs, d):
+                    return dimension
     raise ValueError(f"a weight of shape {shape} has no dimension along which {map} has its outputs")
+
+
+def _matrix_shape(map: Map, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map.matrix(torch.empty(shape, device="meta")).shape)
 
 
 def stacked(map: Map, shape: Sequence[int], sets: int) -> tuple[int, ...]:
@@ -258,6 +267,6 @@ def stacked(map: Map, shape: Sequence[int], sets: int) -> tuple[int, ...]:
 
 def fan_in(map: Map, shape: Sequence[int]) -> float:
     """Inputs that an output adds up, on average."""
-    matrix = map.matrix(torch.empty(tuple(shape), device="meta"))
-    places = map.per_output(torch.ones(matrix.shape[:2]), shape)
-    return matrix.shape[2] * float(places.mean())
+    groups, outputs, d = _matrix_shape(map, tuple(shape))
+    places = map.per_output(torch.ones(groups, outputs), shape)
+    return d * float(places.mean())
