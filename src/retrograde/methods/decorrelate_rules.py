@@ -48,20 +48,8 @@ class Settings:
     until: int | None
 
 
-@dataclass(frozen=True)
-class _Leading:
-    """R of equation (2): U (g, d, k), g (g, k) and γ."""
-
-    basis: Tensor
-    gain: Tensor
-    scale: float
-
-
 class DecorrelateRule(Rule):
     """What the three modes share: when to act, and what to measure."""
-
-    passes: ClassVar[float] = 0.0
-    """Operations of a step for each direction and entry of the weight."""
 
     def __init__(self, name: str, settings: Settings, rank: int | None) -> None:
         super().__init__(name)
@@ -108,39 +96,6 @@ class DecorrelateRule(Rule):
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(like))
 
-    def _affordable(self, step: Step) -> int:
-        """The most directions whose products and statistics keep to `max_overhead`, four at least.
-
-        No more are tracked from now on.
-        """
-        found = self.statistics
-        if step.weight is None or not found.product or found.basis is None:
-            return _MOST
-        groups, d, tracked = found.basis.shape
-        products = self.passes * step.weight.numel()
-        statistics = _SLOW * 4 * found.spec.rows * groups * d / self._settings.every
-        k = max(_FEWEST, int(self._settings.max_overhead * 3 * found.product / (products + statistics)))
-        k = k if k < 8 else k // 8 * 8
-        k = min(k, tracked)
-        found.narrow(k)
-        return k
-
-    def _leading(self, mean: Tensor | None, step: Step) -> "_Leading":
-        """Equations (2) and (3), of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None."""
-        found = self.statistics
-        assert found.basis is not None
-        assert found.eigenvalues is not None
-        assert found.variance is not None
-        d, k = found.basis.shape[-2:]
-        k = min(k, self._affordable(step) if self._settings.rank is None else self._settings.rank)
-        basis, eigenvalues, variance = found.basis[..., :k], found.eigenvalues[:, :k], found.variance
-        if mean is not None:
-            rest = decorrelate.rest_variance(eigenvalues, variance, d)
-            basis, eigenvalues = decorrelate.second_moment(mean, basis, eigenvalues, rest)
-            variance = variance + mean.square().mean(-1)
-        gain = decorrelate.gains(eigenvalues, self._settings.damping * variance)
-        return _Leading(basis.contiguous(), gain, decorrelate.scale(eigenvalues, gain, variance, d))
-
     def state_dict(self) -> dict[str, Any]:
         """When to act next, and the work counted so far."""
         return {"next": self._next, "overhead": self._overhead}
@@ -161,7 +116,7 @@ class CoordinateRule(DecorrelateRule):
         super().__init__(name, settings, rank)
         self._mean: Tensor | None = None
         self._before: Tensor | None = None
-        """Of A before the optimizer's step: what equation (7) needs."""
+        """A (g, o, d) before the optimizer's step."""
         self._shift: Tensor | None = None
         """``A μ`` then; None where no mean is taken away."""
 
@@ -175,12 +130,8 @@ class CoordinateRule(DecorrelateRule):
         """``G ← G Rᵀ`` for G (g, o, d), in place."""
         raise NotImplementedError
 
-    def _remember(self, matrix: Tensor) -> Tensor:
-        """What of A (g, o, d) `_advance` needs."""
-        raise NotImplementedError
-
     def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
-        """Equation (7), in place, where the optimizer kept this share of A."""
+        """Equation (7), in place, where the optimizer kept this share of A; `before` may be overwritten."""
         raise NotImplementedError
 
     def _vector_flops(self) -> float:
@@ -207,7 +158,7 @@ class CoordinateRule(DecorrelateRule):
             self._shift = matrix @ self._mean.unsqueeze(-1)
             rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
             gradient.baddbmm_(rows.unsqueeze(-1), self._mean.unsqueeze(-2), alpha=-1)
-        self._before = self._remember(matrix)
+        self._before = matrix.clone()
         self._rotate(gradient)
         _store(weight.grad, gradient, map)
         self._spend(step, 2 * weight.numel() / matrix.shape[-1] * self._vector_flops())
@@ -218,7 +169,7 @@ class CoordinateRule(DecorrelateRule):
         if self._before is None or step.weight is None or step.map is None:
             return
         matrix = _matrix(step.weight, step.map)
-        self._before = self._remember(matrix)
+        self._before = matrix.clone()
         if self._shift is not None and self._mean is not None:
             self._shift = matrix @ self._mean.unsqueeze(-1)
 
@@ -279,17 +230,70 @@ class CoordinateRule(DecorrelateRule):
         self._mean = state["mean"]
 
 
-class LowRankRule(CoordinateRule):
-    """Equations (2) and (3)."""
+class LeadingRule(DecorrelateRule):
+    """R of equations (2) and (3): U (g, d, k), g (g, k) and γ."""
+
+    passes: ClassVar[float] = 0.0
+    """Operations of a step for each direction and entry of the weight."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name, settings, settings.rank)
+        self._basis: Tensor | None = None
+        self._gain: Tensor | None = None
+        self._scale = 1.0
+
+    def _affordable(self, step: Step) -> int:
+        """The most directions whose products and statistics keep to `max_overhead`, four at least.
+
+        No more are tracked from now on.
+        """
+        found = self.statistics
+        if step.weight is None or not found.product or found.basis is None:
+            return _MOST
+        groups, d, tracked = found.basis.shape
+        products = self.passes * step.weight.numel()
+        statistics = _SLOW * 4 * found.spec.rows * groups * d / self._settings.every
+        k = max(_FEWEST, int(self._settings.max_overhead * 3 * found.product / (products + statistics)))
+        k = k if k < 8 else k // 8 * 8
+        k = min(k, tracked)
+        found.narrow(k)
+        return k
+
+    def _take(self, mean: Tensor | None, step: Step) -> None:
+        """Equations (2) and (3), of E[xxᵀ] when the `mean` is not taken away, of Cov when it is None."""
+        found = self.statistics
+        assert found.basis is not None
+        assert found.eigenvalues is not None
+        assert found.variance is not None
+        d, k = found.basis.shape[-2:]
+        k = min(k, self._affordable(step) if self._settings.rank is None else self._settings.rank)
+        basis, eigenvalues, variance = found.basis[..., :k], found.eigenvalues[:, :k], found.variance
+        if mean is not None:
+            rest = decorrelate.rest_variance(eigenvalues, variance, d)
+            basis, eigenvalues = decorrelate.second_moment(mean, basis, eigenvalues, rest)
+            variance = variance + mean.square().mean(-1)
+        self._basis = basis.contiguous()
+        self._gain = decorrelate.gains(eigenvalues, self._settings.damping * variance)
+        self._scale = decorrelate.scale(eigenvalues, self._gain, variance, d)
+
+    def state_dict(self) -> dict[str, Any]:
+        """U, g and γ too."""
+        return {**super().state_dict(), "basis": self._basis, "gain": self._gain, "scale": self._scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._basis, self._gain, self._scale = state["basis"], state["gain"], float(state["scale"])
+
+
+class LowRankRule(LeadingRule, CoordinateRule):
+    """Coordinates of that R."""
 
     passes = 10.0
     """Eight, and as much again as two for the copy of the weights."""
 
     def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name, settings, rank=settings.rank)
-        self._basis: Tensor | None = None
-        self._gain: Tensor | None = None
-        self._scale = 1.0
+        super().__init__(name, settings)
         self._scaled: Tensor | None = None
         """``U diag(g − 1)``."""
 
@@ -300,9 +304,6 @@ class LowRankRule(CoordinateRule):
         assert self._basis is not None
         assert self._scaled is not None
         gradient.baddbmm_(gradient @ self._scaled, self._basis.mT, beta=self._scale, alpha=self._scale)
-
-    def _remember(self, matrix: Tensor) -> Tensor:
-        return matrix.clone()
 
     def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
         # A + s R = P + (γ − 1) s + γ s U diag(g − 1) Uᵀ for the step s = P − kept · A.
@@ -316,9 +317,14 @@ class LowRankRule(CoordinateRule):
             now.baddbmm_(turned, self._basis.mT, alpha=self._scale)
 
     def _learn(self, step: Step) -> None:
-        found = self._leading(None if self._mean is not None else self.statistics.mean, step)
-        self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
-        self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
+        self._take(None if self._mean is not None else self.statistics.mean, step)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        if self._basis is None or self._gain is None:
+            self._scaled = None
+        else:
+            self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
 
     def _vector_flops(self) -> float:
         # Of each of the gradient and the step 4·d·k.
@@ -337,17 +343,10 @@ class LowRankRule(CoordinateRule):
         own = {"rank": self._gain.shape[-1], "scale": self._scale, "period": self.statistics.period}
         return {**super().metrics(), **own}
 
-    def state_dict(self) -> dict[str, Any]:
-        """U, g and γ too."""
-        return {**super().state_dict(), "basis": self._basis, "gain": self._gain, "scale": self._scale}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
-        self._basis, self._gain, self._scale = state["basis"], state["gain"], float(state["scale"])
-        self._scaled = None
-        if self._basis is not None and self._gain is not None:
-            self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
+        self._weigh()
 
 
 class FullRule(CoordinateRule):
@@ -363,9 +362,6 @@ class FullRule(CoordinateRule):
     def _rotate(self, gradient: Tensor) -> None:
         assert self._matrix is not None
         gradient.copy_(gradient @ self._matrix.mT)
-
-    def _remember(self, matrix: Tensor) -> Tensor:
-        return matrix.clone()
 
     def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
         assert self._matrix is not None
@@ -408,16 +404,10 @@ class FullRule(CoordinateRule):
         self._matrix = state["matrix"]
 
 
-class PreconditionRule(DecorrelateRule):
+class PreconditionRule(LeadingRule):
     """The gradient alone."""
 
     passes = 4.0
-
-    def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name, settings, settings.rank)
-        self._basis: Tensor | None = None
-        self._gain: Tensor | None = None
-        self._scale = 1.0
 
     @torch.no_grad()
     def grad(self, step: Step) -> None:
@@ -434,17 +424,7 @@ class PreconditionRule(DecorrelateRule):
 
     def _update(self, step: Step) -> None:
         assert self.statistics.mean is not None
-        found = self._leading(self.statistics.mean, step)
-        self._basis, self._gain, self._scale = found.basis, found.gain, found.scale
-
-    def state_dict(self) -> dict[str, Any]:
-        """U, g and γ too."""
-        return {**super().state_dict(), "basis": self._basis, "gain": self._gain, "scale": self._scale}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        super().load_state_dict(state)
-        self._basis, self._gain, self._scale = state["basis"], state["gain"], float(state["scale"])
+        self._take(self.statistics.mean, step)
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
