@@ -1,6 +1,8 @@
 """Layers with dendrites: what their test files share."""
 
+import io
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -93,3 +95,28 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: in
         optimizer.zero_grad()
         torch.sin(model(batch(shape, seed=100 + step).requires_grad_())).square().mean().backward()
         optimizer.step()
+
+
+def stopped(
+    made: Callable[[], Any], train: Callable[..., set[str]], stop: int, total: int
+) -> tuple[Any, Any, set[str]]:
+    """A whole run, one that was stopped and taken up by new objects from saved states, and the phases of the whole.
+
+    Args:
+        made: what a run is made of: model, optimizer, session and more, all with a state.
+        train: given these, the first step and the one after the last; returns the phases that it saw.
+        stop: the step at which the second run stops.
+        total: steps of a run.
+    """
+    whole, first = made(), made()
+    phases = train(*whole, 0, total)
+    train(*first, 0, stop)
+    saved = io.BytesIO()
+    torch.save([part.state_dict() for part in first], saved)
+    saved.seek(0)
+    torch.manual_seed(99)  # a new process has another random state
+    second = made()
+    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(*second, stop, total)
+    return whole, second, phases

@@ -37,7 +37,7 @@ from cases import (
     seeded,
     transposed,
 )
-from dendrite_cases import KINDS, conductor, first_edition, grow, rule, run
+from dendrite_cases import KINDS, conductor, first_edition, grow, rule, run, stopped
 from retrograde.engine.layers import AttachedLayer
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, TransformError
 from retrograde.methods.perforate import Perforate
@@ -1037,17 +1037,7 @@ def test_resumes_bit_for_bit(stop: int, learning: Any) -> None:
             phases.add(conductor(session).phase)
         return phases
 
-    whole, first = made(), made()
-    phases = train(*whole, 0, total)
-    train(*first, 0, stop)
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in first], saved)
-    saved.seek(0)
-    torch.manual_seed(99)  # a new process has another random state
-    second = made()
-    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    train(*second, stop, total)
+    whole, second, phases = stopped(made, train, stop, total)
     assert_bitwise(second[0].state_dict(), whole[0].state_dict())
     assert second[2].metrics() == whole[2].metrics()
     assert conductor(second[2]).marks == conductor(whole[2]).marks

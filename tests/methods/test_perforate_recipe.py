@@ -1,7 +1,6 @@
 """Perforate as it is by default: sets of one growth by one product, with a norm, a scaled start, early in the run."""
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,7 @@ from cases import (
     program,
     seeded,
 )
-from dendrite_cases import KINDS, conductor, rule, run
+from dendrite_cases import KINDS, conductor, rule, run, stopped
 from retrograde.engine import ranks
 from retrograde.errors import OptionError, RetrogradeWarning, StateError
 from retrograde.maths.perforate import correlations
@@ -712,17 +711,7 @@ def test_resumes_bit_for_bit(stop: int, learning: Any) -> None:
             phases.add(conductor(session).phase)
         return phases
 
-    whole, first = made(), made()
-    phases = train(*whole, 0, total)
-    train(*first, 0, stop)
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in first], saved)
-    saved.seek(0)
-    torch.manual_seed(99)  # a new process has another random state
-    second = made()
-    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    train(*second, stop, total)
+    whole, second, phases = stopped(made, train, stop, total)
     assert_bitwise(second[0].state_dict(), whole[0].state_dict())
     assert second[2].metrics() == whole[2].metrics()
     assert conductor(whole[2]).dendrites == 3

@@ -15,12 +15,12 @@ from torch import Tensor
 from retrograde.engine import ranks
 from retrograde.engine.maps.base import LayerKind, map_of, spread, wide
 from retrograde.engine.slots import Call, Site
-from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.errors import RetrogradeWarning
 from retrograde.kernels.delta import Delta
 from retrograde.maths.perforate import activate, climb, correlations
 from retrograde.methods.perforate import dendrites
 from retrograde.methods.perforate.rule import DendriteRule
-from retrograde.methods.perforate.sets import over_channels
+from retrograde.methods.perforate.sets import cascaded, rows_of
 
 if TYPE_CHECKING:
     from retrograde.methods.perforate import Perforate
@@ -62,14 +62,7 @@ class HybridRule(DendriteRule):
         rows = self._method.fit_rows
         if self._pairs is None or self._kept >= rows or not call.delta.numel():
             return
-        if not call.saved:
-            raise OptionError(
-                f"the start of the dendrites of layer {self.name!r} is fitted to the layer's input in the backward "
-                "pass, and it was not kept: its weight was frozen after attaching. Leave the layer out with "
-                "Perforate(where=…), or use rule='gradient'."
-            )
-        if not bool(torch.isfinite(call.delta).all()):
-            call.counters.fallbacks += 1
+        if not self._readable(call, f"the start of the dendrites of layer {self.name!r} is fitted to"):
             return
         x, found = self._some(call, min(rows // _CALLS + 1, rows - self._kept))
         if self._pairs and x.shape[1:] != self._pairs[0][0].shape[1:]:
@@ -126,7 +119,8 @@ class HybridRule(DendriteRule):
             )
         ]
         axis = map.axis(delta)
-        target = _rows(sets.repeated(delta, axis), axis)
+        earlier = [sets.repeated(a, axis) for a in earlier]
+        target = rows_of(sets.repeated(delta, axis), axis)
         learnt = {
             part: values[part].to(x).clone() for part in ("weight", "bias", "cascade") if part in values
         }
@@ -136,9 +130,7 @@ class HybridRule(DendriteRule):
 
         def pre_activation() -> Tensor:
             z = map.forward(x, learnt["weight"], None if sets.norm is not None else learnt.get("bias"))
-            for row, a in zip(learnt.get("cascade", ()), earlier, strict=False):
-                z = z + over_channels(row, axis) * sets.repeated(a, axis)
-            return _rows(z, axis)
+            return rows_of(cascaded(z, learnt.get("cascade", ()), earlier, axis), axis)
 
         def score() -> Tensor:
             z = pre_activation()
@@ -173,8 +165,3 @@ class HybridRule(DendriteRule):
         name, numbers = state["made_by"]
         self._made_by = str(name), tuple(map(int, numbers))
         self._kept, self._began = int(state["kept"]), int(state["began"])
-
-
-def _rows(values: Tensor, axis: int) -> Tensor:
-    """(p, channels)."""
-    return values.movedim(axis, -1).reshape(-1, values.shape[axis])

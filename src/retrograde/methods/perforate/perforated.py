@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrograde.engine.maps.base import LayerKind, wide
 from retrograde.engine.slots import Call, Site, Step
-from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.errors import RetrogradeWarning
 from retrograde.kernels.delta import Delta
 from retrograde.methods.perforate import dendrites
 from retrograde.methods.perforate.pool import Pool
@@ -46,17 +46,11 @@ class PerforatedRule(DendriteRule):
         super().observe(call, delta)
         if self._pool is None or not self.stage.learning or not call.delta.numel():
             return
-        if not call.saved:
-            raise OptionError(
-                f"candidate dendrites of layer {self.name!r} need the layer's input in the backward pass, and it was "
-                "not kept: its weight was frozen after attaching. Leave the layer out with Perforate(where=…), or use "
-                "rule='gradient'."
-            )
+        readable = self._readable(call, f"candidate dendrites of layer {self.name!r} need")
         self._follow()
-        x = call.saved[0]
-        if not bool(torch.isfinite(call.delta).all()):
-            call.counters.fallbacks += 1
+        if not readable:
             return
+        x = call.saved[0]
         weight = self._pool.values["weight"]
         call.spend((2 * weight.shape[0] + self.active) * call.flops)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

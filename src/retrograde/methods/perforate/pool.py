@@ -12,7 +12,7 @@ from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.maths import perforate as maths
 from retrograde.maths.perforate import Activation, Moments, Sums
-from retrograde.methods.perforate.sets import over_channels
+from retrograde.methods.perforate.sets import cascaded, rows_of
 
 _IMPROVEMENT = 1.1
 _NOISE_FLOOR = 0.01
@@ -70,16 +70,16 @@ class Pool:
         weight, map = self.values["weight"], call.map
         delta = call.delta.to(weight.dtype)
         axis = map.axis(delta)
-        rows = _rows(delta, axis)
+        rows = rows_of(delta, axis)
         self._sums.add_delta(rows, self.moments)
         direction = self.moments.direction()
         bias = self.values.get("bias")
         for j in range(weight.shape[0]):
             cascade = self.values["cascade"][j]
-            z = map.forward(x, weight[j], None if bias is None else bias[j])
-            for row, a_e in zip(cascade, accepted, strict=True):
-                z = z + over_channels(row, axis) * a_e
-            a = _rows(maths.activate(z, self._activation), axis)
+            z = cascaded(
+                map.forward(x, weight[j], None if bias is None else bias[j]), cascade, accepted, axis
+            )
+            a = rows_of(maths.activate(z, self._activation), axis)
             self._sums.add_candidate(j, a, rows, self.moments)
             if not self.moments.steps:
                 continue  # no sign is known yet: the first batch only primes the means
@@ -87,7 +87,7 @@ class Pool:
             if bias is not None:
                 self._gradient["bias"][j] += g.sum(0)
             for e, a_e in enumerate(accepted):
-                self._gradient["cascade"][j, e] += (g * _rows(a_e, axis)).sum(0)
+                self._gradient["cascade"][j, e] += (g * rows_of(a_e, axis)).sum(0)
             at_z = Delta(g.view(z.movedim(axis, -1).shape).movedim(-1, axis))
             self._gradient["weight"][j] += map.weight_grad(Products(at_z, wanted=1), x, weight[j]).value
 
@@ -157,8 +157,3 @@ class Pool:
         self._sums = Sums(*map(here, state["sums"]))
         self.moments = Moments(**{name: here(value) for name, value in state["moments"].items()})
         self._reference, self._updates = here(state["reference"]), int(state["updates"])
-
-
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    """The channels of `axis` last, all else flattened: (p, C)."""
-    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis])

@@ -11,7 +11,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import LayerKind, Map
 from retrograde.engine.slots import Call, Rule, Site, Step
 from retrograde.engine.statistics import StatisticsSpec
-from retrograde.errors import NoEffectError, RetrogradeWarning
+from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
 from retrograde.kernels.delta import Delta
 from retrograde.maths.perforate import normal, output_scale
 from retrograde.maths.philox import key_of, mix_key
@@ -164,6 +164,26 @@ class DendriteRule(Rule):
         """Count the dendrites' own products."""
         if active := self.active:
             call.spend((1 if self.detached else 3) * active * call.flops)
+
+    def _readable(self, call: Call, need: str) -> bool:
+        """Whether a dendrite phase can learn from the input and the error of a call; errors must be finite.
+
+        Args:
+            call: in the backward pass.
+            need: what wants the layer's input, for the message.
+
+        Raises:
+            OptionError: the input was not kept.
+        """
+        if not call.saved:
+            raise OptionError(
+                f"{need} the layer's input in the backward pass, and it was not kept: its weight was frozen after "
+                "attaching. Leave the layer out with Perforate(where=…), or use rule='gradient'."
+            )
+        if bool(torch.isfinite(call.delta).all()):
+            return True
+        call.counters.fallbacks += 1
+        return False
 
     # Around the step, and when folding.
 

@@ -9,7 +9,7 @@ then those of the second. So the weights of all sets are one parameter, and noth
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -173,8 +173,7 @@ class DendriteSets(nn.Module):
         z = map.forward(x, weight, bias)
         axis = map.axis(z)
         if cascade is not None:
-            for row, a in zip(cascade, earlier, strict=True):
-                z = z + over_channels(row, axis) * self.repeated(a, axis)
+            z = cascaded(z, cascade, [self.repeated(a, axis) for a in earlier], axis)
         if self.norm is not None:
             z = self.norm.normalised(z, axis, aside=aside)
         return activate(z, activation)
@@ -241,6 +240,18 @@ class Dendrites(nn.ModuleList):
 def over_channels(values: Tensor, axis: int) -> Tensor:
     """(C,) shaped to multiply what has its channels along a negative `axis`."""
     return values.view(-1, *[1] * (-1 - axis))
+
+
+def cascaded(z: Tensor, weights: Iterable[Tensor], earlier: Sequence[Tensor], axis: int) -> Tensor:
+    """``z + Σ_e V[e] ⊙ a_e`` of equation (1), for a_e as wide as z."""
+    for row, a in zip(weights, earlier, strict=True):
+        z = z + over_channels(row, axis) * a
+    return z
+
+
+def rows_of(values: Tensor, axis: int) -> Tensor:
+    """The channels of `axis` last, all else flattened: (p, channels)."""
+    return values.movedim(axis, -1).reshape(-1, values.shape[axis])
 
 
 def _output_dimension(map: Map, shape: tuple[int, ...]) -> int:
