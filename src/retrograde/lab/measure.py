@@ -1,5 +1,7 @@
 """Figures of a model outside the timed loop: accuracy, dense FLOPs of a step, saved bytes, peak memory."""
 
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +24,33 @@ _EVALUATION_BATCH = 512
 
 def evaluate(model: nn.Module, split: Split, device: torch.device, precision: str) -> dict[str, float]:
     """Mean loss and accuracy over a split, in eval mode."""
-    was_training = model.training
-    model.eval()
     loss, correct, count = 0.0, 0, 0
-    with torch.no_grad(), autocast(device, precision):
-        for inputs, targets in evaluation_batches(split, _EVALUATION_BATCH):
-            x, y = inputs.to(device), targets.to(device)
-            logits = model(x).float()
+    with _answers(model, split, device, precision) as answers:
+        for logits, y in answers:
             loss += float(loss_of(logits, y)) * y.numel()
             correct += int((logits.argmax(-1) == y).sum())
             count += y.numel()
-    model.train(was_training)
     return {"loss": loss / count, "accuracy": correct / count}
 
 
 def auc(model: nn.Module, split: Split, device: torch.device, precision: str) -> float:
     """Area under the ROC curve over a split, in eval mode; of more than two classes each against the rest."""
+    with _answers(model, split, device, precision) as answers:
+        logits = torch.cat([logits.cpu() for logits, _ in answers])
+    return auc_of(logits, split.targets)
+
+
+@contextmanager
+def _answers(
+    model: nn.Module, split: Split, device: torch.device, precision: str
+) -> Generator[Iterator[tuple[Tensor, Tensor]]]:
+    """Within: logits and labels of each batch of a split, in eval mode."""
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast(device, precision):
-        parts = [model(x.to(device)).float().cpu() for x, _ in evaluation_batches(split, _EVALUATION_BATCH)]
+        batches = evaluation_batches(split, _EVALUATION_BATCH)
+        yield ((model(inputs.to(device)).float(), targets.to(device)) for inputs, targets in batches)
     model.train(was_training)
-    return auc_of(torch.cat(parts), split.targets)
 
 
 def auc_of(logits: Tensor, y: Tensor) -> float:
