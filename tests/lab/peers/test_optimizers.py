@@ -10,7 +10,7 @@ from retrograde.errors import MissingPackageError, OptionError
 from retrograde.lab import peers
 
 RATE = 0.01
-ALL = ["asam", "galore", "muon", "psgd", "sam", "schedule-free", "shampoo", "soap"]
+ALL = ["asam", "galore", "mud", "muon", "psgd", "sam", "schedule-free", "shampoo", "soap"]
 OPTIONS = {
     "galore": {"rank": 3, "interval": 2},
     "shampoo": {"interval": 2, "start": 2},
@@ -141,8 +141,31 @@ def test_muon_update_is_near_orthogonal_and_torchs_own():
     for g in gradients:
         theirs.grad = g.clone()
         optimizer.step()
-    # The iteration runs in bfloat16 in both.
+    # The iteration runs in bfloat16 in torch's.
     torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0.03 * RATE)
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (12, 3), (5, 5)])
+def test_mud_solves_the_lower_triangle_of_the_rows_gram_matrix(shape):
+    torch.manual_seed(0)
+    gradient = torch.randn(shape)
+    ours = matrix_step("mud", [gradient])
+    tall = shape[0] > shape[1]
+    rows = (gradient.mT if tall else gradient).double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    q = torch.linalg.inv((rows @ rows.mT).tril()) @ rows
+    q = q / q.norm(dim=1, keepdim=True)
+    expected = -RATE * 0.2 * max(shape) ** 0.5 * (q.mT if tall else q)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mud_leaves_rows_of_zeros_at_zero():
+    gradient = torch.randn(4, 6)
+    gradient[2] = 0
+    step = matrix_step("mud", [gradient])
+    assert step.isfinite().all()
+    assert (step[2] == 0).all()
+    assert (step[[0, 1, 3]].norm(dim=1) > 0).all()
 
 
 def test_muon_flattens_convolutions_and_leaves_head_and_vectors_to_adam():
