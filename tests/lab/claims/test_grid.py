@@ -253,27 +253,54 @@ def test_equal_seconds_after_a_search_and_an_interruption(
 
 
 def test_the_pace_is_timed_in_turns_and_leaves_nothing(tmp_path: Path, steps: list[Recipe]) -> None:
-    claim = small(recipe={**RECIPE, "epochs": 3})
+    claim = small(recipe={**RECIPE, "epochs": 20})
     cells = [Cell(name, claim.recipe_of(name), tmp_path / name) for name in claim.contestants]
     seconds, whole = pace(cells, 20, None, lambda: False)
-    assert whole == 3 * STEPS
+    assert whole == 20 * STEPS
     assert list(seconds) == ["plain", "decayed"]
     assert all(0 < value < 1 for value in seconds.values())
     assert [made.weight_decay for made in steps] == [0.0, 0.0, 0.3, 0.3] * 10
     assert list(tmp_path.iterdir()) == []
 
 
+def test_short_runs_are_timed_over_as_few_steps(tmp_path: Path, steps: list[Recipe]) -> None:
+    claim = small(recipe={**RECIPE, "epochs": 1})
+    cells = [Cell(name, claim.recipe_of(name), tmp_path / name) for name in claim.contestants]
+    assert pace(cells, 1000, None, lambda: False)[1] == STEPS
+    assert len(steps) == 10 * max(1, STEPS // 10) * len(cells)
+
+
+def test_a_step_is_timed_with_the_threads_that_runs_will_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def fake(*arguments: Any) -> tuple[dict[str, float], int]:
+        found.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid_module, "pace", fake)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Grid(small(equal="seconds", seeds=1), Places(tmp_path, jobs=2)).run()
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert found == [2]
+
+
 def test_an_interrupted_timing_is_timed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[Recipe]
 ) -> None:
-    monkeypatch.setattr(grid_module, "PACE_STEPS", 20)
     claim = small(equal="seconds", seeds=1)
     with pytest.raises(KeyboardInterrupt):
         Grid(claim, Places(tmp_path)).run(stop=stop_after(7))
     steps.clear()
     result = run(claim, tmp_path)
     assert result.figures("plain", "steps") == [STEPS]
-    assert len(steps) == 40 + STEPS + int(result.figures("decayed", "steps")[0] or 0)
+    assert len(steps) == 20 + STEPS + int(result.figures("decayed", "steps")[0] or 0)
 
 
 # Several processes.

@@ -125,14 +125,17 @@ def pace(
 ) -> tuple[dict[str, float], int]:
     """Seconds of a step of each variant, and the steps of the first one's whole run.
 
-    They run `steps` steps in ten turns, of which the second half counts: methods warm up. The median of what a turn
+    They run `steps` steps, or the first one's own where it has fewer, in ten turns, of which the second half counts:
+    methods warm up. The median of what a turn
     takes over the first variant's own turn beside it: a machine that is disturbed for a while is so for all. The data
     sets that it loads are added to `sets`.
     """
     sets = {} if sets is None else sets
     trainers: dict[str, Trainer] = {}
+    first = _trained(cells[0])
+    whole = first.length(_load(first, data_dir, sets))
+    part = max(1, min(steps, whole) // _TURNS)
     for cell in cells:
-        part = max(1, steps // _TURNS)
         recipe = _trained(cell)
         short = recipe.model_copy(
             update={"limit": recipe.batch_size * part, "epochs": _TURNS, "steps": None, "evaluations": 1}
@@ -146,12 +149,12 @@ def pace(
         turns[cell.name] = [(b.seconds - a.seconds) / (b.step - a.step) for a, b in counted]
         trainers[cell.name].close()
         shutil.rmtree(cell.folder)
-    first, base = _trained(cells[0]), turns[cells[0].name]
+    base = turns[cells[0].name]
     found = {
         name: median(base) * median(ours / theirs for ours, theirs in zip(mine, base, strict=True))
         for name, mine in turns.items()
     }
-    return found, first.length(_load(first, data_dir, sets))
+    return found, whole
 
 
 def seconds_of_seed(

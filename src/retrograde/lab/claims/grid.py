@@ -1,6 +1,8 @@
 """The whole grid of a claim: searches, an equal time where it is asked for, then every seed; resumable at any point."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,6 +111,11 @@ class Grid:
         run_all(seeds, self.places.jobs, state, stop)
         return self._sum_up(changes, quick=quick, command=command)
 
+    @property
+    def _threads(self) -> int:
+        """Of each job."""
+        return max(1, torch.get_num_threads() // self.places.jobs)
+
     def cells(self, seed: int, changes: dict[str, dict[str, Any]]) -> tuple[Cell, ...]:
         """The runs of one seed, with what the searches found."""
         return tuple(self.cell(name, seed, changes[name]) for name in self.claim.contestants)
@@ -136,7 +143,8 @@ class Grid:
             cells = [
                 Cell(name, recipe, self.places.folder / "pace" / name) for name, recipe in recipes.items()
             ]
-            seconds, steps = pace(cells, PACE_STEPS, self.places.data_dir, stop)
+            with _threads(self._threads):
+                seconds, steps = pace(cells, PACE_STEPS, self.places.data_dir, stop)
             files.write_json(path, {"step_seconds": seconds, "steps": steps})
         timed = files.read_json(path)
         whole: float = timed["steps"] * timed["step_seconds"][self.claim.baseline]
@@ -178,7 +186,7 @@ class Grid:
             command=command,
             machine=machine.describe(_device(claim.recipe_of(claim.baseline))),
             jobs=self.places.jobs,
-            threads=max(1, torch.get_num_threads() // self.places.jobs),
+            threads=self._threads,
             seeds=list(range(claim.seeds)),
             equal=claim.equal,
             target=claim.target,
@@ -196,6 +204,17 @@ class Grid:
             runs=runs,
         )
         return complete(result, claim.checks)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Time as jobs will run: work that does not use several threads is cheaper beside the rest with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _label(recipe: Recipe | Experiment, name: str) -> str:
