@@ -14,7 +14,7 @@ from statistics import fmean
 from make_performance import is_stale
 
 from retrograde.lab.claims import wording
-from retrograde.lab.claims.result import Result, read_result
+from retrograde.lab.claims.result import Result, read_result, targets_of
 
 ROOT = Path(__file__).parent.parent
 CLAIM = "decorrelate/cifar10-mlp"
@@ -69,9 +69,9 @@ def row(result: Result, name: str, y: float, length: float) -> str:
 
 def heading(result: Result) -> tuple[str, str, str]:
     """Title, what was to be reached, and where it was measured."""
-    assert result.target is not None
-    recipe = result.contestants[result.target].recipe
-    target = result.contestants[result.target].label
+    (name,) = targets_of(result.target)
+    recipe = result.contestants[name].recipe
+    target = result.contestants[name].label
     machine, seeds = result.machine, len(result.seeds)
     return (
         f"Seconds to {target}'s best validation accuracy",

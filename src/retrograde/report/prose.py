@@ -53,7 +53,12 @@ def caption(result: Result) -> str:
     equal = "the same time" if result.equal == "seconds" else "the same number of steps"
     target = ""
     if result.target is not None and not metrics.TO_TARGET.keys().isdisjoint(result.table):
-        target = f" The target is the best validation accuracy of {result.contestants[result.target].label}."
+        target = f" The target is the best validation accuracy of {result.target_label}."
+        if result.shorter:
+            target = (
+                f" The target is the validation accuracy at the end of {result.target_label}; time to it is that of "
+                "the shortest of several runs, each with its own schedule, whose end reaches it."
+            )
     return f"{means} All variants train for {equal}. The first one is the baseline.{target}"
 
 

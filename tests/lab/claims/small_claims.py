@@ -85,7 +85,7 @@ def made_up(
     figures: dict[str, dict[str, list[float | None]]],
     *,
     curves: dict[str, list[tuple[int, float, float]]] | None = None,
-    target: str | None = None,
+    target: str | list[str] | None = None,
 ) -> Result:
     """A result with these figures: contestant → metric → one for each seed; the same curve for every seed."""
     seeds = len(next(iter(next(iter(figures.values())).values())))

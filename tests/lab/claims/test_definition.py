@@ -123,6 +123,25 @@ def test_a_check_of_the_time_to_a_target_needs_one(tmp_path: Path) -> None:
         read(tmp_path, text.replace('target = "plain"', ""))
 
 
+@pytest.mark.parametrize(
+    ("budgets", "change", "message"),
+    [
+        ("[0.5]", None, "whole epochs, and 'plain' trains for 3 epochs"),
+        ("[1.0]", None, "between 0 and 1"),
+        ("[0.0]", None, "between 0 and 1"),
+        ("[0.5]", ("epochs = 3", "epochs = 4\nsteps = 10"), "trains for 10 steps"),
+        ("[0.5]", ('target = "plain"', ""), "need a `target`"),
+        ("[0.5]", ('target = "plain"', 'target = "plain"\nequal = "seconds"'), "equal steps"),
+    ],
+)
+def test_budgets_that_cannot_be_run_are_refused(
+    tmp_path: Path, budgets: str, change: tuple[str, str] | None, message: str
+) -> None:
+    text = TEXT.replace(*change) if change else TEXT
+    with pytest.raises(OptionError, match=message):
+        read(tmp_path, f"budgets = {budgets}\n" + text)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"nothing\.toml cannot be read"):
         read_claim(tmp_path / "nothing.toml", tmp_path)
@@ -172,6 +191,8 @@ def test_a_pending_claim_needs_its_reason_only(tmp_path: Path) -> None:
         {"tuning": TUNING},
         {"equal": "seconds"},
         {"target": "plain"},
+        {"target": ["plain", "decayed"]},
+        {"recipe": {**RECIPE, "epochs": 4}, "target": "plain", "budgets": [0.5]},
         {"measures": ["sharpness"]},
         {"checks": [CHECK]},
         {"table": ["accuracy"]},

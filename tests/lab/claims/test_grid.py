@@ -133,6 +133,20 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     assert seen[-1] == (8.0, 8.0), "2 contestants × (2 trials + 2 seeds) × 1 epoch"
 
 
+def test_every_budget_is_a_run_of_its_own_with_a_whole_schedule(tmp_path: Path, steps: list[Recipe]) -> None:
+    claim = small(recipe={**RECIPE, "epochs": 4}, seeds=2, target="plain", budgets=[0.25, 0.5])
+    result = run(claim, tmp_path)
+    assert len(steps) == 2 * 2 * (4 + 2 + 1) * STEPS
+    assert len(result.runs) == 4
+    assert sorted((one.contestant, one.seed, one.metrics["steps"]) for one in result.shorter) == [
+        (name, seed, epochs * STEPS) for name in ("decayed", "plain") for seed in (0, 1) for epochs in (1, 2)
+    ]
+    assert all(one.curve[-1].step == one.metrics["steps"] for one in result.shorter)
+    assert all(result.ends(one)[-1] == one.curve[-1] and len(result.ends(one)) == 3 for one in result.runs)
+    assert run(claim, tmp_path) == result, "nothing is run twice"
+    assert len(steps) == 2 * 2 * (4 + 2 + 1) * STEPS
+
+
 # Running again.
 
 

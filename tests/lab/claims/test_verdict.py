@@ -137,6 +137,34 @@ def test_times_are_taken_to_the_targets_best_of_the_same_seed() -> None:
     assert result.against_baseline["a"]["seconds_to_target"].over.mean == 0.5
 
 
+def test_by_budgets_only_the_ends_of_runs_count() -> None:
+    """What is read before a schedule's end reaches nothing; the better of two targets is the goal, seed by seed."""
+    figures: dict[str, dict[str, list[float | None]]] = {
+        name: {"best_validation": [0.99, 0.99]} for name in ("a", "b", "ours", "never")
+    }
+    curves = {
+        "a": [(10, 1.0, 0.95), (40, 4.0, 0.80)],
+        "b": [(40, 4.0, 0.82)],
+        "ours": [(10, 1.0, 0.90), (40, 6.0, 0.85)],
+        "never": [(40, 4.0, 0.81)],
+    }
+    result = made_up(figures, curves=curves, target=["a", "b"])
+    ends = {"a": (0.7, 0.7), "b": (0.6, 0.83), "ours": (0.82, 0.81), "never": (0.1, 0.81)}
+    for name, accuracies in ends.items():
+        for seed, accuracy in enumerate(accuracies):
+            whole = next(run for run in result.runs if (run.contestant, run.seed) == (name, seed))
+            end = Reading(step=20, seconds=2.5, accuracy=accuracy)
+            result.shorter.append(whole.model_copy(update={"curve": [end]}))
+    result = complete(result, [])
+    assert result.goals() == {0: 0.82, 1: 0.82}
+    assert result.target_label == "a or b"
+    assert result.figures("ours", "seconds_to_target") == [2.5, 6.0]
+    assert result.figures("ours", "steps_to_target") == [20, 40]
+    assert result.figures("b", "seconds_to_target") == [4.0, 2.5]
+    assert result.figures("a", "seconds_to_target") == [None, None]
+    assert result.figures("never", "seconds_to_target") == [None, None]
+
+
 @pytest.mark.parametrize(("metric", "whole"), [("seconds_to_target", 5.0), ("steps_to_target", 50.0)])
 def test_a_rival_that_never_gets_there_counts_its_whole_run(metric: str, whole: float) -> None:
     result = raced(0.85)

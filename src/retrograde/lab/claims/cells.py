@@ -46,6 +46,7 @@ class Cell:
         folder: of the run; its name holds a hash of the recipe, so that another recipe has another folder.
         group: of the runs that it is compared with, in reports.
         label: of the variant, in reports.
+        budget: share of the claim's epochs.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Cell:
     folder: Path
     group: str | None = None
     label: str | None = None
+    budget: float = 1.0
 
     def outcome(self) -> Outcome | None:
         """Of the finished run; None before that."""
@@ -86,12 +88,12 @@ def train_together(
         if isinstance(cell.recipe, Experiment):
             _run(cell.recipe, cell.folder, data_dir, trial, partial(_part, tell, number, len(waiting)), stop)
     waiting = [cell for cell in waiting if isinstance(cell.recipe, Recipe)]
-    done = dict.fromkeys((cell.name for cell in waiting), 0.0)
+    done = dict.fromkeys((cell.folder for cell in waiting), 0.0)
     sets = {} if sets is None else sets
     trainers: list[Trainer] = []
 
     def note(cell: Cell, now: Progress) -> None:
-        done[cell.name] = now.step / now.steps
+        done[cell.folder] = now.step / now.steps
         tell(sum(done.values()) / len(done))
 
     try:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from retrograde.errors import OptionError
 from retrograde.lab.claims import metrics
+from retrograde.lab.claims.result import targets_of
 from retrograde.lab.experiments import Experiment, experiment
 from retrograde.lab.recipe import Recipe, make_recipe, read_recipe, refuse_code
 from retrograde.methods.registry import suggest
@@ -144,7 +145,11 @@ class Claim(_Table):
         tuning: None: all run at the recipe's own values, and the note says why.
         equal: what variants have the same of: ``steps`` as the recipe gives them, or ``seconds``: each one's steps
             are what fits into the time that the first variant takes.
-        target: variant whose best validation accuracy the others' time is taken to, for ``seconds_to_target``.
+        target: variant, or several, whose best validation accuracy, the better one seed by seed, is what the others'
+            time is taken to, for ``seconds_to_target``.
+        budgets: shares of the recipe's epochs that every variant is trained for besides, each with a schedule of its
+            own. The time to the target is then that of the shortest run whose *end* reaches the end of the target's
+            whole run: along one run that decays at its end, nothing is reached before that.
         measures: figures taken of the trained model beside those of training.
         contestants: by name; the first one is the baseline.
         checks: what decides.
@@ -163,7 +168,8 @@ class Claim(_Table):
     seeds: int = Field(default=5, ge=1)
     tuning: Tuning | None = None
     equal: Literal["steps", "seconds"] = "steps"
-    target: str | None = None
+    target: str | list[str] | None = None
+    budgets: list[float] = Field(default_factory=list)
     measures: list[Measure] = Field(default_factory=list)
     contestants: dict[str, Variant] = Field(default_factory=dict)
     checks: list[Check] = Field(default_factory=list)
@@ -184,7 +190,8 @@ class Claim(_Table):
     def hash(self) -> str:
         """Of the whole definition: a result belongs to one."""
         # The order of variants says which one is the baseline, and a hash sorts by name.
-        content = self.model_dump(mode="json", exclude=None if self.experiment else {"experiment"})
+        unset = {name for name in ("experiment", "budgets") if not getattr(self, name)}
+        content = self.model_dump(mode="json", exclude=unset)
         return content_hash([content, list(self.contestants)])
 
     @model_validator(mode="after")
@@ -192,7 +199,7 @@ class Claim(_Table):
         if self.pending is None and not self.contestants:
             raise ValueError("`contestants` are missing, and `pending` does not say why")
         named = [
-            self.target,
+            *targets_of(self.target),
             *(name for check in self.checks for name in (check.of, check.minus, check.over)),
         ]
         for name in named:
@@ -200,13 +207,30 @@ class Claim(_Table):
                 raise ValueError(f"there is no variant {name!r}.{suggest(name, self.contestants)}")
         if self.experiment is not None:
             training = [name for name, one in self.contestants.items() if one.methods or one.peers]
-            if training or self.equal != "steps" or self.target or self.measures:
+            if training or self.equal != "steps" or self.target or self.measures or self.budgets:
                 raise ValueError(
-                    "an experiment has neither methods, peers, measures, a target nor an equal time"
+                    "an experiment has neither methods, peers, measures, a target, budgets nor an equal time"
                 )
         if self.target is None and any(check.metric in metrics.TO_TARGET for check in self.checks):
             raise ValueError("a check of the time to a target needs `target`")
+        self._require_budgets()
         return self
+
+    def _require_budgets(self) -> None:
+        if not self.budgets:
+            return
+        if self.target is None or self.equal != "steps":
+            raise ValueError("`budgets` need a `target`, and variants of equal steps")
+        for name, one in self.contestants.items():
+            fields = {**self.recipe, **one.recipe}
+            unit = "steps" if "steps" in fields else "epochs"
+            for budget in self.budgets:
+                epochs = fields.get("epochs", 0) * budget
+                if not 0 < budget < 1 or unit == "steps" or epochs < 1 or epochs % 1:
+                    raise ValueError(
+                        f"budgets={self.budgets} must lie between 0 and 1 and give whole epochs, and {name!r} trains "
+                        f"for {fields.get(unit)} {unit}"
+                    )
 
     def recipe_of(self, name: str, changes: dict[str, Any] | None = None) -> Recipe | Experiment:
         """The recipe of a variant, or its settings of the experiment.

@@ -102,6 +102,7 @@ class Grid:
             if search.waiting()
         ]
         epochs = sum(weight(self.claim.recipe_of(name)) for name in self.claim.contestants)
+        epochs *= 1 + sum(self.claim.budgets)
         state = State(show, sum(job.weight for job in tuning) + self.claim.seeds * epochs)
         run_all(tuning, self.places.jobs, state, stop)
         changes = self._changes(state, stop)
@@ -117,17 +118,25 @@ class Grid:
         return max(1, torch.get_num_threads() // self.places.jobs)
 
     def cells(self, seed: int, changes: dict[str, dict[str, Any]]) -> tuple[Cell, ...]:
-        """The runs of one seed, with what the searches found."""
-        return tuple(self.cell(name, seed, changes[name]) for name in self.claim.contestants)
+        """The runs of one seed, with what the searches found, whole ones first."""
+        budgets = (1.0, *sorted(self.claim.budgets, reverse=True))
+        return tuple(
+            self.cell(name, seed, changes[name], budget)
+            for budget in budgets
+            for name in self.claim.contestants
+        )
 
-    def cell(self, name: str, seed: int, changes: dict[str, Any]) -> Cell:
-        """One run."""
+    def cell(self, name: str, seed: int, changes: dict[str, Any], budget: float = 1.0) -> Cell:
+        """One run, of a share of the claim's epochs."""
         recipe = self.claim.recipe_of(name, {**changes, "seed": seed})
+        if budget < 1:
+            assert isinstance(recipe, Recipe)
+            recipe = recipe.model_copy(update={"epochs": round(recipe.epochs * budget)})
         whole = recipe.model_dump(mode="json")
         # What is measured of a trained model belongs to its run: another figure is another run.
         key = content_hash({**whole, "measures": self.claim.measures} if self.claim.measures else whole)
         folder = self.places.folder / RUNS / f"{name}-{seed}-{key}"
-        return Cell(name, recipe, folder, self.claim.title, self.labels[name])
+        return Cell(name, recipe, folder, self.claim.title, self.labels[name], budget)
 
     def _changes(self, state: State, stop: Stop) -> dict[str, dict[str, Any]]:
         """What searches, and timing where the time is to be equal, made of each variant's recipe."""
@@ -161,7 +170,13 @@ class Grid:
         whole = len(waiting) - len(waiting) % self.places.jobs
         jobs = [(f"seed {seed}", cells) for seed, cells in waiting[:whole]]
         for seed, cells in waiting[whole:]:
-            jobs += [(f"seed {seed}, {self.labels[cell.name]}", (cell,)) for cell in cells]
+            jobs += [
+                (
+                    f"seed {seed}, {self.labels[cell.name]}" + f", {cell.budget:.0%}" * (cell.budget < 1),
+                    (cell,),
+                )
+                for cell in cells
+            ]
         return [
             Job(
                 what,
@@ -173,7 +188,7 @@ class Grid:
 
     def _sum_up(self, changes: dict[str, dict[str, Any]], *, quick: bool, command: str) -> Result:
         claim = self.claim
-        runs = [run_of(cell) for seed in range(claim.seeds) for cell in self.cells(seed, changes)]
+        cells = [cell for seed in range(claim.seeds) for cell in self.cells(seed, changes)]
         trials = {search.name: search.trials() for search in self.searches}
         result = Result(
             claim=claim.id,
@@ -201,7 +216,8 @@ class Grid:
                 )
                 for name, one in claim.contestants.items()
             },
-            runs=runs,
+            runs=[run_of(cell) for cell in cells if cell.budget == 1],
+            shorter=[run_of(cell) for cell in cells if cell.budget < 1],
         )
         return complete(result, claim.checks)
 

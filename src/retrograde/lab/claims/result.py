@@ -132,10 +132,11 @@ class Result(_Part):
         threads: of each.
         seeds: all of them.
         equal: what variants have the same of.
-        target: whose best validation accuracy times are taken to.
+        target: whose best validation accuracy times are taken to, or at whose end where there are shorter runs.
         table: metrics of its table, in order.
         contestants: by name, the baseline first.
-        runs: all.
+        runs: all whole ones.
+        shorter: runs of a share of the epochs, each with its own whole schedule, for the time to the target.
         summaries: variant → metric → estimate over seeds.
         against_baseline: variant → metric → paired with the baseline.
         findings: of the checks.
@@ -156,10 +157,11 @@ class Result(_Part):
     threads: int
     seeds: list[int]
     equal: str
-    target: str | None
+    target: str | list[str] | None
     table: list[str]
     contestants: dict[str, Entry]
     runs: list[Run]
+    shorter: list[Run] = Field(default_factory=list)
     summaries: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
     against_baseline: dict[str, dict[str, Ratio]] = Field(default_factory=dict)
     findings: list[Finding] = Field(default_factory=list)
@@ -169,6 +171,26 @@ class Result(_Part):
     def baseline(self) -> str:
         """What the others are compared with: the first one."""
         return next(iter(self.contestants))
+
+    @property
+    def target_label(self) -> str:
+        """Whose accuracy the target is, in words."""
+        return " or ".join(self.contestants[name].label for name in targets_of(self.target))
+
+    def goals(self) -> dict[int, float]:
+        """The target's validation accuracy, seed by seed: at its end, where there are shorter runs."""
+        found: dict[int, float] = {}
+        for run in self.runs:
+            best = run.metrics.get("best_validation")
+            one = run.curve[-1].accuracy if self.shorter and run.curve else best
+            if run.contestant in targets_of(self.target) and one is not None:
+                found[run.seed] = max(one, found.get(run.seed, one))
+        return found
+
+    def ends(self, run: Run) -> list[Reading]:
+        """The last readings of this variant's and seed's runs, from the shortest to the whole one."""
+        same = [one for one in self.shorter if (one.contestant, one.seed) == (run.contestant, run.seed)]
+        return sorted((one.curve[-1] for one in (*same, run) if one.curve), key=lambda end: end.step)
 
     def seeds_of(self, name: str) -> list[int]:
         """The seeds that a variant ran with: all of them in a claim, some in a folder of runs."""
@@ -184,6 +206,11 @@ class Result(_Part):
         """A variant's figures over the baseline's, by metric."""
         paired = self.against_baseline.get(name, {})
         return {metric: ratio.over for metric, ratio in paired.items() if ratio.over is not None}
+
+
+def targets_of(target: str | list[str] | None) -> list[str]:
+    """The variants that a target names."""
+    return [target] if isinstance(target, str) else target or []
 
 
 def write_result(result: Result, path: Path) -> None:

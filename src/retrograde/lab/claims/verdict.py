@@ -11,7 +11,7 @@ from retrograde.lab.claims.statistics import Estimate, estimate
 def complete(result: Result, checks: Sequence[Check]) -> Result:
     """The result with the time to the target, summaries, findings and verdict."""
     if result.target is not None:
-        _time_to_target(result, result.target)
+        _time_to_target(result)
     baseline = result.baseline
     for name in result.contestants:
         seeds = result.seeds_of(name)
@@ -101,11 +101,12 @@ def _rival(result: Result, name: str, metric: str) -> tuple[list[float | None], 
     return [w if f is None else f for f, w in zip(found, whole, strict=True)], remark
 
 
-def _time_to_target(result: Result, target: str) -> None:
-    goals = {run.seed: run.metrics.get("best_validation") for run in result.runs if run.contestant == target}
+def _time_to_target(result: Result) -> None:
+    goals = result.goals()
     for run in result.runs:
         goal = goals.get(run.seed)
-        reached = None if goal is None else metrics.to_target(run.curve, goal)
+        curve = result.ends(run) if result.shorter else run.curve
+        reached = None if goal is None else metrics.to_target(curve, goal)
         run.metrics["seconds_to_target"] = reached[0] if reached else None
         run.metrics["steps_to_target"] = reached[1] if reached else None
 

@@ -48,10 +48,14 @@ def course(lines: Iterable[Points]) -> list[Points]:
 
 
 def courses(result: Result) -> dict[str, list[Points]]:
-    """Validation accuracy over seconds of every seed, of each variant that has readings."""
+    """Validation accuracy over seconds of every seed, of each variant that has readings.
+
+    Along a run, or from end to end of runs with schedules of different lengths.
+    """
 
     def line(run: Run) -> Points:
-        return [(reading.seconds, 100 * reading.accuracy) for reading in run.curve]
+        readings = result.ends(run) if result.shorter else run.curve
+        return [(reading.seconds, 100 * reading.accuracy) for reading in readings]
 
     found = {
         name: course(line(run) for run in result.runs if run.contestant == name)
@@ -61,12 +65,13 @@ def courses(result: Result) -> dict[str, list[Points]]:
 
 
 def goal(result: Result) -> tuple[float, str] | None:
-    """The target in per cent, the best validation accuracy of its variant as a mean over seeds; and its legend."""
-    best = result.summaries.get(result.target or "", {}).get("best_validation")
-    if best is None or result.target is None:
+    """The target in per cent, a validation accuracy as a mean over seeds; and its legend."""
+    goals = result.goals()
+    if not goals:
         return None
-    target = 100 * best.mean
-    return target, f"target, the best of {result.contestants[result.target].label}: {target:.2f} %"
+    target = 100 * fmean(goals.values())
+    which = "end" if result.shorter else "best"
+    return target, f"target, the {which} of {result.target_label}: {target:.2f} %"
 
 
 def time_chart(comparison: Comparison) -> Chart | None:
