@@ -11,15 +11,21 @@ from retrograde.engine.branches import Residual
 
 
 class MLP(nn.Sequential):
-    r"""Linear layers with ReLU between: x (B, \*input_shape) → logits (B, classes)."""
+    r"""Linear layers with ReLU between, behind BatchNorm on demand: x (B, \*input_shape) → logits (B, classes)."""
 
     def __init__(
-        self, input_shape: Sequence[int], classes: int, widths: Sequence[int] = (512, 512, 512)
+        self,
+        input_shape: Sequence[int],
+        classes: int,
+        widths: Sequence[int] = (512, 512, 512),
+        *,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise((math.prod(input_shape), *widths)):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+            norm = [nn.BatchNorm1d(outputs)] if batch_norm else []
+            layers += [nn.Linear(inputs, outputs, bias=not batch_norm), *norm, nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], classes)
 
