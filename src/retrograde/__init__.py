@@ -1,5 +1,7 @@
 """Better backward passes for PyTorch: one line attaches them, and what they save is measured."""
 
+from typing import TYPE_CHECKING, Any
+
 from retrograde import errors as errors
 from retrograde import spectral as spectral
 from retrograde.accounting.flops import Flops as Flops
@@ -40,3 +42,18 @@ from retrograde.session import resume as resume
 from retrograde.session import session_of as session_of
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from retrograde.lab.claims.compression import compress as compress
+
+
+def __getattr__(name: str) -> Any:
+    """What needs the packages of the extra ``lab``, imported when it is asked for."""
+    if name != "compress":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from retrograde.extras import LAB, require
+
+    require("rg.compress", "lab", LAB)
+    from retrograde.lab.claims.compression import compress
+
+    return compress

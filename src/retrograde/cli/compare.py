@@ -53,8 +53,8 @@ _PEERS = ", ".join(sorted({entry.name for entry in entry_points(group=peers.GROU
 
 
 @dataclass(frozen=True)
-class _OnYourModel:
-    """What both commands take.
+class OnYourModel:
+    """What commands on a user's own model take.
 
     Attributes:
         model: A model's name, or any importable module:callable.
@@ -68,7 +68,6 @@ class _OnYourModel:
     model: Model
     data: DataSet
     fields: TaskFields
-    method: Methods = ()
     seeds: int = 3
     recipe: RecipeFile = None
     data_dir: DataFolder = None
@@ -87,7 +86,7 @@ class _OnYourModel:
 
 
 @dataclass(frozen=True)
-class Compare(_OnYourModel):
+class Compare(OnYourModel):
     """Compare methods and peers with plain backpropagation on your model and data: a table, and a page with curves.
 
     Every variant's learning rate is searched for with as many trials; then all variants train with the same seeds,
@@ -102,6 +101,7 @@ class Compare(_OnYourModel):
         runs: Folder for the runs.
     """
 
+    method: Methods = ()
     peers: Annotated[
         Names, tyro.conf.arg(metavar="NAME ...", help=f"Published rivals to compare with: {_PEERS}.")
     ] = ()
@@ -127,7 +127,7 @@ class Compare(_OnYourModel):
 
 
 @dataclass(frozen=True)
-class Advise(_OnYourModel):
+class Advise(OnYourModel):
     """Train a few hundred steps by each method on your model, data and machine; recommend a recipe, and say why.
 
     Every run is a whole training of that many steps with the recipe's own schedule and learning rate; `compare`

@@ -17,6 +17,7 @@ from retrograde import host
 from retrograde.cli import output
 from retrograde.cli.bench import Bench
 from retrograde.cli.compare import Advise, Compare
+from retrograde.cli.compress import Compress
 from retrograde.cli.demo import Demo
 from retrograde.cli.doctor import Doctor
 from retrograde.cli.flags import PlanFlags, TaskFlags, from_recipe
@@ -97,6 +98,7 @@ def _run(arguments: list[str]) -> int:
         "train": Train(flags),
         "advise": Advise(tyro.MISSING, tyro.MISSING, tasks),
         "compare": Compare(tyro.MISSING, tyro.MISSING, tasks),
+        "compress": Compress(tyro.MISSING, tyro.MISSING, tasks),
         "report": Report(tyro.MISSING),
         "demo": Demo(),
         "repro": Repro(tyro.MISSING),

@@ -27,8 +27,11 @@ from retrograde.methods.registry import available
 ALL_METHODS = "all"
 """For ``compare``: every installed method."""
 
-SEVERAL = ("compare", "advise")
+SEVERAL = ("compare", "advise", "compress")
 """Commands that train methods beside each other and whose arguments name the model; the others attach what is given."""
+
+DENDRITES = ("perforate",)
+"""What ``compress`` attaches."""
 
 WITH_RECIPE = ("plan", "train", *SEVERAL)
 
@@ -121,7 +124,7 @@ def read_chosen(arguments: Sequence[str]) -> tuple[Recipe, dict[str, type[Any]]]
         # The whole parser refuses it too, and with its own usage.
         return Recipe(), {}
     recipe = _recipe(chosen, named=arguments[0] in SEVERAL or chosen.model is not None)
-    given = chosen.method
+    given = DENDRITES if arguments[0] == "compress" else chosen.method
     if arguments[0] == "compare" and ALL_METHODS in given:
         given = (*available(), *(entry for entry in given if entry != ALL_METHODS))
     names = split(given) or list(recipe.methods)

@@ -17,6 +17,7 @@ from retrograde.forecast import untouched
 from retrograde.kernels.work import DISCOUNTS
 from retrograde.lab.data import Data, Split, evaluation_batches
 from retrograde.lab.record import Timing
+from retrograde.lab.timing import interleave
 from retrograde.session import Session
 
 _EVALUATION_BATCH = 512
@@ -227,6 +228,27 @@ def sharpness(model: nn.Module, x: Tensor, y: Tensor, *, steps: int = 50, tolera
             if abs(value - before) <= tolerance * abs(value):
                 break
     return value
+
+
+def macs_of(model: nn.Module, x: Tensor) -> float:
+    """Multiply-adds of a forward pass on x, in eval mode."""
+    counter, training = FlopCounterMode(display=False), model.training
+    model.eval()
+    with counter, torch.no_grad():
+        model(x)
+    model.train(training)
+    return counter.get_total_flops() / 2
+
+
+def forward_seconds(model: nn.Module, x: Tensor) -> float:
+    """Of a forward pass in eval mode: the median of twenty."""
+    model.eval()
+
+    def run() -> None:
+        model(x)
+
+    with torch.no_grad():
+        return interleave({"forward": run}, 20, warmups=3).median("forward")
 
 
 def peak_memory(device: torch.device) -> int | None:

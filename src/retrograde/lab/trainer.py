@@ -43,6 +43,7 @@ from retrograde.session import Session, attached
 
 _LOG_EVERY = 10
 _SHARPNESS_ROWS = 512
+_FORWARD_ROWS = 128
 _MEMORY_SAMPLES = 8
 """Steps of a run, about, before which the activations that a forward pass keeps are counted."""
 CHECKPOINT_SECONDS = 20.0
@@ -164,7 +165,7 @@ class Trainer:
         self._cuda = [self.device] if self.device.type == "cuda" else []
         with seeded(recipe.seed, self._cuda):
             for peer in self._peers:
-                self.model = peer.prepare(self.model)
+                self.model = peer.prepare(self.model, x[:2])
         self._steps_in_epoch = lab_data.steps_in_epoch(data.train, recipe.batch_size)
         self.steps = recipe.length(data)
         self.session = self._attach(x, y, checkpoint)
@@ -252,6 +253,10 @@ class Trainer:
         if "sharpness" in measures:
             x, y = lab_data.first_batch(self.data.train, _SHARPNESS_ROWS)
             taken["sharpness"] = measure.sharpness(plain, x.to(self.device), y.to(self.device))
+        if not {"macs", "forward_seconds_128"}.isdisjoint(measures):
+            x = lab_data.first_batch(self.data.train, _FORWARD_ROWS)[0].to(self.device)
+            taken["macs"] = measure.macs_of(plain, x[:1])
+            taken["forward_seconds_128"] = measure.forward_seconds(plain, x)
         return {"test": test, "measures": taken, "model_file": files.MODEL}
 
     def _step_peak(self) -> float:

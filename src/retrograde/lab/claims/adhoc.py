@@ -50,7 +50,7 @@ def comparison(
         contestants[name] = Variant.model_validate({kind: one, "label": name})
     fields = recipe.model_dump(mode="json", exclude={"methods", "peers", "seed"}, exclude_unset=True)
     fields["decline"] = recipe.decline
-    rate = Range(low=recipe.learning_rate / _AROUND, high=recipe.learning_rate * _AROUND)
+    rate = rate_around(recipe)
     fixed = f"all at the learning rate {recipe.learning_rate:g}, which was not searched for"
     return Claim(
         id=f"compare/{recipe.model.replace(':', '.')}",
@@ -67,6 +67,11 @@ def comparison(
         table=[m for m in _TABLE if m != "parameters" or _grows(contestants.values())],
         contestants=contestants,
     )
+
+
+def rate_around(recipe: Recipe) -> Range:
+    """Where a learning rate is searched for, on a user's own model."""
+    return Range(low=recipe.learning_rate / _AROUND, high=recipe.learning_rate * _AROUND)
 
 
 def _grows(contestants: Iterable[Variant]) -> bool:

@@ -49,6 +49,8 @@ TRAINING = {
     "sharpness": Metric("λ_max of the Hessian"),
     "auc": Metric("area under the ROC curve", "%"),
     "step_peak_bytes": Metric("most memory of a step", "MiB"),
+    "macs": Metric("multiply-adds of a row"),
+    "forward_seconds_128": Metric("forward pass, batch of 128", "s"),
     **TO_TARGET,
 }
 """Shares of FLOPs are of the dense-equivalent whole training step; ``discounted_backward`` of the backward pass."""
@@ -58,7 +60,6 @@ EXPERIMENTS = {
     "macs_share": Metric("multiply-adds of the original's", "%", 1),
     "model_bytes": Metric("size of the file", "MiB"),
     "forward_seconds_1": Metric("forward pass, batch of 1", "s"),
-    "forward_seconds_128": Metric("forward pass, batch of 128", "s"),
     "forward_speedup_1": Metric("speed-up of it, batch of 1"),
     "forward_speedup_128": Metric("speed-up of it, batch of 128"),
     "source_accuracy": Metric("source accuracy, old head", "%"),

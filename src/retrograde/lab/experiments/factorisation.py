@@ -12,7 +12,8 @@ from retrograde import spectral
 from retrograde.lab import models, timing
 from retrograde.lab.data import Data, Split, batches, evaluation_batches, load, steps_in_epoch
 from retrograde.lab.experiments.base import Context, Experiment, train_once
-from retrograde.lab.peers.pruning import macs_of, prune
+from retrograde.lab.measure import macs_of
+from retrograde.lab.peers.pruning import prune
 
 _NETWORKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cnn": ("cifar10", "vgg-small-bn", {"stages": ((32,), (64,), (128, 128)), "channels_last": True}),

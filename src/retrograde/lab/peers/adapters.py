@@ -39,7 +39,7 @@ class Lora(_Adapters):
     rank: int = 8
     alpha: float = 16.0
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         """`model` within peft's wrapper, with adapters."""
         peft = self._load("peft")
         names = _targets(model, (nn.Linear, nn.Conv2d))
@@ -90,7 +90,7 @@ class AdaLora(_Adapters):
                 "pruning. Give the run's number of steps as `total`, or shorten the others."
             )
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         """`model` within peft's wrapper, with adapters."""
         peft = self._load("peft")
         config = peft.AdaLoraConfig(
@@ -153,7 +153,7 @@ class Int8(Peer):
     grad_input: bool = True
     grad_weight: bool = True
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
         """`model` with its linear layers exchanged; parameters and their names stay."""
         training = self._load("torchao.prototype.quantized_training")
         config = training.int8_mixed_precision_training(

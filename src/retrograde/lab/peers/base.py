@@ -60,8 +60,13 @@ class Peer:
         """A method for the engine's slots: what a peer does in the backward pass of a layer; itself where it is one."""
         return self if isinstance(self, Method) else None
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model as it is trained: called before the optimizer is made; may change `model` in place."""
+    def prepare(self, model: nn.Module, example: Tensor | None = None) -> nn.Module:
+        """The model as it is trained: called before the optimizer is made; may change `model` in place.
+
+        Args:
+            model: as it was built, or as the peer before this one left it.
+            example: a batch of its input, for peers that trace it.
+        """
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:

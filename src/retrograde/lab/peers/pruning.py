@@ -11,21 +11,12 @@ import importlib
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from retrograde.extras import missing
+from retrograde.lab.measure import macs_of
 
 _STEPS = 400
-
-
-def macs_of(model: nn.Module, x: Tensor) -> float:
-    """Multiply-adds of a forward pass on x."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(x)
-    return counter.get_total_flops() / 2
 
 
 def prune(model: nn.Module, x: Tensor, share: float, *, all_layers: bool = True) -> nn.Module:

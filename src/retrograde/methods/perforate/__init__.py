@@ -60,14 +60,14 @@ network normalisation first, if it may have it. Where it overfits, leave dendrit
 (``session.validated(score, train=…)`` warns). "90 % fewer parameters" says nothing of dendrites without the narrow
 network alone beside it.
 
-What it cannot do yet: recurrent cells, whole transformer blocks, computed weights, a compression helper. Dendrites of a
-convolution sit before the BatchNorm behind it, not inside a wrapped block. A call with a single row for each channel
-(an unbatched vector, a batch of one) has no variance: it is normalised by the running statistics. The norm takes its
-statistics over all positions, padded ones too, and in training over other positions of the same sequence: take
-``norm=None`` where a model must not see later ones (causal language models). Under DDP each rank normalises by its own
-batch; running statistics are averaged over ranks. The hybrid start does not learn γ. Dendrites' own products run in
-plain autograd: other methods do not act on them. Leave out (`where`, or `skip` of attach) the layer that feeds a
-softmax, unless you want it.
+What it cannot do yet: recurrent cells, whole transformer blocks, computed weights. Dendrites of a convolution sit
+before the BatchNorm behind it, not inside a wrapped block. A call with a single row for each channel (an unbatched
+vector, a batch of one) has no variance: it is normalised by the running statistics. The norm takes its statistics over
+all positions, padded ones too, and in training over other positions of the same sequence: take ``norm=None`` where a
+model must not see later ones (causal language models). Under DDP each rank normalises by its own batch; running
+statistics are averaged over ranks. The hybrid start does not learn γ. Dendrites' own products run in plain autograd:
+other methods do not act on them. Leave out (`where`, or `skip` of attach) the layer that feeds a softmax, unless you
+want it.
 
 The layer's ``state_dict`` gains the keys ``dendrites.*``, all of them from the start. A state without any loads as one
 without dendrites; one of an earlier version, with keys ``dendrite_weight_0``, is refused (`StateError`). Copies,
