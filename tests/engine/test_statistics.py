@@ -106,6 +106,21 @@ def test_no_rows_teach_nothing() -> None:
     assert statistics.refreshes == 1
 
 
+def test_a_refresh_without_rows_is_tried_again_until_a_period_has_passed() -> None:
+    """A layer of every third step is met soon; one that is never called is asked once a period."""
+    statistics = InputStatistics(StatisticsSpec(rows=8, every=5, rank=2))
+    refreshed = [
+        number for number in range(40) if step(statistics, number, rows(8) if number % 3 == 2 else None)
+    ]
+    assert refreshed == [2, 8, 14, 20, 26, 32, 38]
+    idle = InputStatistics(StatisticsSpec(rows=8, every=5, rank=2))
+    asked = []
+    for number in range(40):
+        asked += [number] if idle.due(number) else []
+        idle.refresh()
+    assert asked == [*range(5), *range(9, 40, 5)]
+
+
 def test_merged() -> None:
     """The more demanding wish of each pair; one that goes on to the end wins."""
     first, second = StatisticsSpec(100, 10, 4, 50), StatisticsSpec(50, 20, 8, 70)

@@ -32,7 +32,7 @@ from cases import (
     transposed,
 )
 from retrograde.accounting.memory import saved_bytes
-from retrograde.errors import AttachError, NoEffectError, OptionError
+from retrograde.errors import AttachError, NoEffectError, OptionError, RetrogradeWarning
 from retrograde.maths import spectral
 from retrograde.methods.spectral import Spectral, sketch
 
@@ -319,12 +319,14 @@ def test_compiled(
 ) -> None:
     """Eager and compiled end in the same weights, through warm-up, projected and full steps; few graphs."""
     make, shape = MODELS[name]
-    options: dict[str, Any] = {"residual": "unbiased", "rank": 2, "random": 1} if unbiased else {"rank": 3}
+    options: dict[str, Any] = {"rank": 3, "full_every": 3}
+    if unbiased:
+        options = {"residual": "unbiased", "rank": 2, "random": 1}
     torch._dynamo.reset()
     ends = []
     for fast in (False, True):
         model = seeded(make)
-        _session = rg.attach(model, Spectral(warmup=2, full_every=3, every=2, **options), seed=1)
+        _session = rg.attach(model, Spectral(warmup=2, every=2, **options), seed=1)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         run: Any = torch.compile(model, fullgraph=True, backend=counter) if fast else model
         train(run, make_optimizer(model), shape, 12)
@@ -903,6 +905,7 @@ def test_every_combination_trains() -> None:
         assert not torch.equal(before, model[2].weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*keys are not queries")
 @pytest.mark.parametrize("side", ["output", "both"])
 def test_attention_with_other_keys_than_queries(side: Any) -> None:
     """It multiplies by parts of its weight, with outputs of their own: V is of all of them, and leaves these alone."""
@@ -915,3 +918,180 @@ def test_attention_with_other_keys_than_queries(side: Any) -> None:
         layer(queries, keys, keys)[0].square().sum().backward()
         optimizer.step()
     assert all(bool(torch.isfinite(p).all()) for p in layer.parameters())
+
+
+# Layers that do not take part in every step, and inputs that are silent.
+
+
+class Tasks(nn.Module):
+    """Two layers in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even, self.odd, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        return self.head(torch.relu((self.odd if task else self.even)(x)))
+
+
+@pytest.mark.parametrize("period", [2, 3])
+def test_layers_in_turns_project_and_are_full_as_often_as_others(period: int) -> None:
+    torch.manual_seed(0)
+    model = Tasks()
+    session = rg.attach(model, rg.Spectral(rank=8, warmup=4, every=5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    kinds: dict[str, list[bool]] = {"even": [], "odd": []}
+    for step in range(20 * period):
+        task = int(step % period == period - 1)
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(128, 64), task), torch.randint(3, (128,))).backward()
+        name = ("even", "odd")[task]
+        gradient = model.get_submodule(name).get_parameter("weight").grad
+        kinds[name].append(int(torch.linalg.matrix_rank(gradient.double(), rtol=1e-5)) <= 8)
+        optimizer.step()
+    assert all(rule.metrics()["rank"] == 8 for _, rule in session.rules_of("spectral"))
+    # Four to warm up, then one of two is full, whatever the others do.
+    for found in kinds.values():
+        assert found == [False] * 4 + [index % 2 == 0 for index in range(len(found) - 4)]
+
+
+def test_unbiased_learns_its_directions_in_a_layer_of_every_second_step() -> None:
+    torch.manual_seed(0)
+    model = Tasks()
+    session = rg.attach(model, rg.Spectral(residual="unbiased", every=4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(20):
+        x = torch.randn(128, 64) * torch.logspace(0, -2, 64)
+        F.cross_entropy(model(x, step % 2), torch.randint(3, (128,))).backward()
+        optimizer.step()
+    for name, rule in session.rules_of("spectral"):
+        if name != "head":
+            held = rule._inputs.basis[0, :8].square().sum() / rule._inputs.basis.shape[-1]
+            assert held > 0.6, f"{name} knows where its input is large"
+
+
+def test_a_silent_group_bounds_no_full_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, groups=2), nn.Flatten(), nn.Linear(288, 3))
+    session = rg.attach(model, rg.Spectral(rank=4, warmup=0, every=2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(6):
+        x = torch.randn(8, 32, 5, 5)
+        x[:, 16:] = 0
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.randint(3, (8,))).backward()
+        live = model[0].weight.grad[:16].flatten(1)
+        full = not session.rules_of("spectral")[0][1].projecting
+        assert int(torch.linalg.matrix_rank(live, rtol=1e-4)) == (16 if full else 4), step
+        optimizer.step()
+
+
+@pytest.mark.parametrize("silent", [0, 10])
+def test_a_silent_batch_fixes_no_rank_and_turns_no_basis(silent: int) -> None:
+    """Its second moment has no directions: what was known stays, and nothing is learnt of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    session = rg.attach(model, rg.Spectral(warmup=4, every=10, rows=64))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(24):
+        x = torch.zeros(64, 64) if step == silent else torch.randn(64, 64)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.randint(3, (64,))).backward()
+        optimizer.step()
+        rule = session.rules_of("spectral")[0][1]
+        assert rule._scale >= 1
+        if step == silent - 1:
+            before = rule._inputs.basis.clone()
+        if step == silent > 0:
+            assert torch.equal(rule._inputs.basis, before)
+    assert rule.metrics()["rank"] > 4
+
+
+def test_side_output_says_that_it_leaves_attention_with_other_keys() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(self.a(x, y, y)[0].mean(1))
+
+    for basis in ("top", "bulk"):
+        torch.manual_seed(0)
+        model = Cross()
+        options: dict[str, Any] = {"side": "output", "rank": 4, "warmup": 0, "every": 1, "residual": "none"}
+        rg.attach(model, rg.Spectral(basis=basis, **options))  # pyright: ignore[reportArgumentType]
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        batches = [(torch.randn(8, 5, 32), torch.randn(8, 6, 32), torch.randint(3, (8,))) for _ in range(3)]
+
+        def run(model: nn.Module = model, optimizer: Any = optimizer, batches: Any = batches) -> None:
+            for x, y, labels in batches:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x, y), labels).backward()
+                optimizer.step()
+
+        with pytest.warns(RetrogradeWarning, match="keys are not queries"):
+            run()
+        plain = Cross()
+        plain.load_state_dict(model.state_dict())
+        F.cross_entropy(plain(*batches[-1][:2]), batches[-1][2]).backward()
+        torch.testing.assert_close(model.a.in_proj_weight.grad, plain.a.in_proj_weight.grad)
+
+
+@pytest.mark.parametrize(
+    "options", [{"residual": "unbiased"}, {"warmup": 0, "every": 1}], ids=["unbiased", "scaled"]
+)
+def test_a_transposed_convolution_may_be_asked_for_several_sizes(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(64, 16, 3, stride=2, padding=1), nn.Conv2d(16, 3, 1))
+    rg.attach(model, rg.Spectral(**options))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for size in (9, 10, 9, 10):
+        optimizer.zero_grad()
+        model[1](model[0](torch.randn(4, 64, 5, 5), output_size=[size, size])).square().mean().backward()
+        optimizer.step()
+
+
+def test_unbiased_goes_along_when_a_model_is_moved_before_its_first_step() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    rg.attach(model, rg.Spectral(residual="unbiased"))
+    model.to("meta")  # stands for a GPU
+    model(torch.randn(4, 64, device="meta")).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_rows_of_a_saved_input_are_kept_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3))
+    session = rg.attach(model, rg.Spectral(warmup=1000, every=1, skip_head=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(4):
+        F.cross_entropy(model(torch.randn(32, 64)), torch.randint(3, (32,))).backward()
+        optimizer.step()
+    plain, kept = session.summary().kept or (0, 0)
+    assert kept == plain > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 8.5},
+        {"rank": True},
+        {"rank": "8"},
+        {"every": math.inf},
+        {"every": 2.5},
+        {"full_every": 2.5},
+        {"rows": 10.5},
+        {"random": 1.5, "rank": 8},
+        {"energy": "x"},
+        {"tau": "1"},
+        {"decay": None},
+        {"skip_head": "no"},
+        {"residual": "unbiased", "full_every": 4},
+        {"residual": "unbiased", "energy": 0.5},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_kind_and_options_without_effect_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        rg.Spectral(**options)

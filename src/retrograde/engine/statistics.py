@@ -12,9 +12,10 @@ and each later one goes on from the last basis by one product alone,
 which for the eigenvectors U gives them back with their eigenvalues. A product costs 4·m·d·k operations for m rows; C
 itself is never formed unless d is small.
 
-A refresh happens in the first step and then every `StatisticsSpec.every`. One step seldom brings all the rows that are
-asked for, so the steps just before a refresh bring theirs too, as many of them as it takes. A refresh that finds what
-the last one found, up to what a sample of m rows can tell,
+A refresh happens in the first step and then every `StatisticsSpec.every`; where the layer took no part in that step, or
+its rows were not finite, in the next one, for as many steps as there are between refreshes. One step seldom brings all
+the rows that are asked for, so the steps just before a refresh bring theirs too, as many of them as it takes. A refresh
+that finds what the last one found, up to what a sample of m rows can tell,
 
     ‖UΛUᵀ − U'Λ'U'ᵀ‖² ≤ 2·2(tr²C + ‖C‖²)/m,  ‖μ − μ'‖² ≤ 2·2·trC/m          (3)   or a twentieth of ‖UΛUᵀ‖, of trC
 
@@ -119,6 +120,8 @@ class InputStatistics:
         """The step of the next refresh."""
         self.period = spec.every
         self._window = 1
+        self._missed = 0
+        """Refreshes in a row for which there were no rows."""
         self._pending: list[Tensor] = []
 
     def due(self, step: int) -> bool:
@@ -163,7 +166,6 @@ class InputStatistics:
         """
         if self._step != self._next:
             return False
-        self._next = self._step + self.period
         rows = torch.cat([r.to(self._pending[-1]) for r in self._pending], 1) if self._pending else None
         self._pending = []
         # Ranks decide together: one without rows, or with bad ones, would leave the others waiting.
@@ -174,7 +176,12 @@ class InputStatistics:
         found = torch.tensor(here, device=self._device(rows), dtype=torch.float32)
         good, large, count, work = ranks.mean(found).tolist()
         if good < 1 or rows is None:
+            # A layer of every second step would else be asked in the other ones for ever.
+            self._missed += 1
+            self._next = self._step + (1 if self._missed < self.period else self.period)
             return False
+        self._missed = 0
+        self._next = self._step + self.period
         if not self.refreshes:
             self._window = max(1, min(self.spec.every, math.ceil(self.spec.rows / rows.shape[1])))
         self.product = work
@@ -260,7 +267,7 @@ class InputStatistics:
         """Tensors and counts; rows waiting for the next refresh included."""
         names = ("rows", "mean", "basis", "eigenvalues", "variance", "drift", "refreshes", "flops", "product")
         times = {"step": self._step, "next": self._next, "period": self.period}
-        counts = {**times, "window": self._window, "pending": list(self._pending)}
+        counts = {**times, "window": self._window, "missed": self._missed, "pending": list(self._pending)}
         return {**{name: getattr(self, name) for name in names}, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -268,6 +275,7 @@ class InputStatistics:
         state = dict(state)
         self._step, self._window = int(state.pop("step")), int(state.pop("window"))
         self._next, self.period = int(state.pop("next")), int(state.pop("period"))
+        self._missed = int(state.pop("missed"))
         self._pending = list(state.pop("pending"))
         for name, value in state.items():
             setattr(self, name, value)

@@ -61,6 +61,10 @@ class Map(ABC):
         """The map that `numbers` says."""
         return cls()
 
+    def has_rows_of(self, other: "Map") -> bool:
+        """Whether rows have the same meaning as `other`'s, so that what was learnt from those holds for them."""
+        return self == other
+
     # The three products.
 
     @abstractmethod

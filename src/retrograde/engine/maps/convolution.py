@@ -212,6 +212,10 @@ class TransposedMap(SpatialMap):
     def _transposed(cls) -> bool:
         return True
 
+    def has_rows_of(self, other: Map) -> bool:
+        """Pixels are pixels, whatever becomes of them: a U-Net asks each call for another size of output."""
+        return isinstance(other, TransposedMap) and self.groups == other.groups
+
     def outputs(self, weight_shape: Sequence[int]) -> int:
         """C_out."""
         return weight_shape[1] * self.groups

@@ -157,7 +157,9 @@ def normalised(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def deepened(model: nn.Module, example: Tensor, layers: int = 1) -> nn.Module:
-    """`model` with so many hidden layers more, each as wide as the last hidden one, newly drawn, with its activation.
+    """`model` with so many hidden layers more, each as wide as the last hidden one, with its activation.
+
+    Their weights are drawn from torch's generator, as those of any new layer.
 
     Raises:
         OptionError: no hidden layer has an activation module behind it.
@@ -180,10 +182,8 @@ def deepened(model: nn.Module, example: Tensor, layers: int = 1) -> nn.Module:
     call, activation, between = pairs[-1]
     norms = [one.module for one in between if _is_norm(one.module)][:1]
     tail: list[nn.Module] = [activation.module]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for _ in range(layers):
-            tail += [_square(call), *(_fresh(norm) for norm in norms), copy.deepcopy(activation.module)]
+    for _ in range(layers):
+        tail += [_square(call), *(_fresh(norm) for norm in norms), copy.deepcopy(activation.module)]
     _replace(model, activation.name, nn.Sequential(*tail))
     return model
 

@@ -12,10 +12,11 @@ leading eigenvectors of E[xxᵀ], all steps but a few use
     dW = Dᵀ X̂,  X̂ = X U Uᵀ + (X − X U Uᵀ) Π,  E[Π] = I   (7)   every step: ``residual="unbiased"``
 
 **The unbiased form.** Π keeps some channels of X, drawn anew in every step and divided by their probability (`sketch`).
-E[X̂] = X, so dW is unbiased in every step, whatever U is: no step is full, and X U and the channels that were drawn,
-n × (k + j), are all that is ever kept of X. The variance that this adds is that of what U leaves of the gradient, times
-about d/j; U is learnt from the few rows that each step can keep beside them, an eighth of their memory. Convolutions
-keep channels of every pixel in place of patches, which makes the share (k + j)/channels whatever the kernel's size.
+E[X̂] = X, so dW is unbiased in every step, whatever U is: no step is full, and X U and the channels that were drawn, n
+× (k + j), are all that is kept of X beside the few rows that U is learnt from, an eighth of their memory; U itself, d ×
+k, counts where batches are small. The variance that this adds is that of what U leaves of the gradient, times about
+d/j. Convolutions keep channels of every pixel in place of patches, which makes the share (k + j)/channels whatever the
+kernel's size.
 
 **Why a residual path is on by default.** Steps confined to a dominant subspace stop making progress, and steps
 confined to its complement train about as well as free ones (Song, Ahn, Yun 2025). `basis` and `residual` let that
@@ -36,8 +37,9 @@ Convolutions: a row of X is a patch, and X U is the input convolved with U's col
 input when k is below the input channels of a group times the stride's product, so that is where the rank is capped.
 
 Cost for each projected call: 2nk(d + o) + 2kdo against 2ndo. Each refresh: about 8·rows·d·k. Full steps keep all of X,
-and the few steps before a refresh up to `rows` rows of it, so the *average* of memory falls; its peak does not. Without
-full steps (``residual="none"``) accuracy falls, and `random` directions did not help.
+and the few steps before a refresh up to `rows` rows of it, so with the default periods the *average* of memory falls;
+its peak does not. Behind a ReLU of torch's, which keeps its output, nothing falls. Without full steps
+(``residual="none"``) accuracy falls, and `random` directions did not help.
 
 Suggested settings: the defaults, for layers from about 64 inputs on. They were chosen on the validation split of
 Fashion-MNIST (two hidden layers of 128, SGD and AdamW): ``"scaled"`` every 2nd step came nearest to plain
@@ -74,6 +76,14 @@ _LARGEST_RANK = 64
 _SMALLEST_RANK = 4
 _SHARE = 8
 """Of the width, one part in so many is the unbiased form's rank."""
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -135,18 +145,21 @@ class Spectral(Method):
             known = get_args(choices)
             check_option(self, option, getattr(self, option) in known, f"one of {', '.join(known)}")
         for option, least in (("every", 1), ("full_every", 2), ("rows", 1)):
-            check_option(self, option, getattr(self, option) >= least, f"{least} or more")
-        check_option(self, "random", self.random is None or self.random >= 0, "0 or more, or None")
+            check_option(
+                self, option, _is_whole(getattr(self, option), least), f"a whole number, {least} or more"
+            )
+        fine = self.random is None or _is_whole(self.random, 0)
+        check_option(self, "random", fine, "a whole number, 0 or more, or None")
+        check_option(self, "skip_head", isinstance(self.skip_head, bool), "True or False")  # pyright: ignore[reportUnnecessaryIsInstance]
         if self.warmup is not None:
             check_steps(self, "warmup")
+        fine = self.rank is None or _is_whole(self.rank, 1)
+        check_option(self, "rank", fine, "a whole number, 1 or more, or None to follow `energy`")
         check_option(
-            self, "rank", self.rank is None or self.rank >= 1, "1 or more, or None to follow `energy`"
+            self, "energy", _is_finite(self.energy) and 0 < self.energy <= 1, "above 0 and at most 1"
         )
-        check_option(self, "energy", 0 < self.energy <= 1, "above 0 and at most 1")
-        check_option(self, "tau", math.isfinite(self.tau) and self.tau > 0, "a positive number")
-        check_option(
-            self, "decay", math.isfinite(self.decay) and self.decay >= 0, "a finite number, 0 or more"
-        )
+        check_option(self, "tau", _is_finite(self.tau) and self.tau > 0, "a positive number")
+        check_option(self, "decay", _is_finite(self.decay) and self.decay >= 0, "a finite number, 0 or more")
         if self.random and self.rank is not None and self.random >= self.rank:
             raise OptionError(
                 f"Spectral: random={self.random} leaves none of rank={self.rank} to the leading directions. "
@@ -159,6 +172,15 @@ class Spectral(Method):
                     f"basis={self.basis!r}: the layer's input is what is compressed, and random directions are in it "
                     "already (`random`)."
                 )
+            for option, why in (
+                ("full_every", "no step is full"),
+                ("energy", "its rank is a share of the width"),
+            ):
+                if getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                    raise OptionError(
+                        f"Spectral: {option}={getattr(self, option)} has no effect with residual='unbiased': {why}. "
+                        "Leave it out."
+                    )
             if self.random == 0:
                 raise OptionError(
                     "Spectral: random=0 leaves no random direction, and without them nothing is unbiased. Give 1 or "

@@ -1,5 +1,6 @@
 """The base rule at one layer, in the letters of the package's docstring."""
 
+import warnings
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Call, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
-from retrograde.errors import AttachError
+from retrograde.errors import AttachError, RetrogradeWarning
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.work import Work, linear_flops
 from retrograde.maths import spectral
@@ -67,9 +68,12 @@ class SpectralRule(Rule):
         """s of equation (6) in this step; 1 where nothing is scaled."""
         self.cycle = 1 if method.residual in ("none", "unbiased") else method.full_every
         self._warmup = method.warmup if method.warmup is not None else _WARMUP if sketch is None else 0
+        self._warned = False
         self._narrows = method.side != "output" and method.basis != "bulk"
         self._map: Map | None = None
         self._refreshed_at = -1
+        self._taken = 0
+        """Steps so far in which the layer had a backward pass."""
         self._diagnostics = Diagnostics()
 
     def prepare(self, layer: nn.Module) -> None:
@@ -109,15 +113,17 @@ class SpectralRule(Rule):
         basis = basis.to(x)
         if self._sketch is None or self._sketch.chosen is None or self._sketch.factors is None:
             return map.narrow(x, basis, weight), basis
-        chosen, factors = self._sketch.chosen, self._sketch.factors
-        return map.sketch(x, basis, chosen), basis, chosen, factors.to(x)
+        # A model may be moved between steps, and before the first one.
+        chosen, factors = self._sketch.chosen.to(x.device), self._sketch.factors.to(x)
+        return map.sketch(x, basis, chosen), basis, chosen, factors
 
     def product(self, call: Call, delta: Delta) -> Work:
         """Equation (1); on full steps the layer's own product, scaled as equation (6) says."""
         if len(call.saved) == 1:
             return self._treated(call, call.map.weight_grad(call.products, call.operand, call.weight))
         kept, basis, *drawn = call.saved
-        if self._map is not None and call.map != self._map:
+        # A sketch is of channels, whose places are of no account.
+        if not drawn and self._map is not None and not call.map.has_rows_of(self._map):
             raise AttachError(
                 f"layer {self.name!r} was given another stride, padding or dilation while it trained, and its basis "
                 "belongs to the earlier ones. Detach, change the layer, and attach again."
@@ -161,11 +167,25 @@ class SpectralRule(Rule):
         if self._method.side != "output" and not narrow and u is not None:
             g = spectral.project_rows(g, u.to(g))
             call.spend(2 * linear_flops(g.shape[1], u.shape[-1], g.shape[0] * g.shape[2]))
-        # Attention with other keys than queries multiplies by parts of its weight, whose outputs are not all of V's.
-        if v is not None and v.shape[-2] == g.shape[-2]:
+        if v is not None and v.shape[-2] != g.shape[-2]:
+            self._warn_of_parts()
+            if self._method.side == "output":
+                return whole
+        elif v is not None:
             g = spectral.project_columns(g, v.to(g))
             call.spend(2 * linear_flops(g.shape[1], v.shape[-1], g.shape[0] * g.shape[2]))
         return whole - g if self._method.basis == "bulk" else g
+
+    def _warn_of_parts(self) -> None:
+        """Attention whose keys are not its queries multiplies by parts of its weight: V is of all its outputs."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"layer {self.name!r}: side={self._method.side!r} projects nothing on directions of its outputs where "
+                "keys are not queries: attention's products have only a part of its outputs then. Use side='input'.",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
 
     def _output_basis(self) -> Tensor | None:
         return self._outputs.basis if self._outputs is not None and self._method.side != "input" else None
@@ -176,8 +196,10 @@ class SpectralRule(Rule):
         if subspace is None or subspace.eigenvalues is None:
             return 1.0
         values = subspace.eigenvalues
-        ratio = (values[:, 0] / values[:, -1].clamp_min(torch.finfo(values.dtype).tiny)).min()
-        return min(float(self._method.full_every), float(ratio))
+        ratio = values[:, 0] / values[:, -1].clamp_min(torch.finfo(values.dtype).tiny)
+        # A group whose input is zero has no gradient to scale, and bounds nothing.
+        ratio = torch.where(values[:, 0] > 0, ratio, torch.inf).min()
+        return max(1.0, min(float(self._method.full_every), float(ratio)))
 
     # After the optimizer.
 
@@ -186,6 +208,10 @@ class SpectralRule(Rule):
         self._diagnostics.read()
         # A weight that is computed has neither a group nor moments: the gradient of each call is all that is projected.
         weight, map = step.weight, step.map
+        # Layers of several tasks, say, take turns: what counts are the steps that this one takes part in.
+        if not step.program.calls:
+            return
+        self._taken += 1
         if map is not None:
             self._map = map
             group = None if weight is None else _group(step, weight)
@@ -196,7 +222,7 @@ class SpectralRule(Rule):
             if step.refreshed and late and rows is not None:
                 self._refreshed_at = step.index
                 self._refresh(step, map, rows, weight, moments=group is not None)
-        following = step.index + 1
+        following = self._taken
         if self._sketch is not None:
             if self._past_warmup(following):
                 self._redraw(step.layer, following)
@@ -292,6 +318,7 @@ class SpectralRule(Rule):
         return {
             "projecting": self.projecting,
             "refreshed_at": self._refreshed_at,
+            "taken": self._taken,
             "scale": self._scale,
             "inputs": self._inputs.state_dict(),
             "outputs": None if self._outputs is None else self._outputs.state_dict(),
@@ -303,7 +330,7 @@ class SpectralRule(Rule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.projecting, self._refreshed_at = bool(state["projecting"]), int(state["refreshed_at"])
-        self._scale = float(state["scale"])
+        self._scale, self._taken = float(state["scale"]), int(state["taken"])
         self._inputs.load_state_dict(state["inputs"])
         if self._outputs is not None and state["outputs"] is not None:
             self._outputs.load_state_dict(state["outputs"])

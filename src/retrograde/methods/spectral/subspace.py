@@ -87,7 +87,11 @@ class Subspace:
         groups, m, d = rows.shape
         if self._leading is not None:
             self._leading = self._leading.to(rows)
-        self.trace = ranks.mean(rows.square().mean(1).sum(-1))
+        trace = ranks.mean(rows.square().mean(1).sum(-1))
+        alive = trace > 0
+        if not bool(alive.any()):
+            # Rows of zeros have no directions.
+            return 0.0
         before, steps = self._leading, _WARM_STEPS
         k = self._tracked(d)
         if before is None:
@@ -100,7 +104,13 @@ class Subspace:
             q = spectral.eigh((moment + moment.mT) / 2)[1][..., -k:]
         else:
             q = spectral.qr_steps(multiply, before, steps)
-        self.eigenvalues, leading = spectral.leading_eigenpairs(multiply, q)
+        eigenvalues, leading = spectral.leading_eigenpairs(multiply, q)
+        if self._leading is not None and self.eigenvalues is not None and self.trace is not None:
+            # A group that is silent this time keeps what it had.
+            leading = torch.where(alive[:, None, None], leading, self._leading)
+            eigenvalues = torch.where(alive[:, None], eigenvalues, self.eigenvalues.to(eigenvalues))
+            trace = torch.where(alive, trace, self.trace.to(trace))
+        self.eigenvalues, self.trace = eigenvalues, trace
         if self._leading is not None:
             self.drift = float(spectral.drift(self._leading, leading).max())
         self._leading = leading
@@ -122,7 +132,7 @@ class Subspace:
         policy = self._policy
         if policy.rank is None:
             k = spectral.rank_for_energy(self.eigenvalues, self.trace, policy.energy)
-            self._leading, self.eigenvalues = self._leading[..., :k], self.eigenvalues[:, :k]
+            self._leading, self.eigenvalues = self._leading[..., :k].contiguous(), self.eigenvalues[:, :k]
             self.basis = self._chosen(self._leading)
 
     def _tracked(self, d: int) -> int:
