@@ -3,6 +3,9 @@
 A message says what happened, where (the layer's full name, the file), why, and what to do, in that order.
 """
 
+from numbers import Integral, Real
+from typing import TypeGuard
+
 
 class RetrogradeError(Exception):
     """Base class of every error that retrograde raises on purpose."""
@@ -94,6 +97,16 @@ def check_value(what: str, option: str, value: object, fine: bool, must: str) ->
     """
     if not fine:
         raise OptionError(f"{what}: {option}={value!r} must be {must}.")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an option's value is a number, of Python or NumPy, and not a truth value."""
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether an option's value is an integer, of Python or NumPy, and not a truth value."""
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def check_steps(config: object, option: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import retrograde as rg
 from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
@@ -214,7 +215,8 @@ def test_copies_and_pickles_hear_nothing():
 def test_resuming_goes_on_as_if_nothing_had_been():
     schedule: Any = None
     runs: list[nn.Module] = []
-    for stop in (None, 9, 15):
+    # In the window of a projection, before any; in that of another, between the two steps; and after the last.
+    for stop in (None, 1, 7, 15):
         model = net()
         optimizer = adam(model)
         schedule = schedule_of(model, optimizer)
@@ -230,7 +232,7 @@ def test_resuming_goes_on_as_if_nothing_had_been():
         runs.append(schedule.fold()[0])
     for other in runs[1:]:
         for one, two in zip(runs[0].parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(one, two)
+            assert torch.equal(one, two)
     stranger = nn.Sequential(nn.Tanh(), nn.Linear(9, 9))
     strange = schedule_of(stranger, sgd(stranger))
     with pytest.raises(StateError, match="layers that the model does not have"):
@@ -238,6 +240,63 @@ def test_resuming_goes_on_as_if_nothing_had_been():
     wider = nn.Sequential(nn.Linear(16, 25), nn.Tanh(), nn.Linear(25, 20), nn.Tanh(), nn.Linear(20, 4))
     with pytest.raises(StateError, match="'0' with 24 outputs, and the model's has 25"):
         schedule_of(wider, sgd(wider)).load_state_dict(schedule.state_dict())
+    model = net()
+    with pytest.raises(
+        StateError, match=r"other layers than this one shrinks: \['0', '2', '4'\], and here \['0', '4'\]"
+    ):
+        schedule_of(model, sgd(model), skip="2").load_state_dict(schedule.state_dict())
+    model = net()
+    with pytest.raises(StateError, match="lacks what this one needs: KeyError: 'window'"):
+        schedule_of(model, sgd(model)).load_state_dict({"step": 1, "ranks": {}, "macs": {}, "spectra": {}})
+
+
+def test_a_state_in_the_window_is_a_copy():
+    """What is gathered later does not reach it, and loading it leaves it as it was."""
+    model = net()
+    optimizer = sgd(model)
+    schedule = schedule_of(model, optimizer)
+    train(model, optimizer, 1)
+    state = schedule.state_dict()
+    before = copy.deepcopy(state["window"]["moments"]["0"])
+    schedule.load_state_dict(state)
+    train(model, optimizer, 1, first=1)
+    assert state["window"]["examples"] == before["count"] == 64
+    for one, other in zip(before["sums"], state["window"]["moments"]["0"]["sums"], strict=True):
+        assert torch.equal(one, other)
+
+
+class Checkpointed(nn.Module):
+    """Its middle runs again in the backward pass, and each layer may be called by keyword."""
+
+    def __init__(self, reentrant: bool | None, keyword: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(16, 40), nn.Linear(40, 4)
+        self.middle = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 40))
+        self._reentrant, self._keyword = reentrant, keyword
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(input=x) if self._keyword else self.first(x))
+        again = self._reentrant
+        h = self.middle(h) if again is None else checkpoint(self.middle, h, use_reentrant=again)
+        return self.last(torch.relu(h))
+
+
+@pytest.mark.parametrize("options", [(False,), (True,), (None, True)])
+def test_passes_that_checkpointing_repeats_are_counted_once_and_calls_by_keyword_too(options: Any):
+    runs: list[tuple[nn.Module, Any]] = []
+    for chosen in ((None,), options):
+        model = Checkpointed(*chosen)
+        optimizer = sgd(model)
+        schedule = schedule_of(model, optimizer)
+        train(model, optimizer, 13)
+        runs.append(schedule.fold())
+    (plain, expected), (small, report) = runs
+    assert report.macs[0] == 16 * 40 + 2 * 40 * 40 + 40 * 4
+    assert report.macs[1] <= 0.5 * report.macs[0]
+    assert report.macs == expected.macs
+    for one, two in zip(plain.parameters(), small.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_skipped_step_does_not_count():
@@ -306,9 +365,17 @@ def test_a_budget_that_cannot_be_reached_is_an_error():
 def test_errors():
     model = net()
     optimizer = sgd(model)
-    for options in ({"budget": 1.0}, {"budget": 0.0}, {"start": 0}, {"start": 20}, {"every": 0}):
-        with pytest.raises(OptionError, match="must be"):
-            schedule_of(model, optimizer, **options)
+    wrong: dict[str, list[Any]] = {
+        "budget": [1.0, 0.0, "0.5", None],
+        "start": [0, "1", 1.5, True],
+        "end": [1, float("inf")],
+        "every": [0, 1.5],
+        "window": [0, None],
+    }
+    for option, values in wrong.items():
+        for value in values:
+            with pytest.raises(OptionError, match=f"{option}={value!r} must be"):
+                schedule_of(model, optimizer, **{option: value})
     with pytest.raises(NoEffectError, match="trains no layer"):
         schedule_of(model, sgd(net()))
     schedule = schedule_of(model, optimizer)

@@ -407,6 +407,26 @@ class TestLayersThatAreLeft:
         assert isinstance(small[0], nn.Sequential)
         assert report.macs[0] == 2 * 16 * 16
 
+    def test_a_layer_that_is_called_by_keyword_counts(self):
+        class Called(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.two(self.one(input=x))
+
+        model, x = Called(), torch.randn(100, 16)
+        report = rg.spectral.factorise(model, x, budget=0.5)[1]
+        assert report.macs[0] == 2 * 16 * 16
+        assert report.ranks == {
+            name.replace("0", "one").replace("1", "two"): rank
+            for name, rank in rg.spectral.factorise(nn.Sequential(model.one, model.two), x, budget=0.5)[
+                1
+            ].ranks.items()
+        }
+
     def test_frozen_layers_stay_frozen(self):
         model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
         model[0].requires_grad_(False)
@@ -423,7 +443,9 @@ class TestErrors:
             ({"energy": 0.9, "budget": 0.5}, "give one of them"),
             ({"energy": 0.0}, "energy=0.0"),
             ({"energy": float("nan")}, "energy=nan"),
+            ({"energy": "a"}, "energy='a'"),
             ({"budget": -1}, "budget=-1"),
+            ({"budget": "0.3"}, "budget='0.3'"),
             ({"budget": 1e9}, "must be less than the model's"),
             ({"budget": 0.001}, "cannot be reached"),
             ({"budget": 0.5, "spectrum": "inputs"}, "spectrum='inputs'"),

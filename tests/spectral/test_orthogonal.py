@@ -85,6 +85,39 @@ def test_steps_of_any_length_stay(n: int, p: int, length: float) -> None:
     assert spectral.orthonormality(stiefel_step(q, length * torch.randn(n, p))) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 8), (48, 48), (2, 12, 5)])
+def test_long_steps_of_rank_one_stay(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One example's gradient, however long: on the manifold, and where Cayley's transform ends."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]
+    rounded = exact.to(dtype).float()
+    z = torch.randn(*shape[:-1], 1, generator=generator) * torch.randn(shape[-1], generator=generator)
+    z = z / torch.linalg.matrix_norm(z)[..., None, None]
+    for length in (1.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e8, 1e16, 1e30):
+        found = stiefel_step(rounded, length * z)
+        assert spectral.orthonormality(found) <= (1e-6 if dtype == torch.float32 else 1e-3), length
+        if dtype == torch.float32 and length <= 1e4:
+            eye = torch.eye(shape[-2], dtype=torch.float64)
+            m = length * (eye - 0.5 * exact @ exact.mT) @ z.double()
+            a = m @ exact.mT - exact @ m.mT
+            expected = torch.linalg.solve(eye - a / 2, (eye + a / 2) @ exact)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+    assert stiefel_step(rounded, torch.nan * z).isnan().all()
+
+
+def test_training_goes_on_after_a_long_step() -> None:
+    layer = initialised(nn.Linear(32, 16, bias=False))
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    kept = keep_orthogonal(layer, optimizer)
+    gradient = torch.outer(torch.randn(16), torch.randn(32))
+    for length in (1e4, *[1e-2] * 50):
+        layer.weight.grad = gradient * (length / gradient.norm())
+        gradient = torch.randn(16, 32)
+        optimizer.step()
+        assert kept.orthonormality()["(root)"] <= 1e-6
+
+
 def test_normal_steps_do_nothing() -> None:
     """Weight decay, Z ∝ Q, is normal to the manifold."""
     q = point(10, 4)
@@ -379,7 +412,10 @@ def test_steps_of_another_optimizer_are_said(own: bool) -> None:
     optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.5) for _ in range(2))
     kept = keep_orthogonal(model, optimizer)
     train(model, optimizer, 2)
-    with pytest.warns(RetrogradeWarning, match=r"another SGD than.*0, 2 up to .* from orthonormal") as caught:
+    with pytest.warns(
+        RetrogradeWarning,
+        match=r"a step of SGD took .*0, 2 up to .* from orthonormal.*was given another SGD, and",
+    ) as caught:
         train(model, other, 3)
     assert len(caught) == 1
     assert max(kept.orthonormality().values()) > 1e-3
@@ -392,6 +428,33 @@ def test_steps_of_another_optimizer_are_said(own: bool) -> None:
     else:
         kept.remove()
         train(model, other, 1)
+
+
+def test_every_cause_of_replaced_weights_is_said() -> None:
+    """Steps of another optimizer once, by name; weights that are written in between each time."""
+    model = network()
+    optimizer, other = torch.optim.Adam(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = keep_orthogonal(model, optimizer)
+
+    def run() -> None:
+        for scale in (None, None, 2, 3):
+            train(model, other, 2)
+            if scale:
+                model.load_state_dict({name: scale * value for name, value in network().state_dict().items()})
+            train(model, optimizer, 2)
+
+    with pytest.warns(RetrogradeWarning) as caught:
+        run()
+    said = [str(warning.message) for warning in caught]
+    assert "a step of SGD took" in said[0]
+    assert "keep_orthogonal was given Adam, and turns" in said[0]
+    assert "by steps of an optimizer that is not the one keep_orthogonal was given" in said[1]
+    assert [("up to 3 from" in text, "up to 8 from" in text) for text in said[2:]] == [
+        (True, False),
+        (False, True),
+    ]
+    assert all("were written to since the last step" in text for text in said[2:])
+    assert max(kept.orthonormality().values()) <= 1e-6
 
 
 def test_optimizers_around_and_inside_are_no_others() -> None:

@@ -22,8 +22,12 @@ def net() -> nn.Module:
     )
 
 
-def trained(rank: int, *, shared: bool, penalty: bool = False) -> dict[str, Any]:
-    model = seeded(net)
+def trained(
+    rank: int, *, shared: bool, penalty: bool = False, dtype: torch.dtype = torch.float32, norm: bool = False
+) -> dict[str, Any]:
+    model = seeded(net).to(dtype)
+    if norm:
+        torch.nn.utils.weight_norm(model[4])
     rg.attach(model, rg.Spectral(residual="unbiased", rank=4, every=3, skip_head=False), seed=3)
     parallel = nn.parallel.DistributedDataParallel(model)
     sent: list[int] = []
@@ -39,7 +43,7 @@ def trained(rank: int, *, shared: bool, penalty: bool = False) -> dict[str, Any]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(7):
         optimizer.zero_grad()
-        loss = torch.sin(parallel(batch((4, 8, 7, 7), seed=10 * step + rank))).square().mean()
+        loss = torch.sin(parallel(batch((4, 8, 7, 7), seed=10 * step + rank).to(dtype))).square().mean()
         if penalty:
             loss = loss + model[4].weight.square().sum()
         loss.backward()
@@ -55,6 +59,8 @@ def worker(rank: int, folder: str) -> None:
         trained(rank, shared=True, penalty=True)
     except AttachError as error:
         found["refused"] = str(error)
+    for name, options in {"bfloat16": {"dtype": torch.bfloat16}, "norm": {"norm": True}}.items():
+        found[name] = [trained(rank, shared=shared, **options)["parameters"] for shared in (False, True)]
     torch.save(found, f"{folder}/rank{rank}.pt")
 
 
@@ -72,6 +78,9 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(gradients) < 0.5 * whole
     assert "'4'" in one["refused"]
     assert "penalty" in one["refused"]
+    for name, tolerance in (("bfloat16", 0.02), ("norm", 1e-4)):
+        assert_bitwise(one[name][1], two[name][1])
+        assert_same(one[name][1], one[name][0], tolerance)
 
 
 def test_nothing_to_share_is_refused() -> None:

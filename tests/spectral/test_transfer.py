@@ -481,9 +481,21 @@ def test_refused_sources() -> None:
         TransferPenalty(model, model.state_dict())
     with pytest.raises(NoEffectError, match="no linear-like"):
         TransferPenalty(nn.ReLU(), [rows()])
-    for options in ({"strength": -1.0}, {"rank": -1}, {"energy": 0.0}, {"rest": "odd"}, {"scale": "x"}):
-        with pytest.raises(OptionError, match=f"{next(iter(options))}="):
-            TransferPenalty(model, source(), **options)
+    wrong: dict[str, list[Any]] = {
+        "strength": [-1.0, "x", None],
+        "rank": [-1, 2.5, None],
+        "energy": [0.0, "x"],
+        "rest": ["odd"],
+        "scale": ["x"],
+        "rows": [0, 1.5],
+        "batches": [1.5, "2"],
+    }
+    for option, values in wrong.items():
+        for value in values:
+            with pytest.raises(OptionError, match=f"{option}={value!r} must be"):
+                TransferPenalty(model, source(), **{option: value})
+    with pytest.raises(OptionError, match=r"rank=1\.5 must be"):
+        TransferPenalty.statistics(model, source(), rank=1.5)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="restrains nothing"):
         TransferPenalty(model, source(), rank=0, rest="none")
 
@@ -524,6 +536,50 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(StateError, match="does not fit"):
         resumed.load_state_dict({"statistics": {}, "strength": 1.0, "steps": 0})
+
+
+def test_state_of_another_model_is_refused_and_changes_nothing() -> None:
+    model = net()
+    penalty = TransferPenalty(model, source(), 2.0)
+    other = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    another = TransferPenalty(other, [rows(width=9)], 5.0)
+    state = another.state_dict()
+    with pytest.raises(StateError, match=r"layer '0': its weight is \(8, 6\), and was \(8, 9\)"):
+        penalty.load_state_dict(state)
+    for wrong in ({**penalty.state_dict(), "strength": -1.0}, {**penalty.state_dict(), "statistics": None}):
+        with pytest.raises(StateError, match="does not fit"):
+            penalty.load_state_dict(wrong)
+    grouped = nn.Conv2d(4, 4, (1, 2), groups=2)
+    conv = TransferPenalty(grouped, [torch.randn(2, 4, 5, 5)], skip_head=False)
+    narrow = nn.Conv2d(2, 4, (1, 2))
+    plain = TransferPenalty(narrow, [torch.randn(2, 2, 5, 5)], skip_head=False)
+    with pytest.raises(StateError, match="it has 2 groups, and had 1"):
+        conv.load_state_dict(plain.state_dict())
+    assert penalty.strength == 2.0
+    step(model, sgd(model))
+    assert penalty.steps == 1
+    another.steps = conv.steps = plain.steps = 1
+
+
+def test_precision_of_the_model_is_followed() -> None:
+    """Statistics of float32 for a model of float64, and a model whose precision changes when the penalty is there."""
+    found: list[Tensor] = []
+    for when in ("statistics", "later", "back"):
+        model = net().float()
+        state = TransferPenalty.statistics(model, [x.float() for x in source()], rank=4)
+        if when == "statistics":
+            model.double()
+        penalty = TransferPenalty(model, state, 5.0)
+        model.double()
+        step(model, sgd(model))
+        if when == "back":
+            model.float()
+            step(model, sgd(model), rows(8, seed=9).float())
+        assert penalty.penalty() > 0
+        found.append(joint(model[0]))
+        assert penalty.steps == 1 + (when == "back")
+    assert torch.equal(found[0], found[1])
+    assert found[2].dtype == torch.float32
 
 
 def test_copies() -> None:

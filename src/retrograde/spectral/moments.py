@@ -10,6 +10,8 @@ without the shift a mean that is large against the deviations would take their d
 Cost: n·d² multiply-adds and 8·d² bytes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,21 @@ class Moments:
                 total += part.sum(0, dtype=torch.float64)
                 products += part.mT @ part
                 self.count += len(chunk)
+
+    def state_dict(self) -> dict[str, Any]:
+        """n, and copies of s, t and P of equation (1): none before the first rows."""
+        return {"count": self.count, "sums": [part.clone() for part in self._sums or ()]}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` gave.
+
+        Args:
+            state: which is copied.
+            device: of the rows to come.
+        """
+        self.count = state["count"]
+        shift, total, products = [part.to(device, copy=True) for part in state["sums"]] or (None, None, None)
+        self._sums = None if shift is None or total is None or products is None else (shift, total, products)
 
     def plus(self, other: "Moments") -> "Moments":
         """Of the rows of both."""

@@ -10,8 +10,10 @@ the Stiefel manifold. The optimizer, any optimizer, proposes Z = ΔW, and
 
 AQ = Z − Q sym(QᵀZ) is the part of Z along the manifold, so (3) moves as the optimizer asks to first order, and a step
 of any length ends on the manifold. (3) takes a p × p system, not an n × n one (`retrograde.maths.spectral`, its
-equation 5), for square weights too. A parametrization computes W from free parameters in each forward pass and
-differentiates through that; here the forward and backward passes are those of a plain layer.
+equation 5), for square weights too. Its condition grows as ‖Z‖², so a long step is computed in float64, and one that is
+too long for that by the eigenpairs of A, whose transform is orthonormal whatever their size. A parametrization computes
+W from free parameters in each forward pass and differentiates through that; here the forward and backward passes are
+those of a plain layer.
 
 Deviations from the source and its references. The source turns a basis; here the same transform turns a weight. Wen and
 Yin take A = GQᵀ − QGᵀ from the gradient; (2) halves the part within span(Q), so that the step is the orthogonal
@@ -56,6 +58,12 @@ from retrograde.patterns import ROOT, Choice, select, some
 __all__ = ["Orthogonal", "keep_orthogonal", "nearest_orthonormal", "stiefel_step", "tangent"]
 
 
+_LONG = 0.5
+"""Rounding of equation (3) grows as ε‖Z‖², and (4) squares it: up to ‖Z‖ = ε^-¼ it is gone."""
+_POLISHES = 4
+"""Bring bfloat16's rounding to that of float64."""
+
+
 def tangent(q: Tensor, z: Tensor) -> Tensor:
     """``Z − Q sym(QᵀZ)``: the part of z (…, n, p) along the manifold at q (…, n, p), equation (1)."""
     inner = q.mT @ z
@@ -72,8 +80,39 @@ def stiefel_step(q: Tensor, z: Tensor) -> Tensor:
     Returns:
         Orthonormal columns, q + tangent(q, z) to first order in z.
     """
-    inner = q.mT @ z
-    return spectral.polish(spectral.turned(q, z - q @ inner, 0.5 * (inner - inner.mT)))
+    if _length(z) <= _LONG * torch.finfo(z.dtype).eps ** -0.25:
+        inner = q.mT @ z
+        return spectral.polish(spectral.turned(q, z - q @ inner, 0.5 * (inner - inner.mT)))
+    if not z.isfinite().all():
+        return q + z
+    exact, z = q.double(), z.double()
+    for _ in range(_POLISHES):
+        exact = spectral.polish(exact)
+    inner = exact.mT @ z
+    outside, inside = z - exact @ inner, 0.5 * (inner - inner.mT)
+    short = _length(z) <= _LONG * torch.finfo(z.dtype).eps ** -0.25
+    turned = spectral.turned(exact, outside, inside) if short else _turned_far(exact, outside, inside)
+    return spectral.polish(turned).to(q)
+
+
+def _length(z: Tensor) -> float:
+    """The longest step of a group; nan or infinite where it has no length in its own precision."""
+    return float(torch.linalg.matrix_norm(z).amax())
+
+
+def _turned_far(q: Tensor, outside: Tensor, inside: Tensor) -> Tensor:
+    """`retrograde.maths.spectral.turned` by the eigenpairs of A: orthonormal to rounding for every finite A.
+
+    A lies in the span of Q and N, so that with an orthonormal basis E of it and M = N + QΩ/2
+
+        S = Eᵀ(M Qᵀ − Q Mᵀ)E,  iS = V diag(w) Vᴴ,  Q ← E V diag((1 − iw/2)/(1 + iw/2)) Vᴴ EᵀQ
+    """
+    basis, _ = torch.linalg.qr(torch.cat((q, outside), -1))
+    here, m = basis.mT @ q, basis.mT @ (outside + 0.5 * q @ inside)
+    skew = m @ here.mT - here @ m.mT
+    w, v = torch.linalg.eigh(1j * skew)
+    phases = (1 - 0.5j * w) / (1 + 0.5j * w)
+    return basis @ ((v * phases.unsqueeze(-2)) @ (v.mH @ here.to(v))).real
 
 
 def nearest_orthonormal(q: Tensor) -> Tensor:
@@ -93,6 +132,8 @@ class _Kept:
     before: Tensor | None = field(default=None, repr=False)
     version: int = -1
     """Of the weight when it was last made orthonormal: another one means that others wrote to it since."""
+    stepped: int = -1
+    """Of the weight when another optimizer last stepped it."""
 
     def columns(self, tensor: Tensor) -> Tensor:
         """What is shaped like the weight as (g, n, p), n ≥ p, in the precision of statistics."""
@@ -154,9 +195,10 @@ class Orthogonal(Listener):
         super().__init__()
         self.replaced, self.left_out = replaced, left_out
         self._kept = kept
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._given = weakref.ref(optimizer), type(optimizer).__name__
         self._steps = 0
         self._said: set[str] = set()
+        self._said_replaced = False
         self._settle(
             "keep_orthogonal: the weights of {} were up to {} from orthonormal (max |QᵀQ − I|) and were replaced by "
             "the nearest orthonormal ones, so the model computes another function now. Initialise new weights by "
@@ -200,8 +242,9 @@ class Orthogonal(Listener):
         closed = callable(kwargs.get("closure")) or (len(args) > 1 and callable(args[1]))
         self._settle(
             "the weights of {} were written to since the last step and were up to {} from orthonormal "
-            "(max |QᵀQ − I|): each was replaced by the nearest orthonormal matrix. A loaded checkpoint does this, or "
-            "an optimizer that is not the one keep_orthogonal was given: step with that one, or call remove()."
+            "(max |QᵀQ − I|): each was replaced by the nearest orthonormal matrix, so the model computes another "
+            "function than what was written. Write weights that are orthonormal, as checkpoints of this run are, or "
+            "call remove() first."
         )
         self._steps += 1
         for kept in self._kept.values():
@@ -220,22 +263,25 @@ class Orthogonal(Listener):
     @torch.no_grad()
     def _settle(self, message: str) -> None:
         """Make every weight orthonormal, and say where that changed one by more than rounding."""
-        strayed: dict[str, float] = {}
+        stepped: dict[str, float] = {}
+        written: dict[str, float] = {}
         for name, kept in self._kept.items():
             with torch.autocast(kept.weight.device.type, enabled=False):
                 if far := kept.strayed():
-                    strayed[name] = far
+                    others = kept.weight._version == kept.stepped
+                    (stepped if others else written)[name] = far
                 kept.settle()
-        self._say(message, strayed)
-
-    def _say(self, message: str, strayed: Mapping[str, float]) -> None:
-        if strayed and message not in self._said:
-            self._said.add(message)
-            warnings.warn(
-                message.format(some(list(strayed)), f"{max(strayed.values()):.2g}"),
-                RetrogradeWarning,
-                stacklevel=5,
+        # Two optimizers in turns would bring the first in every step; what is written in between is news each time.
+        if stepped and not self._said_replaced:
+            self._said_replaced = True
+            _warn(
+                "the weights of {} had been taken up to {} from orthonormal (max |QᵀQ − I|) by steps of an optimizer "
+                "that is not the one keep_orthogonal was given, and each was replaced by the nearest orthonormal "
+                f"matrix. Step with {self._given}, which it was given, alone, or call remove().",
+                stepped,
             )
+        if written:
+            _warn(message, written)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy hears nothing.
@@ -252,12 +298,21 @@ class Orthogonal(Listener):
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Say that a step was not turned, where it took weights away from the manifold."""
-        if optimizer is not self._optimizer():
-            strayed = {name: far for name, kept in self._kept.items() if (far := kept.strayed())}
-            self._say(
-                f"a step of another {type(optimizer).__name__} than the optimizer that keep_orthogonal was given took "
-                "the weights of {} up to {} from orthonormal (max |QᵀQ − I|): its steps are not turned. Give it to "
-                "keep_orthogonal in place of the other, or call remove() of what that returned.",
+        if optimizer is self._optimizer():
+            return
+        strayed: dict[str, float] = {}
+        for name, kept in self._kept.items():
+            if far := kept.strayed():
+                strayed[name], kept.stepped = far, kept.weight._version
+        theirs = type(optimizer).__name__
+        if strayed and theirs not in self._said:
+            self._said.add(theirs)
+            given = f"another {theirs}" if theirs == self._given else self._given
+            _warn(
+                f"a step of {theirs} took the weights of {{}} up to {{}} from orthonormal (max |QᵀQ − I|): "
+                f"keep_orthogonal was given {given}, and turns the steps of "
+                f"that optimizer alone. Give it this {theirs} in place of the other, or call remove() of what it "
+                "returned.",
                 strayed,
             )
 
@@ -269,6 +324,11 @@ class Orthogonal(Listener):
                 RetrogradeWarning,
                 stacklevel=2,
             )
+
+
+def _warn(message: str, strayed: Mapping[str, float]) -> None:
+    worst = f"{max(strayed.values()):.2g}"
+    warnings.warn(message.format(some(list(strayed)), worst), RetrogradeWarning, stacklevel=5)
 
 
 def keep_orthogonal(

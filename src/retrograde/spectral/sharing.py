@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrograde.engine.maps.base import Map
+from retrograde.engine.layers import find_kind
+from retrograde.engine.maps.base import LayerKind, Map, wide
 from retrograde.errors import AttachError, OptionError
 from retrograde.methods.spectral.core import SpectralRule
 from retrograde.session import Session, session_of
 
 _OUTSIDE = 1e-3
-"""Of a gradient's norm, what rounding may leave outside the subspace."""
+"""Of a gradient's norm, what rounding may leave outside the subspace; a unit of rounding where that is more."""
 
 
 def share_projections(parallel: nn.parallel.DistributedDataParallel, session: Session | None = None) -> None:
     """Let ranks add up projected weight gradients in place of whole ones, from the next backward pass on.
+
+    Gradients of weights that are computed in each forward pass (weight norm) are added up whole, as all others are.
 
     Args:
         parallel: the attached model, wrapped. It takes one such hook, and none before.
@@ -46,9 +49,11 @@ def share_projections(parallel: nn.parallel.DistributedDataParallel, session: Se
     rules: dict[int, SpectralRule] = {}
     for layer, rule in session.rules_of("spectral"):
         if isinstance(rule, SpectralRule) and rule.sketches and not rule.tied:
-            weight = next((p for p in layer.parameters(recurse=False) if p.dim() > 1), None)
-            if weight is not None:
-                rules[id(weight)] = rule
+            # A weight that is computed in each forward pass (weight norm) has no gradient in the subspace to send.
+            kind = find_kind(layer)
+            name = kind.names(layer)[0] if isinstance(kind, LayerKind) else ""
+            if name:
+                rules[id(layer.get_parameter(name))] = rule
     if not rules:
         raise OptionError(
             "share_projections has nothing to share: no layer of the model is attached with "
@@ -86,21 +91,23 @@ def _taken(rule: SpectralRule | None, gradient: Tensor) -> list[Tensor]:
     """What is sent of a gradient: equation (1), or the whole."""
     if rule is None or rule.drawn is None or rule.map is None:
         return [gradient]
-    basis, chosen = (part.to(gradient) if part.is_floating_point() else part for part in rule.drawn)
+    # As the passes rounded it; what is solved needs more than 16 bits.
+    basis, chosen = wide(rule.drawn[0].to(gradient)), rule.drawn[1]
     # What multiplies each channel, in columns.
-    columns = rule.map.by_channel(rule.map.matrix(gradient), basis.shape[1])
+    columns = rule.map.by_channel(rule.map.matrix(wide(gradient)), basis.shape[1])
     rest = torch.ones(basis.shape[1], dtype=torch.bool, device=gradient.device)
     rest[chosen] = False
     outside, u = columns[..., rest], basis[:, rest]
     narrow = torch.linalg.solve(u.mT @ u, u.mT @ outside.mT).mT
     lost = torch.linalg.vector_norm(outside - narrow @ u.mT)
-    if bool(lost > _OUTSIDE * torch.linalg.vector_norm(columns)):
+    outside_at_most = max(_OUTSIDE, torch.finfo(gradient.dtype).eps)
+    if bool(lost > outside_at_most * torch.linalg.vector_norm(columns)):
         raise AttachError(
             f"layer {rule.name!r}: its gradient does not lie in the subspace that the ranks share, so adding it up "
             "there would lose a part of it. Something else adds to it: a penalty on the weight in the loss, or another "
             "use of the weight. Leave the layer out with `skip`, or do not call share_projections."
         )
-    return [columns[..., chosen], narrow]
+    return [columns[..., chosen].to(gradient), narrow.to(gradient)]
 
 
 def _widened(rule: SpectralRule, map: Map, gradient: Tensor, columns: Tensor, narrow: Tensor) -> Tensor:

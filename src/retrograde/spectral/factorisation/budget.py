@@ -33,7 +33,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError
+from retrograde.errors import (
+    NoEffectError,
+    OptionError,
+    RetrogradeWarning,
+    StateError,
+    check_value,
+    is_count,
+    is_number,
+)
 from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place, split
 from retrograde.spectral.factorisation.moments import Plain, Spectrum, Watch, spectrum_of_outputs
@@ -99,13 +107,12 @@ class BudgetSchedule:
         only: Choice | None = None,
         skip: Choice | None = None,
     ) -> None:
-        if not 0 < budget < 1:
-            raise OptionError(f"BudgetSchedule: budget={budget!r} must be a share between 0 and 1.")
-        if not 1 <= start <= end or every < 1 or window < 1:
-            raise OptionError(
-                f"BudgetSchedule: start={start}, end={end}, every={every}, window={window} must be steps with "
-                "1 ≤ start ≤ end, and every and window 1 or more."
-            )
+        share = is_number(budget) and 0 < budget < 1
+        check_value("BudgetSchedule", "budget", budget, share, "a share between 0 and 1")
+        for option, value in {"start": start, "end": end, "every": every, "window": window}.items():
+            fine = is_count(value) and value >= 1
+            check_value("BudgetSchedule", option, value, fine, "a whole number of steps, 1 or more")
+        check_value("BudgetSchedule", "end", end, end >= start, f"`start`, {start}, or a later step")
         self._model = model
         self._optimizer = optimizer
         self._budget, self._start, self._end, self._every, self._window = budget, start, end, every, window
@@ -181,42 +188,71 @@ class BudgetSchedule:
         self._handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's and the optimizer's state."""
+        """What a resumed run needs beside the model's and the optimizer's state, bit for bit.
+
+        Within the `window` steps before a projection it holds the moments gathered so far: 8 d² bytes for each layer
+        of width d. They are each rank's own in a distributed run, so every rank saves and loads its own state there.
+        """
         spectra = {
             name: (part.spectrum.basis, part.spectrum.eigenvalues, part.spectrum.offset)
             for name, part in self._parts.items()
         }
-        return {"step": self.step, "ranks": dict(self.ranks), "macs": dict(self._macs), "spectra": spectra}
+        return {
+            "step": self.step,
+            "ranks": dict(self.ranks),
+            "macs": dict(self._macs),
+            "spectra": spectra,
+            "window": self._watch.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave, before the next step.
 
         Raises:
-            StateError: it is of other layers, or of layers of other widths.
+            StateError: it is of other layers, of layers of other widths, or no such state.
         """
-        strange = sorted((state["spectra"].keys() | state["ranks"].keys()) - self._layers.keys())
+        try:
+            step, ranks, macs = int(state["step"]), dict(state["ranks"]), dict(state["macs"])
+            spectra, window = dict(state["spectra"]), state["window"]
+            gathered = set(window["moments"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(
+                f"the state of a BudgetSchedule lacks what this one needs: {type(error).__name__}: {error}. Pass what "
+                "state_dict() of a schedule of the same model gave."
+            ) from error
+        strange = sorted((spectra.keys() | ranks.keys() | macs.keys()) - self._layers.keys())
         if strange:
             raise StateError(
                 f"the schedule's state is of layers that the model does not have: {strange[:5]}. Load it into a "
                 "schedule of the same model."
             )
-        for name, (basis, *_) in state["spectra"].items():
+        for name, (basis, *_) in spectra.items():
             layer = cast(Plain, self._layers[name])
             if len(basis) != len(layer.weight):
                 raise StateError(
                     f"the schedule's state has layer {name or ROOT!r} with {len(basis)} outputs, and the model's has "
                     f"{len(layer.weight)}. Load it into a schedule of the same model."
                 )
-        self.step, self.ranks, self._macs = state["step"], dict(state["ranks"]), dict(state["macs"])
+        if gathered != self._watch.moments.keys():
+            raise StateError(
+                f"the schedule's state is of other layers than this one shrinks: {sorted(gathered)[:5]}, and here "
+                f"{sorted(self._watch.moments)[:5]}. Choose the same layers by `only` and `skip`, and make the "
+                "optimizer over the same parameters."
+            )
+        self.step, self.ranks, self._macs = step, ranks, macs
         self._parts = {}
-        for name, parts in state["spectra"].items():
+        for name, parts in spectra.items():
             layer = cast(Plain, self._layers[name])
             spectrum = Spectrum(*(part.to(layer.weight.device) for part in parts))
             self._parts[name] = Part(name, layer, spectrum, self._macs[name])
+        self._watch.load_state_dict(window)
 
     def _gathers(self, layer: nn.Module) -> bool:
         """Whether the forward pass that runs now brings rows for the next projection."""
         if not layer.training or self.step >= self._end:
+            return False
+        # Activation checkpointing runs a part of the model again, within the backward pass: its rows were counted.
+        if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
             return False
         due = self._start
         while due <= self.step:

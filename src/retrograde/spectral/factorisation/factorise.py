@@ -34,7 +34,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.errors import OptionError, RetrogradeWarning, check_value, is_number
 from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place
 from retrograde.spectral.factorisation.moments import Plain, spectrum_of_weight
@@ -217,14 +217,13 @@ def _check(energy: float | None, budget: float | None, spectrum: str) -> None:
             f"factorise: energy={energy!r}, budget={budget!r}: give one of them: the share of the outputs' energy that "
             "each layer keeps, or the multiply-adds that all may cost."
         )
-    if energy is not None and not 0 < energy <= 1:
-        raise OptionError(f"factorise: energy={energy!r} must be a share above 0 and up to 1.")
-    if budget is not None and not budget > 0:
-        raise OptionError(
-            f"factorise: budget={budget!r} must be a share below 1, or a number of multiply-adds."
-        )
-    if spectrum not in ("outputs", "weights"):
-        raise OptionError(f"factorise: spectrum={spectrum!r} must be 'outputs' or 'weights'.")
+    share = energy is None or (is_number(energy) and 0 < energy <= 1)
+    check_value("factorise", "energy", energy, share, "a share above 0 and up to 1")
+    cost = budget is None or (is_number(budget) and budget > 0)
+    check_value("factorise", "budget", budget, cost, "a share below 1, or a number of multiply-adds")
+    check_value(
+        "factorise", "spectrum", spectrum, spectrum in ("outputs", "weights"), "'outputs' or 'weights'"
+    )
 
 
 def _check_goal(goal: float | None, total: float, parts: Mapping[str, Part]) -> None:

@@ -111,13 +111,13 @@ class Watch:
         when: Callable[[nn.Module], bool] = lambda layer: True,
         model: nn.Module | None = None,
     ) -> None:
-        self._when = when
+        self._when, self._layers = when, layers
         self.moments = {name: Moments() for name in layers if name in of}
         self.macs = dict.fromkeys(layers, 0.0)
         self.examples = 0
         self.inputs: dict[str, Tensor] | None = None
         self._handles = [
-            layer.register_forward_hook(_Ear(layer, partial(self._take, name)))
+            layer.register_forward_hook(_Ear(layer, partial(self._take, name)), with_kwargs=True)
             for name, layer in layers.items()
         ]
         if model is not None:
@@ -135,10 +135,27 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _take(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not args or not self._when(layer):
+    def state_dict(self) -> dict[str, Any]:
+        """What was gathered since the last `reset`."""
+        moments = {name: of.state_dict() for name, of in self.moments.items()}
+        return {"macs": dict(self.macs), "moments": moments, "examples": self.examples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, of the same layers."""
+        self.macs, self.examples = dict(state["macs"]), int(state["examples"])
+        self.moments = {name: Moments() for name in self.moments}
+        for name, of in self.moments.items():
+            weight: Any = self._layers[name].weight
+            of.load_state_dict(state["moments"][name], weight.device)
+
+    def _take(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not self._when(layer):
             return
-        x: Tensor = args[0]
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None:
+            return
         if self.inputs is not None:
             self.inputs.setdefault(name, x.detach())
         self.macs[name] += macs_of_call(layer, x, output)

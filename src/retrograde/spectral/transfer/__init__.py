@@ -53,7 +53,15 @@ from torch import Tensor, nn
 
 from retrograde.engine.clock import Listener
 from retrograde.engine.layers import find_kind
-from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning, StateError, check_value
+from retrograde.errors import (
+    NoEffectError,
+    OptionError,
+    RetrogradeWarning,
+    StateError,
+    check_value,
+    is_count,
+    is_number,
+)
 from retrograde.patterns import Choice, select, some
 from retrograde.spectral.transfer.restrained import Rest, Restrained, Scale, Statistics
 from retrograde.spectral.transfer.sources import NORMALISATIONS, Forward, linear_like, source_moments
@@ -126,8 +134,9 @@ class TransferPenalty(Listener):
         self.left_out: dict[str, str] = {}
         """Full name → why a layer with weights of a known kind is not restrained."""
         self._active = False
-        check_value("TransferPenalty", "rank", rank, rank >= 0, "0 or more")
-        check_value("TransferPenalty", "energy", energy, 0 < energy <= 1, "above 0 and at most 1")
+        check_value("TransferPenalty", "rank", rank, is_count(rank) and rank >= 0, "an integer, 0 or more")
+        share = is_number(energy) and 0 < energy <= 1
+        check_value("TransferPenalty", "energy", energy, share, "a number above 0 and at most 1")
         check_value(
             "TransferPenalty", "rest", rest, rest in get_args(Rest), f"one of {', '.join(get_args(Rest))}"
         )
@@ -138,8 +147,7 @@ class TransferPenalty(Listener):
             scale in get_args(Scale),
             f"one of {', '.join(get_args(Scale))}",
         )
-        check_value("TransferPenalty", "rows", rows, rows >= 1, "1 or more")
-        check_value("TransferPenalty", "batches", batches, batches >= 1, "1 or more")
+        _check_counts(rows=rows, batches=batches)
         if rank == 0 and rest == "none":
             raise OptionError("TransferPenalty: rank=0 with rest='none' restrains nothing. Give one of them.")
         self.strength = strength
@@ -202,7 +210,7 @@ class TransferPenalty(Listener):
             OptionError: a batch that the model does not take.
             DataError: the loader is empty, or a layer's input is not finite.
         """
-        check_value("TransferPenalty", "rank", rank, rank >= 1, "1 or more")
+        _check_counts(rank=rank, rows=rows, batches=batches)
         return source_moments(model, source, rank=rank, rows=rows, batches=batches, forward=forward)
 
     @property
@@ -212,13 +220,7 @@ class TransferPenalty(Listener):
 
     @strength.setter
     def strength(self, value: float) -> None:
-        check_value(
-            "TransferPenalty",
-            "strength",
-            value,
-            math.isfinite(value) and value >= 0,
-            "a finite number, 0 or more",
-        )
+        _check_strength(value)
         self._strength = float(value)
 
     @property
@@ -252,15 +254,26 @@ class TransferPenalty(Listener):
         Raises:
             StateError: it is of another model, or no such state.
         """
+        fits = f"does not fit this one, which restrains {some(list(self.layers))}"
+        same = "Pass what state_dict() of a penalty over the same layers gave."
         try:
-            statistics, strength, steps = state["statistics"], float(state["strength"]), int(state["steps"])
+            statistics, strength, steps = (
+                dict(state["statistics"]),
+                float(state["strength"]),
+                int(state["steps"]),
+            )
+            _check_strength(strength)
+            for one in self._restrained:
+                if reason := one.misfit(statistics):
+                    raise StateError(
+                        f"the state of a TransferPenalty {fits}: layer {one.name!r}: {reason}. {same}"
+                    )
             found = [one.cut(statistics, *self._shape) for one in self._restrained]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(
-                f"the state of a TransferPenalty does not fit this one, which restrains {some(list(self.layers))}: "
-                f"{type(error).__name__}: {error}. Pass what state_dict() of a penalty over the same layers gave."
+                f"the state of a TransferPenalty {fits}: {type(error).__name__}: {error}. {same}"
             ) from error
-        self._state, self._restrained, self.steps = dict(statistics), found, steps
+        self._state, self._restrained, self.steps = statistics, found, steps
         self.strength = strength
 
     # What the optimizer's steps bring.
@@ -342,6 +355,16 @@ class TransferPenalty(Listener):
             if name not in self.left_out and (reason := one.misfit(state)):
                 self.left_out[name] = reason
         return [one for name, one in found.items() if name not in self.left_out]
+
+
+def _check_strength(value: object) -> None:
+    fine = is_number(value) and math.isfinite(value) and value >= 0
+    check_value("TransferPenalty", "strength", value, fine, "a finite number, 0 or more")
+
+
+def _check_counts(**options: object) -> None:
+    for option, value in options.items():
+        check_value("TransferPenalty", option, value, is_count(value) and value >= 1, "an integer, 1 or more")
 
 
 _IDLE = (

@@ -72,9 +72,11 @@ class Restrained:
             return None
         if f"{self.name}.basis" not in state:
             return "the source's inputs did not reach it"
-        width = self.joint([wide(p) for p in self.parameters()]).shape[-1]
-        there = state[f"{self.name}.basis"].shape[1]
-        return None if there == width else f"its rows have {width} entries, and had {there} at the source"
+        groups, _, width = self.joint([wide(p) for p in self.parameters()]).shape
+        parts, there = state[f"{self.name}.basis"].shape[:2]
+        if there != width:
+            return f"its rows have {width} entries, and had {there} at the source"
+        return None if parts == groups else f"it has {groups} groups, and had {parts} at the source"
 
     def cut(self, state: Statistics, rank: int, energy: float, rest: Rest, scale: Scale) -> "Restrained":
         """With its part of the statistics, of equation (2)."""
@@ -158,12 +160,12 @@ class Restrained:
         return [self.map.from_matrix(joint[..., :-1], shapes[0]), joint[..., -1].reshape(shapes[1])]
 
     def _here(self) -> "Restrained":
-        """On the device of the layer, which may have been moved."""
-        device = self.parameters()[0].device
-        if device == self.source.device:
-            return self
-        for key in ("source", "basis", "values", "rest"):
-            setattr(self, key, getattr(self, key).to(device))
+        """On the device and in the precision of the layer, which may have been moved since."""
+        like = self.parameters()[0]
+        dtype = wide(torch.empty(0, dtype=like.dtype)).dtype
+        if (like.device, dtype) != (self.source.device, self.source.dtype):
+            for key in ("source", "basis", "values", "rest"):
+                setattr(self, key, getattr(self, key).to(like.device, dtype))
         return self
 
 
