@@ -86,6 +86,9 @@ class Tracker(nn.Module):
         floor = _FLOOR * self.source_values[0] + _TINY
         values = self.source_values + floor
         drift = spectral.drift(self.source_basis, self.basis) / k
+        if k == self.width:
+            # All there is: what comes out is rounding.
+            drift = torch.zeros_like(drift)
         moved = self.source_basis.mT @ (self.mean - self.source_mean)
         ratio = (self._along(self.source_basis) + floor) / values
         spectrum = ratio.log().square().mean()
@@ -118,21 +121,25 @@ class Tracker(nn.Module):
     def _matched(
         self, ridge: Tensor, kept: float | Tensor, least: bool
     ) -> tuple[float | Tensor, Tensor, Tensor]:
-        q_s, q_t = self.source_basis, self.basis
+        # In float64: the product of two covariances has the product of their condition numbers.
+        q_s, q_t, values = self.source_basis.double(), self.basis.double(), self.source_values.double()
         d, k = q_s.shape
         # Both models are isotropic outside the two subspaces together.
         u = torch.eye(d).to(q_s) if 2 * k >= d else torch.linalg.qr(torch.cat((q_s, q_t), 1))[0]
-        inner = q_t.mT @ self.covariance @ q_t
+        inner = q_t.mT @ self.covariance.double() @ q_t
+        # What lies below the rounding of the stream's own variances says nothing.
+        ridge = ridge.double().maximum(torch.finfo(self.covariance.dtype).eps * inner.diagonal().max())
         rest = self._rest(inner.diagonal())
         gain = kept * ((self.source_rest + ridge) / (rest + ridge)).sqrt() if k < d else kept
         eye = torch.eye(u.shape[1]).to(u)
         s, t = u.mT @ q_s, u.mT @ q_t
         # The source's root: its eigenvectors are known.
         outside = (self.source_rest + ridge).sqrt()
-        half = outside * eye + (s * ((self.source_values + ridge).sqrt() - outside)) @ s.mT
+        half = outside * eye + (s * ((values + ridge).sqrt() - outside)) @ s.mT
         target = (rest + ridge) * eye + t @ (inner - rest * torch.eye(k).to(t)) @ t.mT
         inside = spectral.optimal_transport(target, half) if least else half @ spectral.root(target, -0.5)
-        return gain, u @ (inside - gain * eye), u
+        gain = gain.to(self.mean) if isinstance(gain, Tensor) else gain
+        return gain, (u @ (inside - gain * eye)).to(self.mean), u.to(self.mean)
 
     def _along(self, q: Tensor) -> Tensor:
         """The stream's variance along the columns of q."""
