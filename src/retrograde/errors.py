@@ -4,6 +4,10 @@ A message says what happened, where (the layer's full name, the file), why, and 
 """
 
 
+import math
+from numbers import Integral, Real
+
+
 class RetrogradeError(Exception):
     """Base class of every error that retrograde raises on purpose."""
 
@@ -94,6 +98,16 @@ def check_value(what: str, option: str, value: object, fine: bool, must: str) ->
     """
     if not fine:
         raise OptionError(f"{what}: {option}={value!r} must be {must}.")
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option's value is an integer, and not a truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether an option's value is a finite real number, and not a truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_steps(config: object, option: str) -> None:
