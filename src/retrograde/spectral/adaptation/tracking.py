@@ -36,8 +36,10 @@ class Tracker(nn.Module):
 
     def __init__(self, source: Mapping[str, Tensor]) -> None:
         super().__init__()
-        for name in SOURCE:
-            self.register_buffer(name, source[name].clone())
+        # One layout, whatever made them: products of another one round differently, and what is loaded has this one.
+        with torch.inference_mode(False):
+            for name in SOURCE:
+                self.register_buffer(name, source[name].clone(memory_format=torch.contiguous_format))
         for name in ("mean", "covariance", "basis"):
             self.register_buffer(name, torch.empty(0))
         self.reset()
@@ -60,6 +62,7 @@ class Tracker(nn.Module):
         """d."""
         return self.source_mean.shape[0]
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget the test stream: it is taken to be like the source."""
         q = self.source_basis
@@ -78,7 +81,8 @@ class Tracker(nn.Module):
         self.mean = self.mean + share * moved
         # A stream that has less variance than directions would leave QR with zero columns.
         floor = _FLOOR * self.source_values[0] + _TINY
-        self.basis = spectral.qr_steps(lambda q: self.covariance @ q + floor * q, self.basis, 1)
+        basis = spectral.qr_steps(lambda q: self.covariance @ q + floor * q, self.basis, 1)
+        self.basis = basis.contiguous()
 
     def shift(self) -> Tensor:
         """Equations (3) to (5): drift of the subspace, displacement of the mean, change of the spectrum; (3,)."""
@@ -161,7 +165,8 @@ class Tracker(nn.Module):
         if len(saved) == len(SOURCE) and is_source(saved) and len(saved["source_mean"]) == self.width:
             for name in _RANKED:
                 own = getattr(self, name)
-                setattr(self, name, own.new_empty(*own.shape[:-1], len(saved["source_values"])))
+                with torch.inference_mode(False):
+                    setattr(self, name, own.new_empty(*own.shape[:-1], len(saved["source_values"])))
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tracker":
