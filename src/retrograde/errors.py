@@ -3,7 +3,6 @@
 A message says what happened, where (the layer's full name, the file), why, and what to do, in that order.
 """
 
-
 import math
 from numbers import Integral, Real
 
@@ -102,12 +101,12 @@ def check_value(what: str, option: str, value: object, fine: bool, must: str) ->
 
 def is_whole(value: object) -> bool:
     """Whether an option's value is an integer, and not a truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def is_finite(value: object) -> bool:
     """Whether an option's value is a finite real number, and not a truth value."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def check_steps(config: object, option: str) -> None:

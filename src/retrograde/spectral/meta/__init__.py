@@ -451,12 +451,13 @@ class MetaLearner(nn.Module):
                     "of the one that was saved."
                 )
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        state_dict, prefix = args[:2]
         # Before anything is written.
         saved = state_dict.get(f"{prefix}_extra_state")
         if saved is not None:
             self._check_state(saved)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 maml = MetaLearner
