@@ -3,6 +3,7 @@
 A message says what happened, where (the layer's full name, the file), why, and what to do, in that order.
 """
 
+import math
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -99,14 +100,14 @@ def check_value(what: str, option: str, value: object, fine: bool, must: str) ->
         raise OptionError(f"{what}: {option}={value!r} must be {must}.")
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether an option's value is a number, of Python or NumPy, and not a truth value."""
-    return not isinstance(value, bool) and isinstance(value, Real)
-
-
-def is_count(value: object) -> TypeGuard[int]:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether an option's value is an integer, of Python or NumPy, and not a truth value."""
     return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether an option's value is a finite real number, of Python or NumPy, and not a truth value."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def check_steps(config: object, option: str) -> None:

@@ -149,6 +149,9 @@ def test_drift_and_ranks() -> None:
     assert spectral.rank_for_energy(values, trace, 0.9) == 2
     assert spectral.rank_for_energy(values, trace, 0.95) == 3
     assert spectral.rank_for_energy(values[:, :1], trace, 0.95) == 1
+    # The last ones are lost in the running sum, and are directions all the same.
+    values = torch.tensor([[1.0, 1e-9, 1e-9]])
+    assert spectral.rank_for_energy(values, values.sum(-1), 1.0) == 3
     ones = torch.ones(1, 4)
     torch.testing.assert_close(spectral.effective_rank(ones, torch.tensor([4.0]), 4), torch.tensor([4.0]))
     torch.testing.assert_close(
@@ -201,6 +204,30 @@ def test_optimal_transport_is_the_symmetric_map_between_covariances() -> None:
     torch.testing.assert_close(
         spectral.optimal_transport(torch.tensor([[4.0]]), torch.tensor([[3.0]])), torch.tensor([[1.5]])
     )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_optimal_transport_of_roots_that_are_not_quite_symmetric(seed: int) -> None:
+    """As float32 products leave them: their product with C_old would be indefinite. C_new is the square of the root."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
+    half = (q * torch.logspace(0, -5, 64)) @ q.T + 1e-7 * torch.randn(64, 64, generator=generator)
+    old = (q * torch.logspace(0, -6, 64)) @ q.T
+    t = spectral.optimal_transport(old, half)
+    exact = (half.double() + half.T.double()) / 2
+    new = exact @ exact
+    assert t.isfinite().all()
+    found = t.double() @ ((old.double() + old.T.double()) / 2) @ t.double()
+    torch.testing.assert_close(found, new, rtol=1e-3, atol=1e-5)
+
+
+def test_root_of_what_rounding_made_indefinite() -> None:
+    """No eigenvalue counts for less than the rounding of the largest, so that none outweighs the others."""
+    c = torch.diag(torch.tensor([4.0, 1.0, -1e-9, 0.0]))
+    inverse = spectral.root(c, -0.5)
+    floor = 4 * 4 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(inverse.diagonal(), torch.tensor([0.5, 1.0, floor**-0.5, floor**-0.5]))
+    assert spectral.root(torch.zeros(2, 2), -0.5).isfinite().all()
 
 
 def test_root() -> None:

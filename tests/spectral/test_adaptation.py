@@ -147,6 +147,23 @@ def test_a_batch_of_one_and_one_image_alone(model, adapted):
     assert conv(images()[0][0]).shape == (3, 6, 6)
 
 
+def test_all_directions_of_layers_with_fewer_features_of_their_own():
+    """``energy=1``, and 20 inputs before 96 outputs: every direction counts, and what is corrected is finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 3)).eval()
+    source = [torch.randn(32, 20) for _ in range(40)]
+    adapted = spectral.adapt(model, source, energy=1)
+    assert [shift.rank for shift in adapted.report()] == [96, 96]
+    with torch.no_grad():
+        for x in source:
+            assert torch.equal(adapted(x), model(x))
+        for x in source:
+            found = adapted(3 * x + 1)
+    assert adapted.active
+    assert adapted.drift == {"0": 0.0, "2": 0.0}
+    assert distance(found, model(x)) < 0.5 * distance(model(3 * x + 1), model(x))
+
+
 def test_gates_by_hand(model, adapted):
     x = paler(images(1, seed=1)[0])
     adapted.gate = "closed"
@@ -196,8 +213,7 @@ def test_state_is_saved_with_the_model(model, adapted):
         expected = adapted(x)
         for one in copies:
             assert one.active
-            # Not to the bit: what is loaded may lie otherwise in memory.
-            torch.testing.assert_close(one(x), expected)
+            assert torch.equal(one(x), expected)
 
 
 def test_ready_statistics(model, adapted):
@@ -219,6 +235,61 @@ def test_ready_statistics(model, adapted):
     }
     with pytest.raises(StateError, match="not what"):
         spectral.adapt(model, cut)
+
+
+def test_a_loaded_state_goes_on_bit_for_bit(model, adapted):
+    """One made from the same statistics, over the stream's next batches, in wide layers too."""
+    torch.manual_seed(1)
+    wide = nn.Sequential(nn.Linear(20, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 3)).eval()
+    first = spectral.adapt(wide, [torch.randn(32, 20) for _ in range(20)])
+    stream = [torch.randn(32, 20) * 2 + 1 for _ in range(12)]
+    with torch.no_grad():
+        for x in stream[:6]:
+            first(x)
+        second = spectral.adapt(wide, first.statistics())
+        second.load_state_dict(first.state_dict())
+        assert first.active
+        for x in stream[6:]:
+            assert torch.equal(second(x), first(x))
+
+
+def test_ready_statistics_bring_the_options_that_they_were_made_with(model):
+    """What contradicts them is refused, since the gate's limits hold for that alone; what they settle is kept."""
+    made = spectral.adapt(model, images(), at="input", window=50, rows=4096, rank=2, quantile=0.95)
+    file = io.BytesIO()
+    torch.save(made.statistics(), file)
+    file.seek(0)
+    ready = torch.load(file, weights_only=True)
+    same = {"at": "input", "window": 50, "rows": 4096}
+    again = spectral.adapt(model, ready, **same)
+    assert [shift.rank for shift in again.report()] == [2, 2]
+    again = spectral.adapt(model, again.statistics(), **same, rank=2, quantile=0.95, energy=0.99)
+    assert torch.equal(again.limits, made.limits)
+    for wrong, says in (
+        ({"at": "output"}, "at='output' contradicts .* made with at='input'"),
+        ({"window": 100}, "window=100 contradicts .* made with window=50"),
+        ({"rows": 8192}, "rows=8192 contradicts .* made with rows=4096"),
+    ):
+        with pytest.raises(StateError, match=f"adapt: {says}"):
+            spectral.adapt(model, ready, **(same | wrong))
+    for wrong, says in (
+        ({"rank": 1}, "rank=1 has no effect .* made with rank=2"),
+        ({"energy": 0.5}, r"energy=0\.5 has no effect .* made with energy=0\.99"),
+        ({"quantile": 0.9}, r"quantile=0\.9 has no effect .* made with quantile=0\.95"),
+    ):
+        with pytest.raises(OptionError, match=f"adapt: {says}"):
+            spectral.adapt(model, ready, **same, **wrong)
+    old = {name: {k: v for k, v in own.items() if k != "window"} for name, own in ready.items()}
+    with pytest.raises(StateError, match=r"do not say which at, window, .* of an earlier version"):
+        spectral.adapt(model, old, **same)
+
+
+def test_a_state_of_another_window_is_refused_before_it_is_loaded(model, adapted):
+    other = spectral.adapt(model, images(60), window=20)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(StateError, match="window=20 contradicts a state made with window=100"):
+        other.load_state_dict(adapted.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
 @pytest.mark.parametrize("at", ["output", "input"])
@@ -306,6 +377,31 @@ def test_inference_mode_leaves_ordinary_tensors(model, adapted):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("correction", ["transport", "mean"])
+def test_what_is_made_in_inference_mode_is_ordinary_too(model, correction):
+    """It corrects there, is copied and loaded there, and can be trained through and loaded outside."""
+    outside = spectral.adapt(model, images(), correction=correction)
+    with torch.inference_mode():
+        made = spectral.adapt(model, images(), correction=correction)
+        for x in images(20, seed=1):
+            found, expected = made(paler(x)), outside(paler(x))
+            assert torch.equal(found, expected)
+        copied = copy.deepcopy(made)
+        loaded = spectral.adapt(model, images(), correction=correction, rank=1)
+        loaded.load_state_dict(made.state_dict())
+        assert made.active
+        assert torch.equal(copied(paler(x)), made(paler(x)))
+        made.reset()
+        assert not made.active
+    for one in (made, copied, loaded):
+        assert not any(buffer.is_inference() for buffer in one.buffers())
+        one.load_state_dict(outside.state_dict())
+        one.gate = "open"
+        x = images(1, seed=2)[0].requires_grad_()
+        one(x).sum().backward()
+        assert x.grad is not None
+
+
 def test_layers_without_norms_and_by_name():
     torch.manual_seed(0)
     plain = Net(norm=False).eval()
@@ -353,6 +449,16 @@ def test_refusals(model):
         ({"quantile": 0.4}, "quantile=0.4"),
         ({"rank": 0}, "rank=0"),
         ({"energy": 1.5}, "energy=1.5"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"rank": "x"}, "rank='x'"),
+        ({"rank": True}, "rank=True"),
+        ({"window": "x"}, "window='x'"),
+        ({"rows": 2.5}, "rows=2.5"),
+        ({"energy": None}, "energy=None"),
+        ({"tau": None}, "tau=None"),
+        ({"tau": float("nan")}, "tau=nan"),
+        ({"quantile": None}, "quantile=None"),
+        ({"at": ["output"]}, r"at=\['output'\]"),
     ):
         with pytest.raises(OptionError, match=rf"^adapt: {says} must be"):
             spectral.adapt(model, batches, **wrong)

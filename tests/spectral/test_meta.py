@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from retrograde.errors import NoEffectError, OptionError, PatternError, RetrogradeWarning
+from retrograde.errors import NoEffectError, OptionError, PatternError, RetrogradeWarning, StateError
 from retrograde.spectral import maml, meta
 
 RATE, STEPS, RANK = 0.3, 2, 5
@@ -199,6 +199,28 @@ def test_running_statistics_are_not_written_and_read_only_on_demand(vectorise):
     torch.testing.assert_close(adapted(tasks[2][0]), outputs[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapted_module_reads_the_stored_statistics_in_either_mode(training):
+    """As the learner does, and writes none; a copy of it and a pickle too."""
+    model, (x, y, query, _) = network(), batch()
+    model[1].running_mean += 1
+    learner = maml(model.train(), STEPS, RATE, RANK, batch_statistics=False)
+    outputs = learner.eval()(x, y, query)
+    model.train()
+    adapted = learner.adapt(x[1], y[1]).train(training)
+    before = copy.deepcopy(adapted.state_dict())
+    for one in (adapted, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        torch.testing.assert_close(one(query[1]), outputs[1])
+        assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+
+
+def test_norms_that_store_nothing_go_by_their_batch():
+    model, tasks = network(), batch()
+    model[1] = nn.BatchNorm2d(6, track_running_stats=False).double()
+    losses = [maml(model, 1, RATE, RANK, batch_statistics=one).loss(*tasks) for one in (True, False)]
+    assert torch.equal(*losses)
+
+
 def test_frozen_shared_and_tied_layers():
     class Tied(nn.Module):
         def __init__(self):
@@ -300,6 +322,42 @@ def test_state_copies_and_pickles_go_on_as_the_original():
     assert followers[1].model is not model
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rank": RANK - 1}, r"basis of layer '0' is \(1, 9, 5\), and this learner's is \(1, 9, 4\)"),
+        ({"rank": None}, "bases of 0, 3, 5 does not fit a learner that projects none"),
+        (
+            {"rank": RANK, "skip_head": False},
+            "bases of 0, 3, 5 does not fit a learner that projects 0, 3, 5, 8",
+        ),
+    ],
+)
+def test_the_state_of_another_learner_is_refused_before_it_is_loaded(options, says):
+    learner = maml(network(), 1, RATE, RANK)
+    learner.loss(*batch())
+    other = maml(network(), 1, RATE, **options)
+    before = copy.deepcopy(other.model.state_dict())
+    with pytest.raises(StateError, match=says):
+        other.load_state_dict(learner.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_support_sets_that_nothing_can_be_learnt_from(rank):
+    model, (x, y, *query) = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 3)).double(), batch(shape=(8,))
+    with pytest.raises(OptionError, match=r"support set of task 0 is empty, \(0, 8\)"):
+        maml(model, rank=rank).loss(x[:, :0], y[:, :0], *query)
+    with pytest.raises(OptionError, match="support set of task 0 is empty"):
+        maml(model, rank=rank).adapt(x[0, :0], y[0, :0])
+    if rank:
+        x[1, 2, 3] = float("nan")
+        with pytest.raises(OptionError, match="input of layer '0' has NaN or infinity on the support sets"):
+            maml(model, rank=rank).loss(x, y, *query)
+        with pytest.raises(OptionError, match="input of layer '0' has NaN"):
+            maml(model, rank=rank).adapt(x[1], y[1])
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "autocast"])
 def test_low_precision(kind):
     model = network().float() if kind == "autocast" else network().bfloat16()
@@ -340,6 +398,12 @@ def test_refusals():
         ({"inner_steps": 0}, "inner_steps=0"),
         ({"lr": float("inf")}, "lr=inf"),
         ({"rank": 0}, "rank=0"),
+        ({"rank": 8.5}, "rank=8.5"),
+        ({"rank": "a"}, "rank='a'"),
+        ({"inner_steps": 1.5}, "inner_steps=1.5"),
+        ({"every": True}, "every=True"),
+        ({"lr": "x"}, "lr='x'"),
+        ({"lr": -0.1}, "lr=-0.1"),
         ({"basis": "best"}, "basis='best'"),
     ):
         with pytest.raises(OptionError, match=match):

@@ -233,6 +233,7 @@ def test_bfloat16() -> None:
     [
         ({"sigma": []}, "sigma must be above 0"),
         ({"sigma": -1.0}, "sigma must be above 0"),
+        ({"sigma": float("nan")}, "sigma must be above 0"),
         ({"delta": 0.0}, "delta must be between"),
         ({"draws": 0}, "draws must be 1"),
         ({"loss": "squared"}, "'zero-one' or 'clipped'"),
@@ -248,6 +249,31 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
     given = {"model": model, "initial": initial, "data": data, "sigma": 0.1, "stated": ALL} | options
     with pytest.raises(OptionError, match=words):
         pac_bayes(**given)
+
+
+@pytest.mark.parametrize("loss", ["zero-one", "clipped"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, y: (x, y[:, None]), r"labels are \(16, 1\), and must be \(16,\).*Give labels.flatten\(\)"),
+        (lambda x, y: (x, y[:9]), r"labels are \(9,\), and must be \(16,\)"),
+        (lambda x, y: (x[:0], y[:0]), "no examples"),
+    ],
+)
+def test_samples_that_are_none(loss: str, change: Any, words: str) -> None:
+    model, initial, data = trained(16, 0)
+    with pytest.raises(OptionError, match=words):
+        pac_bayes(model, initial, change(*data), 0.1, stated=ALL, draws=2, loss=loss)
+
+
+def test_labels_that_are_no_classes_of_the_model() -> None:
+    model, initial, (x, y) = trained(16, 0)
+    for labels, words in ((y.float(), "whole class numbers"), (y + 1, "labels run from 1 to 2.*2 classes")):
+        with pytest.raises(OptionError, match=words):
+            pac_bayes(model, initial, (x, labels), 0.1, stated=ALL, draws=2, loss="clipped")
+    single = nn.Linear(4, 1)
+    with pytest.raises(OptionError, match=r"gives \(16, 1\) for 16 examples"):
+        pac_bayes(single, copy.deepcopy(single), (x, y), 0.1, stated=ALL, draws=2)
 
 
 def test_one_model_for_both_is_refused() -> None:

@@ -276,10 +276,17 @@ def test_model_is_left_as_it_is() -> None:
 
 def test_refusals() -> None:
     for options, words in (
-        ({"eta": 0.0}, "eta=0.0 must be above 0"),
-        ({"eta": 0.1, "rho": -1.0}, "rho=-1.0 must be 0 or more"),
+        ({"eta": 0.0}, "eta=0.0 must be a finite number above 0"),
+        ({"eta": 0.1, "rho": -1.0}, "rho=-1.0 must be a finite number, 0 or more"),
         ({"eta": 0.1, "beta": 0.1}, "a regulariser go together"),
         ({"eta": 0.1, "direction": "down"}, "one of gradient, top"),
+        ({"eta": "x"}, "eta='x' must be a finite number above 0"),
+        (
+            {"eta": 0.1, "projection": torch.tensor([[1.0, 1.0], [0.0, 0.0]])},
+            "differs from its transpose by 1",
+        ),
+        ({"eta": 0.1, "projection": torch.full((2, 2), float("nan"))}, "differs from its transpose by nan"),
+        ({"eta": 0.1, "projection": torch.ones(3, 2)}, r"projection is \(3, 2\), and must be square"),
     ):
         with pytest.raises(OptionError, match=words):
             Rule(**options)
@@ -287,5 +294,32 @@ def test_refusals() -> None:
         drift(bowl, START, 0.1, order=4)
     with pytest.raises(OptionError, match="no closed form"):
         ornstein_uhlenbeck(H, SIGMA, START, Rule(0.1, rho=0.1), 3)
-    with pytest.raises(OptionError, match="steps=0"):
-        simulate_rule(Problem(quadratic), START, Rule(0.1), 0)
+    for simulate in (simulate_rule, simulate_sde):
+        with pytest.raises(OptionError, match=f"{simulate.__name__}: steps=0"):
+            simulate(Problem(quadratic), START, Rule(0.1), 0)
+    for closed in (ornstein_uhlenbeck, quadratic_rule):
+        with pytest.raises(OptionError, match=f"{closed.__name__}: steps=-2"):
+            closed(H, SIGMA, START, Rule(0.1), -2)
+    narrow = Rule(0.1, projection=torch.eye(2))
+    with pytest.raises(OptionError, match=r"projection is \(2, 2\), and the weights are \(3,\)"):
+        simulate_rule(Problem(quadratic), START, narrow, 1)
+    with pytest.raises(OptionError, match="network_problem: batch=0"):
+        network_problem(nn.Linear(2, 1), torch.ones(3, 2), torch.ones(3, 1), lambda z, y: z - y, batch=0)
+    with pytest.raises(OptionError, match="Problem: batch=0"):
+        Problem(quadratic, batch=0)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_directions_and_lengths_that_are_none(order: int) -> None:
+    """A misspelt direction is not the leading eigenvector, and no length is negative: whatever else is asked for."""
+    for rho in (0.0, 0.1):
+        with pytest.raises(OptionError, match="drift: direction='gradent' must be one of gradient, top"):
+            drift(bowl, START, rho, order=order, direction="gradent")
+        with pytest.raises(OptionError, match="perturbed_gradient: direction='gradent'"):
+            perturbed_gradient(bowl, START, rho, "gradent")
+    with pytest.raises(OptionError, match="perturbation: direction='gradent'"):
+        perturbation(bowl, START, "gradent")
+    with pytest.raises(OptionError, match=r"drift: rho=-0\.1 must be a finite number, 0 or more"):
+        drift(bowl, START, -0.1, order=order)
+    with pytest.raises(OptionError, match=r"perturbed_gradient: rho=-0\.1"):
+        perturbed_gradient(bowl, START, -0.1)

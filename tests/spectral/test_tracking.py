@@ -188,6 +188,22 @@ def test_channel_axis():
     assert channel_axis(nn.LayerNorm(4), x) == 3
 
 
+@pytest.mark.parametrize("correction", ["transport", "colour"])
+def test_all_directions_of_a_few_in_float32(correction):
+    """40 directions, 12 of which have any variance: finite, and the covariance of the source comes out."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 40, generator=generator)
+    rows, stream = (torch.randn(3000, 12, generator=generator) @ (mixing * size) for size in (1.0, 3.0))
+    tracker = tracker_of(rows)
+    assert tracker.source_values.shape == (40,)
+    for _ in range(5):
+        tracker.update(stream + 1, 0.9)
+    found = applied(tracker, stream + 1, correction, 1e-3)
+    torch.testing.assert_close(covariance(found), covariance(rows), rtol=0.02, atol=0.2)
+    # The subspace is everything: it cannot turn.
+    assert tracker.shift()[0] == 0
+
+
 def test_dead_and_constant_features_stay_finite():
     constant = torch.ones(50, 4)
     tracker = tracker_of(constant)

@@ -177,8 +177,11 @@ def rank_for_energy(eigenvalues: Tensor, trace: Tensor, energy: float) -> int:
         energy: θ in (0, 1].
 
     Returns:
-        k in 1 to k_max; k_max when even that falls short.
+        k in 1 to k_max; k_max when even that falls short, and for θ = 1.
     """
+    if energy >= 1:
+        # Rounding lets the running sum reach the trace before the last directions are counted.
+        return eigenvalues.shape[-1]
     missing = (eigenvalues.cumsum(-1) < energy * trace.unsqueeze(-1)).sum(-1)
     return min(int(missing.max()) + 1, eigenvalues.shape[-1])
 
@@ -209,9 +212,15 @@ def decayed(weight: Tensor, direction: Tensor, amount: Tensor) -> Tensor:
 
 
 def root(matrix: Tensor, power: float) -> Tensor:
-    """``C^power`` of a symmetric positive definite C (…, d, d), computed in float64; eigenvalues are kept above 0."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    values = values.clamp_min(torch.finfo(matrix.dtype).tiny).pow(power)
+    """``C^power`` of a symmetric positive definite C (…, d, d), computed in float64.
+
+    Eigenvalues below d units of rounding, relative to the largest, count as that much: they are rounding themselves,
+    may be negative, and would outweigh all others under a negative power.
+    """
+    values, vectors = torch.linalg.eigh(_symmetric(matrix.double()))
+    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    floor = (rounding * values[..., -1:]).clamp_min(torch.finfo(matrix.dtype).tiny)
+    values = values.maximum(floor).pow(power)
     return ((vectors * values.unsqueeze(-2)) @ vectors.mT).to(matrix)
 
 
@@ -224,5 +233,10 @@ def optimal_transport(old: Tensor, half: Tensor) -> Tensor:
         old: C_old (…, d, d), symmetric positive definite.
         half: C_new^½, the same.
     """
-    wide = half.double()
-    return (wide @ root(wide @ old.double() @ wide, -0.5) @ wide).to(old)
+    # An asymmetry of float32 rounding would make the product between them indefinite.
+    wide = _symmetric(half.double())
+    return (wide @ root(wide @ _symmetric(old.double()) @ wide, -0.5) @ wide).to(old)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2

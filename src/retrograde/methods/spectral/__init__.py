@@ -61,7 +61,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from retrograde.engine.slots import Method, Rule, Site
-from retrograde.errors import OptionError, check_option, check_steps
+from retrograde.errors import OptionError, check_option, check_steps, is_finite, is_whole
 from retrograde.maths.philox import key_of
 from retrograde.methods.spectral.core import SpectralRule
 from retrograde.methods.spectral.sketch import Sketch
@@ -76,14 +76,6 @@ _LARGEST_RANK = 64
 _SMALLEST_RANK = 4
 _SHARE = 8
 """Of the width, one part in so many is the unbiased form's rank."""
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -146,20 +138,21 @@ class Spectral(Method):
             check_option(self, option, getattr(self, option) in known, f"one of {', '.join(known)}")
         for option, least in (("every", 1), ("full_every", 2), ("rows", 1)):
             check_option(
-                self, option, _is_whole(getattr(self, option), least), f"a whole number, {least} or more"
+                self,
+                option,
+                is_whole(getattr(self, option)) and getattr(self, option) >= least,
+                f"a whole number, {least} or more",
             )
-        fine = self.random is None or _is_whole(self.random, 0)
+        fine = self.random is None or (is_whole(self.random) and self.random >= 0)
         check_option(self, "random", fine, "a whole number, 0 or more, or None")
         check_option(self, "skip_head", isinstance(self.skip_head, bool), "True or False")  # pyright: ignore[reportUnnecessaryIsInstance]
         if self.warmup is not None:
             check_steps(self, "warmup")
-        fine = self.rank is None or _is_whole(self.rank, 1)
+        fine = self.rank is None or (is_whole(self.rank) and self.rank >= 1)
         check_option(self, "rank", fine, "a whole number, 1 or more, or None to follow `energy`")
-        check_option(
-            self, "energy", _is_finite(self.energy) and 0 < self.energy <= 1, "above 0 and at most 1"
-        )
-        check_option(self, "tau", _is_finite(self.tau) and self.tau > 0, "a positive number")
-        check_option(self, "decay", _is_finite(self.decay) and self.decay >= 0, "a finite number, 0 or more")
+        check_option(self, "energy", is_finite(self.energy) and 0 < self.energy <= 1, "above 0 and at most 1")
+        check_option(self, "tau", is_finite(self.tau) and self.tau > 0, "a positive number")
+        check_option(self, "decay", is_finite(self.decay) and self.decay >= 0, "a finite number, 0 or more")
         if self.random and self.rank is not None and self.random >= self.rank:
             raise OptionError(
                 f"Spectral: random={self.random} leaves none of rank={self.rank} to the leading directions. "

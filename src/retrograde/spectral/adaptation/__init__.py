@@ -52,10 +52,11 @@ References:
     Sun, Feng, Saenko, *Return of frustratingly easy domain adaptation*, AAAI 2016: ``"colour"``.
 """
 
-import math
+import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -70,6 +71,8 @@ from retrograde.errors import (
     RetrogradeWarning,
     StateError,
     check_value,
+    is_finite,
+    is_whole,
 )
 from retrograde.patterns import ROOT, Choice, select, some
 from retrograde.spectral.adaptation.features import follow, hooked, width_of
@@ -87,6 +90,10 @@ __all__ = ["Adapted", "Shift", "adapt"]
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Gate = Literal["auto", "open", "closed"]
+
+_PLACES: tuple[Literal["output", "input"], ...] = ("output", "input")
+_MADE = ("at", "window", "rows", "rank", "energy", "quantile")
+"""Options that source statistics and the gate's limits depend on."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +125,61 @@ class _Options:
     rest: Literal["keep", "drop"]
     window: float
     rows: int
+    rank: int | None
+    energy: float
+    quantile: float
 
     def __post_init__(self) -> None:
         for option, choices in (
-            ("at", ("output", "input")),
+            ("at", _PLACES),
             ("correction", get_args(Correction)),
             ("rest", ("keep", "drop")),
         ):
             value = getattr(self, option)
             check_value("adapt", option, value, value in choices, f"one of {', '.join(map(repr, choices))}")
-        fine = math.isfinite(self.tau) and self.tau >= 0
-        check_value("adapt", "tau", self.tau, fine, "a finite number, 0 or more")
-        fine = math.isfinite(self.window) and self.window > 0
-        check_value("adapt", "window", self.window, fine, "a positive number")
-        check_value("adapt", "rows", self.rows, self.rows >= 2, "2 or more")
+        tau, window, rows, rank = self.tau, self.window, self.rows, self.rank
+        energy, quantile = self.energy, self.quantile
+        for option, fine, must in (
+            ("tau", is_finite(tau) and tau >= 0, "a finite number, 0 or more"),
+            ("window", is_finite(window) and window > 0, "a positive number"),
+            ("rows", is_whole(rows) and rows >= 2, "a whole number, 2 or more"),
+            (
+                "rank",
+                rank is None or (is_whole(rank) and rank >= 1),
+                "a whole number, 1 or more, or None to follow `energy`",
+            ),
+            ("energy", is_finite(energy) and 0 < energy <= 1, "above 0 and at most 1"),
+            ("quantile", is_finite(quantile) and 0.5 < quantile <= 1, "above 0.5 and at most 1"),
+        ):
+            check_value("adapt", option, getattr(self, option), fine, must)
+
+    def made(self) -> dict[str, Tensor]:
+        """What source statistics and the gate's limits depend on, as numbers to be saved with them."""
+        at, rank = float(_PLACES.index(self.at)), float(self.rank or 0)
+        numbers = (at, self.window, self.rows, rank, self.energy, self.quantile)
+        return {
+            option: torch.tensor(number, dtype=torch.float64)
+            for option, number in zip(_MADE, numbers, strict=True)
+        }
+
+    def taking(self, saved: Mapping[str, Tensor], what: str) -> "_Options":
+        """These, with `rank`, `energy` and `quantile` of what was `saved` by `made`.
+
+        Raises:
+            StateError: `at`, `window` or `rows` are others than those that it was made with.
+        """
+        numbers = {option: float(saved[option]) for option in _MADE}
+        at = _PLACES[int(numbers["at"])]
+        for option, theirs in (("at", at), ("window", numbers["window"]), ("rows", int(numbers["rows"]))):
+            own = getattr(self, option)
+            if own != theirs:
+                said = f"{theirs:g}" if option == "window" else repr(theirs)
+                raise StateError(
+                    f"adapt: {option}={own!r} contradicts {what} made with {option}={said}: the gate's limits hold for "
+                    f"that alone, and clean data would be corrected. Give {option}={said} to adapt, or source batches."
+                )
+        rank, energy = int(numbers["rank"]) or None, numbers["energy"]
+        return replace(self, rank=rank, energy=energy, quantile=numbers["quantile"])
 
 
 class Adapted(nn.Module):
@@ -158,8 +206,10 @@ class Adapted(nn.Module):
         self._names = tuple(trackers)
         self._options = options
         self.trackers = nn.ModuleList(trackers.values())
-        self.register_buffer("limits", limits.clone())
-        self.register_buffer("is_open", torch.zeros((), dtype=torch.bool))
+        # Made within a caller's inference mode, they could not be loaded, or trained through, outside of it.
+        with torch.inference_mode(False):
+            self.register_buffer("limits", limits.clone())
+            self.register_buffer("is_open", torch.zeros((), dtype=torch.bool, device=limits.device))
         self.train(model.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,10 +283,39 @@ class Adapted(nn.Module):
         self.is_open.fill_(False)
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
-        """The source's statistics, in plain tensors to save and to give to `adapt` in place of source data."""
-        limits = {"limits": self.limits.clone()}
+        """The source's statistics, in plain tensors to save and to give to `adapt` in place of source data.
+
+        For each layer they hold the options that they were made with as well, by which `adapt` knows them again.
+        """
         pairs = zip(self._names, self.trackers, strict=True)
-        return {name: source_of(cast(Tracker, tracker)) | limits for name, tracker in pairs}
+        return {
+            name: source_of(cast(Tracker, tracker)) | {"limits": self.limits.clone()} | self._options.made()
+            for name, tracker in pairs
+        }
+
+    def get_extra_state(self) -> Tensor:
+        """The options that the statistics were made with, (6,)."""
+        return torch.stack(list(self._options.made().values()))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take back what `get_extra_state` gave."""
+        self._options = self._options.taking(dict(zip(_MADE, state, strict=True)), "a state")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        state_dict, prefix = args[:2]
+        # Before anything is written.
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if saved is not None:
+            self.set_extra_state(saved)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapted":
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        # As in `__init__`.
+        with torch.inference_mode(False):
+            copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def unwrap(self) -> nn.Module:
         """The model, as it was."""
@@ -285,7 +364,9 @@ def adapt(
         source: batches of data like those of training, held out where there are some: 10 batches at least, in
             random order, but in the same one each time. They are read twice, and up to twelve times where they are
             fewer than 100. A shuffled DataLoader without a `generator` of its own keeps its order here. Batches are
-            inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave.
+            inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave:
+            then `at`, `window` and `rows` must be those that it was made with, and `rank`, `energy` and `quantile`
+            are settled.
         layers: by patterns over full names, or a function of name and layer; None takes every linear-like layer but the
             last one that is called (the first one, with ``at="input"``).
         at: correct what these layers return, or what they are given.
@@ -304,12 +385,13 @@ def adapt(
 
     Raises:
         OptionError: a value out of its range, or too few source batches, or batches that can be read only once, or
-            that the model does not take.
+            that the model does not take; or a `rank`, `energy` or `quantile` beside ready statistics, which were made
+            with another.
         PatternError: a pattern that matches no layer.
         NoEffectError: no layer to adapt, or one that is never called.
         AttachError: a compiled model, or a layer whose features are not one floating-point tensor.
         StateError: ready statistics of other layers, or of layers of other widths; the latter at the first call where a
-            layer does not say how many features it has.
+            layer does not say how many features it has. Or made with another `at`, `window` or `rows`.
 
     Examples:
         >>> adapted = rg.spectral.adapt(model.eval(), loader)
@@ -318,10 +400,7 @@ def adapt(
         ...         logits = adapted(x)
         >>> adapted.active, adapted.drift
     """
-    options = _Options(at, correction, tau, rest, window, rows)
-    check_value("adapt", "quantile", quantile, 0.5 < quantile <= 1, "above 0.5 and at most 1")
-    check_value("adapt", "energy", energy, 0 < energy <= 1, "above 0 and at most 1")
-    check_value("adapt", "rank", rank, rank is None or rank >= 1, "1 or more, or None to follow `energy`")
+    options = _Options(at, correction, tau, rest, window, rows, rank, energy, quantile)
     for name, module in model.named_modules():
         if (
             type(module).__name__ == "OptimizedModule"
@@ -394,13 +473,14 @@ def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options:
             f"{f'it has no layer {some(strange)}' if strange else 'they are not what Adapted.statistics() gives'}. "
             "Give source batches instead, or the statistics of this model."
         )
+    options = _settled(source, options)
     for name, own in source.items():
         width = width_of(modules[name], options.at)
         if width is not None and width != len(own["source_mean"]):
             raise StateError(
                 f"adapt: ready statistics do not fit {type(model).__name__}: layer {name!r} has {width} features at "
                 f"its {options.at}, and they are of {len(own['source_mean'])}. Give source batches instead, the "
-                "statistics of this model, or the `at` that they were taken with."
+                "statistics of this model."
             )
     names = list(source)
     if layers is not None:
@@ -410,3 +490,25 @@ def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     trackers = {name: Tracker({key: source[name][key].to(device) for key in SOURCE}) for name in names}
     return Adapted(model, trackers, source[names[0]]["limits"].to(device), options)
+
+
+def _settled(source: Statistics, options: _Options) -> _Options:
+    """The options as ready statistics settle them."""
+    lacking = [name for name, own in source.items() if not set(_MADE) <= set(own)]
+    if lacking:
+        raise StateError(
+            f"adapt: ready statistics of {some(lacking)} do not say which {', '.join(_MADE)} they were made with: they "
+            "are of an earlier version. Give source batches, and save the statistics of what is returned."
+        )
+    defaults = inspect.signature(adapt).parameters
+    settled = options
+    for own in source.values():
+        settled = options.taking(own, "ready statistics")
+        for option in ("rank", "energy", "quantile"):
+            given, theirs = getattr(options, option), getattr(settled, option)
+            if given not in (theirs, defaults[option].default):
+                raise OptionError(
+                    f"adapt: {option}={given!r} has no effect on ready statistics, which were made with "
+                    f"{option}={theirs!r}. Leave it out, or give source batches."
+                )
+    return settled

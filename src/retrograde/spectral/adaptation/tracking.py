@@ -36,8 +36,10 @@ class Tracker(nn.Module):
 
     def __init__(self, source: Mapping[str, Tensor]) -> None:
         super().__init__()
-        for name in SOURCE:
-            self.register_buffer(name, source[name].clone())
+        # One layout, whatever made them: products of another one round differently, and what is loaded has this one.
+        with torch.inference_mode(False):
+            for name in SOURCE:
+                self.register_buffer(name, source[name].clone(memory_format=torch.contiguous_format))
         for name in ("mean", "covariance", "basis"):
             self.register_buffer(name, torch.empty(0))
         self.reset()
@@ -60,6 +62,7 @@ class Tracker(nn.Module):
         """d."""
         return self.source_mean.shape[0]
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget the test stream: it is taken to be like the source."""
         q = self.source_basis
@@ -78,7 +81,8 @@ class Tracker(nn.Module):
         self.mean = self.mean + share * moved
         # A stream that has less variance than directions would leave QR with zero columns.
         floor = _FLOOR * self.source_values[0] + _TINY
-        self.basis = spectral.qr_steps(lambda q: self.covariance @ q + floor * q, self.basis, 1)
+        basis = spectral.qr_steps(lambda q: self.covariance @ q + floor * q, self.basis, 1)
+        self.basis = basis.contiguous()
 
     def shift(self) -> Tensor:
         """Equations (3) to (5): drift of the subspace, displacement of the mean, change of the spectrum; (3,)."""
@@ -86,6 +90,9 @@ class Tracker(nn.Module):
         floor = _FLOOR * self.source_values[0] + _TINY
         values = self.source_values + floor
         drift = spectral.drift(self.source_basis, self.basis) / k
+        if k == self.width:
+            # All there is: what comes out is rounding.
+            drift = torch.zeros_like(drift)
         moved = self.source_basis.mT @ (self.mean - self.source_mean)
         ratio = (self._along(self.source_basis) + floor) / values
         spectrum = ratio.log().square().mean()
@@ -118,21 +125,25 @@ class Tracker(nn.Module):
     def _matched(
         self, ridge: Tensor, kept: float | Tensor, least: bool
     ) -> tuple[float | Tensor, Tensor, Tensor]:
-        q_s, q_t = self.source_basis, self.basis
+        # In float64: the product of two covariances has the product of their condition numbers.
+        q_s, q_t, values = self.source_basis.double(), self.basis.double(), self.source_values.double()
         d, k = q_s.shape
         # Both models are isotropic outside the two subspaces together.
         u = torch.eye(d).to(q_s) if 2 * k >= d else torch.linalg.qr(torch.cat((q_s, q_t), 1))[0]
-        inner = q_t.mT @ self.covariance @ q_t
+        inner = q_t.mT @ self.covariance.double() @ q_t
+        # What lies below the rounding of the stream's own variances says nothing.
+        ridge = ridge.double().maximum(torch.finfo(self.covariance.dtype).eps * inner.diagonal().max())
         rest = self._rest(inner.diagonal())
         gain = kept * ((self.source_rest + ridge) / (rest + ridge)).sqrt() if k < d else kept
         eye = torch.eye(u.shape[1]).to(u)
         s, t = u.mT @ q_s, u.mT @ q_t
         # The source's root: its eigenvectors are known.
         outside = (self.source_rest + ridge).sqrt()
-        half = outside * eye + (s * ((self.source_values + ridge).sqrt() - outside)) @ s.mT
+        half = outside * eye + (s * ((values + ridge).sqrt() - outside)) @ s.mT
         target = (rest + ridge) * eye + t @ (inner - rest * torch.eye(k).to(t)) @ t.mT
         inside = spectral.optimal_transport(target, half) if least else half @ spectral.root(target, -0.5)
-        return gain, u @ (inside - gain * eye), u
+        gain = gain.to(self.mean) if isinstance(gain, Tensor) else gain
+        return gain, (u @ (inside - gain * eye)).to(self.mean), u.to(self.mean)
 
     def _along(self, q: Tensor) -> Tensor:
         """The stream's variance along the columns of q."""
@@ -154,7 +165,8 @@ class Tracker(nn.Module):
         if len(saved) == len(SOURCE) and is_source(saved) and len(saved["source_mean"]) == self.width:
             for name in _RANKED:
                 own = getattr(self, name)
-                setattr(self, name, own.new_empty(*own.shape[:-1], len(saved["source_values"])))
+                with torch.inference_mode(False):
+                    setattr(self, name, own.new_empty(*own.shape[:-1], len(saved["source_values"])))
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tracker":

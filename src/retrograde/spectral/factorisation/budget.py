@@ -39,8 +39,8 @@ from retrograde.errors import (
     RetrogradeWarning,
     StateError,
     check_value,
-    is_count,
-    is_number,
+    is_finite,
+    is_whole,
 )
 from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place, split
@@ -107,10 +107,10 @@ class BudgetSchedule:
         only: Choice | None = None,
         skip: Choice | None = None,
     ) -> None:
-        share = is_number(budget) and 0 < budget < 1
+        share = is_finite(budget) and 0 < budget < 1
         check_value("BudgetSchedule", "budget", budget, share, "a share between 0 and 1")
         for option, value in {"start": start, "end": end, "every": every, "window": window}.items():
-            fine = is_count(value) and value >= 1
+            fine = is_whole(value) and value >= 1
             check_value("BudgetSchedule", option, value, fine, "a whole number of steps, 1 or more")
         check_value("BudgetSchedule", "end", end, end >= start, f"`start`, {start}, or a later step")
         self._model = model

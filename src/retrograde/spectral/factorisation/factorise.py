@@ -34,7 +34,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from retrograde.errors import OptionError, RetrogradeWarning, check_value, is_number
+from retrograde.errors import OptionError, RetrogradeWarning, check_value, is_finite
 from retrograde.patterns import ROOT, Choice
 from retrograde.spectral.factorisation.factors import candidates, parameters_of, place
 from retrograde.spectral.factorisation.moments import Plain, spectrum_of_weight
@@ -217,9 +217,9 @@ def _check(energy: float | None, budget: float | None, spectrum: str) -> None:
             f"factorise: energy={energy!r}, budget={budget!r}: give one of them: the share of the outputs' energy that "
             "each layer keeps, or the multiply-adds that all may cost."
         )
-    share = energy is None or (is_number(energy) and 0 < energy <= 1)
+    share = energy is None or (is_finite(energy) and 0 < energy <= 1)
     check_value("factorise", "energy", energy, share, "a share above 0 and up to 1")
-    cost = budget is None or (is_number(budget) and budget > 0)
+    cost = budget is None or (is_finite(budget) and budget > 0)
     check_value("factorise", "budget", budget, cost, "a share below 1, or a number of multiply-adds")
     check_value(
         "factorise", "spectrum", spectrum, spectrum in ("outputs", "weights"), "'outputs' or 'weights'"

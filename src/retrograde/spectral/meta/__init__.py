@@ -47,7 +47,7 @@ References:
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -62,11 +62,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retrograde.engine.maps.base import LayerKind, Map, kind_of
 from retrograde.engine.maps.convolution import ConvolutionKind, TransposedKind
 from retrograde.engine.maps.linear import LinearKind, LinearMap
-from retrograde.errors import NoEffectError, OptionError, RetrogradeWarning
+from retrograde.errors import (
+    NoEffectError,
+    OptionError,
+    RetrogradeWarning,
+    StateError,
+    check_value,
+    is_finite,
+    is_whole,
+)
 from retrograde.maths import spectral
 from retrograde.maths.philox import key_of
 from retrograde.methods.spectral.subspace import Policy, Subspace
-from retrograde.patterns import Choice, select
+from retrograde.patterns import Choice, select, some
 from retrograde.spectral.meta.normalisation import Normalisation
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -151,13 +159,13 @@ class MetaLearner(nn.Module):
         skip_head: bool = True,
     ) -> None:
         super().__init__()
-        for option, value in (("inner_steps", inner_steps), ("every", every), ("rows", rows), ("rank", rank)):
-            if value is not None and value < 1:
-                raise OptionError(f"maml: {option}={value!r} must be 1 or more.")
-        if not 0 < lr < float("inf"):
-            raise OptionError(f"maml: lr={lr!r} must be a positive number.")
-        if basis not in get_args(Basis):
-            raise OptionError(f"maml: basis={basis!r} must be one of {', '.join(get_args(Basis))}.")
+        for option, value in (("inner_steps", inner_steps), ("every", every), ("rows", rows)):
+            check_value("maml", option, value, is_whole(value) and value >= 1, "a whole number, 1 or more")
+        fine = rank is None or (is_whole(rank) and rank >= 1)
+        check_value("maml", "rank", rank, fine, "a whole number, 1 or more, or None to project nothing")
+        check_value("maml", "lr", lr, is_finite(lr) and lr > 0, "a positive number")
+        known = get_args(Basis)
+        check_value("maml", "basis", basis, basis in known, f"one of {', '.join(map(repr, known))}")
         self.model = model
         self.inner_steps, self.lr, self.basis, self.every = inner_steps, lr, basis, every
         self.first_order, self.batch_statistics, self.rows = first_order, batch_statistics, rows
@@ -196,12 +204,16 @@ class MetaLearner(nn.Module):
         """Outputs for the query sets (tasks, rows', …), each by the model adapted on its support set.
 
         In training mode, with grad enabled, this counts as an outer step, and the basis may be refreshed.
+
+        Raises:
+            OptionError: the sets count different tasks, a support set is empty, or a refresh meets NaN or infinity.
         """
         if not len(support_x) == len(support_y) == len(query_x) > 0:
             raise OptionError(
                 f"maml: {len(support_x)} tasks in support_x, {len(support_y)} in support_y, {len(query_x)} in the "
                 "query. The first dimension of each counts the tasks: add it where there is one task."
             )
+        _check_rows(support_x)
         if self.training and torch.is_grad_enabled():
             if self.basis != "random" and self._outer_steps % self.every == 0:
                 self._refresh(support_x)
@@ -222,12 +234,16 @@ class MetaLearner(nn.Module):
         """A copy of the model adapted to one task: an ordinary module, with each U folded into its layer.
 
         With `batch_statistics` its normalisation goes by the statistics of whatever batch it is given, in evaluation
-        too.
+        too; without, by the model's running ones, in training too, where nothing is written.
 
         Args:
             support_x: (rows, …).
             support_y: (rows, …).
+
+        Raises:
+            OptionError: the support set is empty, or the basis is found here and meets NaN or infinity.
         """
+        _check_rows([support_x])
         if not self._known:
             self._refresh([support_x])
         theta = self._theta()
@@ -236,11 +252,15 @@ class MetaLearner(nn.Module):
         adapted = copy.deepcopy(self.model)
         for name, value in self._merged(theta, fast, own).items():
             adapted.get_parameter(name).copy_(value)
-        if self.batch_statistics:
-            for module in adapted.modules():
-                if isinstance(module, _RUNNING) and module.track_running_stats:
-                    module.track_running_stats = False
-                    module.running_mean = module.running_var = module.num_batches_tracked = None
+        for module in adapted.modules():
+            if not isinstance(module, _RUNNING) or module.running_mean is None:
+                continue
+            if self.batch_statistics:
+                module.track_running_stats = False
+                module.running_mean = module.running_var = module.num_batches_tracked = None
+            else:
+                # A hook, since ``adapted.train()`` would undo a mode.
+                module.register_forward_pre_hook(_read_stored)
         return adapted
 
     def _theta(self) -> _Tensors:
@@ -321,7 +341,13 @@ class MetaLearner(nn.Module):
         theta = self._theta()
         found = [self._record(theta, x, max(1, self.rows // len(support_x))) for x in support_x]
         for name, subspace in self._subspaces.items():
-            subspace.refresh(torch.cat([rows[name] for rows in found], 1))
+            rows = torch.cat([rows[name] for rows in found], 1)
+            if not bool(rows.isfinite().all()):
+                raise OptionError(
+                    f"maml: the input of layer {name!r} has NaN or infinity on the support sets, from which no basis "
+                    "can be found. Look for them in the data, or in the model's weights after too long a step."
+                )
+            subspace.refresh(rows)
 
     @property
     def energy(self) -> dict[str, float]:
@@ -398,14 +424,58 @@ class MetaLearner(nn.Module):
         return {"outer_steps": self._outer_steps, "subspaces": subspaces}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `get_extra_state` gave."""
+        """Take back what `get_extra_state` gave.
+
+        Raises:
+            StateError: it is of other layers, or of another rank.
+        """
+        self._check_state(state)
         self._outer_steps = int(state["outer_steps"])
         for name, subspace in self._subspaces.items():
             subspace.load_state_dict(state["subspaces"][name])
 
+    def _check_state(self, state: dict[str, Any]) -> None:
+        theirs: dict[str, dict[str, Any]] = state["subspaces"]
+        if theirs.keys() != self._layers.keys():
+            raise StateError(
+                f"maml: a state with bases of {some(list(theirs))} does not fit a learner that projects "
+                f"{some(list(self._layers))}. Make it with the `rank`, `only` and `skip_head` of the one "
+                "that was saved."
+            )
+        for name, layer in self._layers.items():
+            basis, (groups, _, inputs) = theirs[name]["basis"], layer.shape
+            if basis is not None and tuple(basis.shape) != (groups, inputs, layer.rank):
+                raise StateError(
+                    f"maml: the state's basis of layer {name!r} is {tuple(basis.shape)}, and this learner's is "
+                    f"{(groups, inputs, layer.rank)}: groups, inputs and rank. Make it with the model and the `rank` "
+                    "of the one that was saved."
+                )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        state_dict, prefix = args[:2]
+        # Before anything is written.
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if saved is not None:
+            self._check_state(saved)
+        super()._load_from_state_dict(*args, **kwargs)
+
 
 maml = MetaLearner
 """`MetaLearner` by the name of what it does: ``rg.spectral.maml(model, …)``."""
+
+
+def _check_rows(support_x: Iterable[Tensor]) -> None:
+    for number, x in enumerate(support_x):
+        if not x.numel():
+            raise OptionError(
+                f"maml: the support set of task {number} is empty, {tuple(x.shape)}: nothing to adapt on. Give one row "
+                "at least."
+            )
+
+
+def _read_stored(module: nn.Module, args: Any) -> None:
+    """Before a call of a normalisation: it goes by its running statistics, whatever mode the model is in."""
+    module.training = False
 
 
 def _adapting(model: nn.Module, only: Choice | None) -> list[str]:

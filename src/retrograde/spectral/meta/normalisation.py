@@ -39,7 +39,7 @@ class Normalisation(TorchFunctionMode):
         given = signature(func).bind(*args, **(kwargs or {})).arguments
         weight, bias = given.pop("weight", None), given.pop("bias", None)
         if func is F.batch_norm:
-            given["training"] = self._batch_statistics
+            given["training"] = True if given.get("running_mean") is None else self._batch_statistics
         elif func is F.instance_norm:
             given["use_input_stats"] = True if given.get("running_mean") is None else self._batch_statistics
         if func is not F.layer_norm and self._batch_statistics:

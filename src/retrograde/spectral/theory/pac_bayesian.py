@@ -92,7 +92,8 @@ def pac_bayes(
         The bound with its conditions; its ``bound`` is None where one fails.
 
     Raises:
-        OptionError: an option out of its range, parameters that differ in name or shape, or a basis that fits none.
+        OptionError: an option out of its range, parameters that differ in name or shape, a basis that fits none, no
+            examples, labels that are not (n,) class numbers, or outputs that are not (n, classes).
 
     Examples:
         >>> found = pac_bayes(model, initial, (x, y), [0.01, 0.03, 0.1], stated={"iid", "prior", "sigma"})
@@ -108,6 +109,7 @@ def pac_bayes(
             "nothing. Pass copy.deepcopy(model) as it was before training."
         )
     inputs, labels = data
+    _check_data(inputs, labels, loss)
     n, bases = len(inputs), dict(basis or {})
     weights, priors = dict(model.named_parameters()), dict(initial.named_parameters())
     _check_pair(weights, priors, bases)
@@ -258,10 +260,23 @@ def _risk(network: nn.Module, data: tuple[Tensor, Tensor], loss: str, clip: floa
     total = torch.zeros((), dtype=torch.float64)
     for x, y in zip(data[0].split(batch_size), data[1].split(batch_size), strict=True):
         z = network(x)
+        if z.dim() != 2 or z.shape[1] < 2 or len(z) != len(y):
+            raise OptionError(
+                f"pac_bayes: the model gives {tuple(z.shape)} for {len(y)} examples, and must give a score for each of "
+                "two or more classes: (n, classes)."
+            )
         if loss == "zero-one":
             lost = z.argmax(1) != y
         else:
-            lost = F.cross_entropy(z.float(), y, reduction="none").nan_to_num(nan=clip).clamp_max(clip) / clip
+            if not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
+                raise OptionError(
+                    f"pac_bayes: labels run from {int(y.min())} to {int(y.max())}, and the model has {z.shape[1]} "
+                    "classes. Number them from 0."
+                )
+            lost = (
+                F.cross_entropy(z.float(), y.long(), reduction="none").nan_to_num(nan=clip).clamp_max(clip)
+                / clip
+            )
         total += lost.double().sum().cpu()
     return total / len(data[0])
 
@@ -271,7 +286,7 @@ def _check(
 ) -> None:
     known = get_args(Statement)
     for option, fine, must in (
-        ("sigma", bool(grid) and min(grid) > 0, "above 0, one or several"),
+        ("sigma", bool(grid) and all(0 < s < math.inf for s in grid), "above 0, one or several"),
         ("delta", 0 < delta < 1, "between 0 and 1"),
         ("draws", draws >= 1, "1 or more"),
         ("loss", loss in ("zero-one", "clipped"), "'zero-one' or 'clipped'"),
@@ -280,6 +295,21 @@ def _check(
     ):
         if not fine:
             raise OptionError(f"pac_bayes: {option} must be {must}.")
+
+
+def _check_data(inputs: Tensor, labels: Tensor, loss: str) -> None:
+    n = len(inputs)
+    if not n:
+        raise OptionError("pac_bayes: the sample has no examples. Give inputs (n, …) and labels (n,).")
+    if tuple(labels.shape) != (n,):
+        raise OptionError(
+            f"pac_bayes: labels are {tuple(labels.shape)}, and must be ({n},), one class number for each example. Give "
+            f"{'labels.flatten()' if labels.numel() == n else 'those of these inputs'}."
+        )
+    if loss == "clipped" and labels.is_floating_point():
+        raise OptionError(
+            f"pac_bayes: labels are {labels.dtype}, and cross-entropy needs whole class numbers. Give labels.long()."
+        )
 
 
 def _check_pair(

@@ -21,7 +21,7 @@ from torch.func import jacrev
 
 from retrograde.errors import OptionError
 from retrograde.spectral.theory.rule import Rule
-from retrograde.spectral.theory.simulate import Moments, times
+from retrograde.spectral.theory.simulate import Moments, check_counts, times
 
 
 def ornstein_uhlenbeck(
@@ -44,8 +44,9 @@ def ornstein_uhlenbeck(
         corrected: with the modified drift.
 
     Raises:
-        OptionError: ρ is not 0.
+        OptionError: ρ is not 0, or `steps` is below 1.
     """
+    check_counts("ornstein_uhlenbeck", steps=steps)
     k = _linear(hessian, rule)
     if corrected:
         k = k + 0.5 * rule.eta * k @ k
@@ -61,6 +62,7 @@ def ornstein_uhlenbeck(
 
 def quadratic_rule(hessian: Tensor, covariance: Tensor, start: Tensor, rule: Rule, steps: int) -> Moments:
     """Equation (2): the exact moments of the rule itself for ½ wᵀHw. Arguments as of `ornstein_uhlenbeck`."""
+    check_counts("quadratic_rule", steps=steps)
     eye = torch.eye(len(start)).to(start)
     p = rule.project(eye)
     noise = rule.eta**2 * p @ covariance @ p.mT

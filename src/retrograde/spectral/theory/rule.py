@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jvp
 
-from retrograde.errors import OptionError, check_option
+from retrograde.errors import OptionError, check_option, check_value, is_finite
 from retrograde.maths import spectral
 
 Loss = Callable[[Tensor], Tensor]
@@ -47,6 +47,9 @@ Direction = Literal["gradient", "top"]
 """u: the gradient's own, or the leading eigenvector of H, turned uphill."""
 
 Order = Literal[1, 2, 3]
+
+_SYMMETRIC = 1e-5
+"""Of the largest entry: what rounding may leave between P and its transpose."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Rule:
         regulariser: R, (d,) → (d,); needed where β is not 0.
 
     Raises:
-        OptionError: a value out of its range.
+        OptionError: a value out of its range, or a P that is not square and symmetric.
     """
 
     eta: float
@@ -73,19 +76,31 @@ class Rule:
     regulariser: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        check_option(self, "eta", self.eta > 0, "above 0")
-        check_option(self, "rho", self.rho >= 0, "0 or more")
-        check_option(self, "beta", self.beta >= 0, "0 or more")
-        known = get_args(Direction)
-        check_option(self, "direction", self.direction in known, f"one of {', '.join(known)}")
+        check_option(self, "eta", is_finite(self.eta) and self.eta > 0, "a finite number above 0")
+        _check_rho("Rule", self.rho)
+        check_option(self, "beta", is_finite(self.beta) and self.beta >= 0, "a finite number, 0 or more")
+        _check_direction("Rule", self.direction)
+        if self.projection is not None:
+            _check_projection(self.projection)
         if (self.beta > 0) != (self.regulariser is not None):
             raise OptionError(
                 f"Rule: beta={self.beta!r} and a regulariser go together. Give both or neither."
             )
 
     def project(self, vector: Tensor) -> Tensor:
-        """``P v`` for v (…, d)."""
-        return vector if self.projection is None else vector @ self.projection.to(vector).mT
+        """``P v`` for v (…, d).
+
+        Raises:
+            OptionError: P is of another width.
+        """
+        if self.projection is None:
+            return vector
+        if self.projection.shape[-1] != vector.shape[-1]:
+            raise OptionError(
+                f"Rule: projection is {tuple(self.projection.shape)}, and the weights are ({vector.shape[-1]},). Give "
+                "a (d, d) one for weights (d,)."
+            )
+        return vector @ self.projection.to(vector).mT
 
     def decay(self, w: Tensor) -> Tensor:
         """``β R(w)``."""
@@ -93,7 +108,12 @@ class Rule:
 
 
 def perturbation(loss: Loss, w: Tensor, direction: Direction = "gradient") -> Tensor:
-    """u (d,): ∇f/‖∇f‖, or the leading eigenvector of H with ⟨v₁, ∇f⟩ ≥ 0; 0 where the gradient vanishes."""
+    """u (d,): ∇f/‖∇f‖, or the leading eigenvector of H with ⟨v₁, ∇f⟩ ≥ 0; 0 where the gradient vanishes.
+
+    Raises:
+        OptionError: `direction` is neither.
+    """
+    _check_direction("perturbation", direction)
     g = _grad(loss)(w)
     if direction == "gradient":
         return g / torch.linalg.vector_norm(g).clamp_min(torch.finfo(g.dtype).tiny)
@@ -103,7 +123,13 @@ def perturbation(loss: Loss, w: Tensor, direction: Direction = "gradient") -> Te
 
 
 def perturbed_gradient(loss: Loss, w: Tensor, rho: float, direction: Direction = "gradient") -> Tensor:
-    """The left-hand side of (2), exactly: ∇f(w + ρu), (d,)."""
+    """The left-hand side of (2), exactly: ∇f(w + ρu), (d,).
+
+    Raises:
+        OptionError: ρ is below 0, or `direction` is not one.
+    """
+    _check_rho("perturbed_gradient", rho)
+    _check_direction("perturbed_gradient", direction)
     return _grad(loss)(w if rho == 0 else w + rho * perturbation(loss, w, direction))
 
 
@@ -146,7 +172,7 @@ def drift(
         (d,).
 
     Raises:
-        OptionError: `order` is not 1, 2 or 3.
+        OptionError: `order` is not 1, 2 or 3, ρ is below 0, or `direction` is not one.
 
     Examples:
         >>> drift(lambda w: (w**4).sum() / 4, torch.tensor([1.0]), rho=0.1)  # −(1 + 0.1)³ but for 0.1³
@@ -154,6 +180,8 @@ def drift(
     """
     if order not in get_args(Order):
         raise OptionError(f"drift: order={order!r} must be 1, 2 or 3, the highest derivative of the loss.")
+    _check_rho("drift", rho)
+    _check_direction("drift", direction)
     found = _grad(loss)(w)
     if rho == 0 or order == 1:
         return -found
@@ -185,6 +213,28 @@ def rule_drift(loss: Loss, w: Tensor, rule: Rule, *, order: Order = 3, corrected
         return found
     turned: Any = jvp(b, (w,), (found,))
     return found - 0.5 * rule.eta * turned[1]
+
+
+def _check_rho(what: str, rho: float) -> None:
+    check_value(what, "rho", rho, is_finite(rho) and rho >= 0, "a finite number, 0 or more")
+
+
+def _check_direction(what: str, direction: str) -> None:
+    known = get_args(Direction)
+    check_value(what, "direction", direction, direction in known, f"one of {', '.join(known)}")
+
+
+def _check_projection(projection: Tensor) -> None:
+    shape = tuple(projection.shape)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise OptionError(f"Rule: projection is {shape}, and must be square: (d, d) for weights (d,).")
+    gap = float((projection - projection.mT).abs().max())
+    # So that NaN is refused too.
+    if not gap <= _SYMMETRIC * float(projection.abs().max()):
+        raise OptionError(
+            f"Rule: projection differs from its transpose by {gap:.2g}, and the equations hold for a symmetric one. "
+            "Give the orthogonal projection U Uᵀ of an orthonormal basis U (d, k)."
+        )
 
 
 def _grad(loss: Loss) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from retrograde.errors import OptionError
+from retrograde.errors import check_value, is_whole
 from retrograde.maths import spectral
 from retrograde.spectral.theory.rule import (
     Loss,
@@ -44,13 +44,19 @@ class Problem:
         loss: f: (d,) → ().
         covariance: Σ of the gradient's noise: (d, d), or a function of w; None: no noise.
         examples: the losses (N,) at w whose mean is f; with them the rule draws minibatches, else normal noise of Σ.
-        batch: rows of a minibatch, drawn with replacement.
+        batch: rows of a minibatch, drawn with replacement; 1 or more.
+
+    Raises:
+        OptionError: `batch` is not.
     """
 
     loss: Loss
     covariance: Tensor | Callable[[Tensor], Tensor] | None = None
     examples: Callable[[Tensor], Tensor] | None = None
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_counts("Problem", batch=self.batch)
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,15 @@ def network_problem(
     Returns:
         The problem, Σ being the covariance of single rows' gradients over `batch`, and the model's present w (d,).
 
+    Raises:
+        OptionError: `batch` is below 1.
+
     Examples:
         >>> problem, w = network_problem(nn.Linear(3, 1), x, y, lambda z, y: (z - y).square().mean(1), batch=8)
         >>> paths = simulate_rule(problem, w, Rule(eta=0.1), steps=50, runs=20)
     """
+    if batch is not None:
+        check_counts("network_problem", batch=batch)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     sizes = [p.numel() for p in parameters.values()]
 
@@ -150,7 +161,7 @@ def simulate_rule(
     Returns:
         Paths at times 0, η, …, η · steps.
     """
-    _check(steps=steps, runs=runs, substeps=substeps)
+    check_counts("simulate_rule", steps=steps, runs=runs, substeps=substeps)
     generator = torch.Generator().manual_seed(seed)
     examples, batch = problem.examples, problem.batch
 
@@ -211,7 +222,7 @@ def simulate_sde(
     Returns:
         Paths at times 0, η, …, η · steps.
     """
-    _check(steps=steps, runs=runs, substeps=substeps)
+    check_counts("simulate_sde", steps=steps, runs=runs, substeps=substeps)
     generator = torch.Generator().manual_seed(seed)
     h = rule.eta / substeps
 
@@ -260,7 +271,7 @@ def times(eta: float, steps: int, like: Tensor) -> Tensor:
     return eta * torch.arange(steps + 1).to(like)
 
 
-def _check(**counts: int) -> None:
+def check_counts(what: str, **counts: int) -> None:
+    """Refuse numbers of steps, runs or rows that are not whole, or below 1."""
     for name, count in counts.items():
-        if count < 1:
-            raise OptionError(f"{name}={count!r} must be 1 or more.")
+        check_value(what, name, count, is_whole(count) and count >= 1, "a whole number, 1 or more")

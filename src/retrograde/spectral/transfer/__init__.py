@@ -59,8 +59,8 @@ from retrograde.errors import (
     RetrogradeWarning,
     StateError,
     check_value,
-    is_count,
-    is_number,
+    is_finite,
+    is_whole,
 )
 from retrograde.patterns import Choice, select, some
 from retrograde.spectral.transfer.restrained import Rest, Restrained, Scale, Statistics
@@ -134,8 +134,8 @@ class TransferPenalty(Listener):
         self.left_out: dict[str, str] = {}
         """Full name → why a layer with weights of a known kind is not restrained."""
         self._active = False
-        check_value("TransferPenalty", "rank", rank, is_count(rank) and rank >= 0, "an integer, 0 or more")
-        share = is_number(energy) and 0 < energy <= 1
+        check_value("TransferPenalty", "rank", rank, is_whole(rank) and rank >= 0, "an integer, 0 or more")
+        share = is_finite(energy) and 0 < energy <= 1
         check_value("TransferPenalty", "energy", energy, share, "a number above 0 and at most 1")
         check_value(
             "TransferPenalty", "rest", rest, rest in get_args(Rest), f"one of {', '.join(get_args(Rest))}"
@@ -358,13 +358,13 @@ class TransferPenalty(Listener):
 
 
 def _check_strength(value: object) -> None:
-    fine = is_number(value) and math.isfinite(value) and value >= 0
+    fine = is_finite(value) and value >= 0
     check_value("TransferPenalty", "strength", value, fine, "a finite number, 0 or more")
 
 
 def _check_counts(**options: object) -> None:
     for option, value in options.items():
-        check_value("TransferPenalty", option, value, is_count(value) and value >= 1, "an integer, 1 or more")
+        check_value("TransferPenalty", option, value, is_whole(value) and value >= 1, "an integer, 1 or more")
 
 
 _IDLE = (
