@@ -53,7 +53,6 @@ References:
     Zhao et al., *GaLore*, ICML 2024; Chen et al., *Fira*, arXiv 2410.01623: projected gradients and their residual.
 """
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args

@@ -43,7 +43,6 @@ References:
     Muthuraman, *Dynamic spectral backpropagation*, arXiv 2505.23369, names the extension; its form here is our own.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
