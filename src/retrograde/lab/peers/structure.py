@@ -190,14 +190,13 @@ def deepened(model: nn.Module, example: Tensor, layers: int = 1) -> nn.Module:
 
 def _square(call: _Call) -> nn.Module:
     """A layer of as many inputs as outputs, of the kind of this one, that keeps its output's shape."""
-    layer = call.module
+    # torch's stubs know no layer without a bias.
+    layer: Any = call.module
+    biased = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.out_features, layer.out_features, bias=layer.bias is not None)
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    kind: Any = type(layer)
-    made = kind(
-        layer.out_channels, layer.out_channels, layer.kernel_size, padding="same", bias=layer.bias is not None
-    )
+        return nn.Linear(layer.out_features, layer.out_features, bias=biased)
+    width = layer.out_channels
+    made = type(layer)(width, width, layer.kernel_size, padding="same", bias=biased)
     nn.init.kaiming_normal_(made.weight, nonlinearity="relu")
     return made
 
