@@ -68,6 +68,14 @@ WHEN = (
         "time: a step of a small MLP takes {kept_step} of plain training's with 4 bits",
     ),
     (
+        "a pretrained network to fine-tune that must still do what it did",
+        "[`TransferPenalty`](docs/methods/spectral-extensions.md#transfer-fine-tune-without-losing-the-source)",
+        "{penalty_kept} of accuracy on the source over full fine-tuning, and {penalty_target} on the target "
+        "([CIFAR-10 to PneumoniaMNIST]({claim}spectral-transfer-lora-pneumonia))",
+        "LoRA, where few parameters may be trained: as accurate on the target; of the source it keeps less, ours "
+        "{penalty_lora} over it",
+    ),
+    (
         "a gradient to be kept in few directions, to see what they learn",
         "`Spectral`",
         "{spectral_sam} of accuracy over SAM in the same time ([Fashion-MNIST]({claim}spectral-fashion-mnist)); "
@@ -251,6 +259,7 @@ def to_target(name: str) -> str:
 
 _COMPRESSION = "perforate/cifar10-mlp-compression"
 _FASHION = "spectral/fashion-mnist"
+_PENALTY = "spectral/transfer-lora-pneumonia"
 
 _EXACT = "exact/imdb-cnn"
 _KEPT = "dither/kept-activations"
@@ -274,6 +283,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "focus_time": lambda: percent(focus("time_saving_against_plain")),
     "focus_step": lambda: outcome("deepfocus/imdb", "and a step takes less time than a dense one"),
     "focus_accuracy": lambda: outcome("deepfocus/imdb", "above the dense twin, tuned as hard"),
+    "penalty_kept": lambda: outcome(_PENALTY, "keeps more of the source than full fine-tuning"),
+    "penalty_target": lambda: outcome(
+        _PENALTY, "at least as accurate on the target as full fine-tuning, to half a point"
+    ),
+    "penalty_lora": lambda: outcome(_PENALTY, "keeps more of the source than LoRA of rank 8"),
     "memory": lambda: over_plain(_FASHION, "spectral", "saved_bytes"),
     "spectral_sam": lambda: outcome(_FASHION, "the default is more accurate than SAM in the same time"),
     "spectral_sgd": lambda: outcome(
