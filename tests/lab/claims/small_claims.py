@@ -34,6 +34,7 @@ _TIMED = (
     "seconds",
     "step_seconds",
     "late_step_seconds",
+    "forward_seconds_128",
     "seconds_to_target",
     "peak_memory_bytes",
     "jobs",

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -14,7 +14,7 @@ from retrograde.lab import files
 from retrograde.lab.claims import grid as grid_module
 from retrograde.lab.claims import metrics
 from retrograde.lab.claims.cells import Cell, pace
-from retrograde.lab.claims.definition import Claim
+from retrograde.lab.claims.definition import Claim, Measure
 from retrograde.lab.claims.grid import Grid, Places, default_folder
 from retrograde.lab.claims.result import Result, read_result, schema, write_result
 from retrograde.lab.recipe import Recipe
@@ -28,7 +28,7 @@ CLAIM = small(
     recipe={**RECIPE, "evaluations": 2},
     checks=[CHECK, {**CHECK, "metric": "steps_to_target", "minus": None, "over": "plain"}],
     target="plain",
-    measures=["sharpness", "auc", "step_peak_bytes"],
+    measures=[*get_args(Measure)],
 )
 
 
