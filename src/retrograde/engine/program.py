@@ -306,10 +306,11 @@ class LayerProgram:
         calls, plain, kept = self._kept
         plain += math.prod(call.input_shape) * call.weight.element_size()
         kept += sum(tensor.nbytes for tensor in call.saved)
-        saved = {tensor.untyped_storage().data_ptr() for tensor in call.saved}
-        # Of a small batch rows are a view of the input, which a full step has saved.
-        if rows is not None and rows.untyped_storage().data_ptr() not in saved:
-            kept += rows.nbytes
+        if rows is not None:
+            # Of a small batch rows are a view of the input, which a full step has saved.
+            place = rows.untyped_storage().data_ptr()
+            if all(tensor.untyped_storage().data_ptr() != place for tensor in call.saved):
+                kept += rows.nbytes
         self._kept = calls + 1, plain, kept
 
     @property

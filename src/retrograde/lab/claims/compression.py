@@ -22,6 +22,7 @@ from retrograde.lab.options import make
 from retrograde.lab.peers.structure import Shape
 from retrograde.lab.recipe import Recipe, make_recipe
 from retrograde.session import attach
+from retrograde.spectral.factorisation.factors import parameters_of
 
 TABLE = ["accuracy", "parameters", "macs", "forward_seconds_128", "step_seconds"]
 _LAYERS = {"only", "skip"}
@@ -121,7 +122,7 @@ def ladder(recipe: Recipe, data: Data, ladder: Ladder) -> Claim:
         small, at = shape.shaped(whole, x), f"{width:g}"
         narrow = {"shape": {"width": width}}
         contestants[at] = Variant(label=f"width {at}", peers=narrow)
-        budget = _count(small)
+        budget = parameters_of(small)
         try:
             budget = _with_dendrites(small, options, recipe)
             contestants[f"{at}+dendrites"] = Variant(
@@ -131,12 +132,12 @@ def ladder(recipe: Recipe, data: Data, ladder: Ladder) -> Claim:
             skipped.append(
                 f"no layer of the network of width {at} gets dendrites by Perforate's placement rule"
             )
-        if budget >= _count(whole):
+        if budget >= parameters_of(whole):
             skipped.append(
                 f"with dendrites the network of width {at} has {budget:,} parameters, more than the whole network: "
                 "take a smaller width or fewer dendrites"
             )
-        elif budget > _count(small):
+        elif budget > parameters_of(small):
             contestants[f"{at}=width"] = _equal(whole, x, budget, {}, f"wider, as many parameters as {at}")
         for kind, changes in (("depth", {"deeper": 1}), ("norm", {"normalise": True})):
             words = "a layer deeper" if kind == "depth" else "BatchNorm"
@@ -234,7 +235,7 @@ def _step(result: Result, name: str) -> Step:
 def _equal(whole: nn.Module, x: Tensor, budget: int, changes: dict[str, Any], label: str) -> Variant:
     """The widest network with these changes and no more parameters than `budget`."""
     # Before the search, since within it a width that takes nothing away is refused as well.
-    most = _count(Shape(**changes).shaped(whole, x)) if changes else _count(whole)
+    most = parameters_of(Shape(**changes).shaped(whole, x)) if changes else parameters_of(whole)
     if most <= budget:
         return Variant(label=label, peers={"shape": changes})
     fitting: float | None = None
@@ -242,7 +243,7 @@ def _equal(whole: nn.Module, x: Tensor, budget: int, changes: dict[str, Any], la
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         try:
-            count = _count(Shape(width=middle, **changes).shaped(whole, x))
+            count = parameters_of(Shape(width=middle, **changes).shaped(whole, x))
         except OptionError:
             count = most
         if count <= budget:
@@ -258,11 +259,7 @@ def _with_dendrites(model: nn.Module, options: dict[str, Any], recipe: Recipe) -
     """Parameters of the model with all its dendrites."""
     grown = copy.deepcopy(model)
     attach(grown, make("perforate", options), only=recipe.only, skip=recipe.skip)
-    return _count(grown)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameters_of(grown)
 
 
 def compress(

@@ -19,6 +19,21 @@ from retrograde.lab.measure import macs_of
 _STEPS = 400
 
 
+def load(part: str) -> Any:
+    """The package.
+
+    Args:
+        part: what needs it, as the beginning of a sentence.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module("torch_pruning")
+    except ModuleNotFoundError as error:
+        raise missing(part, "peers", "torch-pruning") from error
+
+
 def prune(model: nn.Module, x: Tensor, share: float, *, all_layers: bool = True) -> nn.Module:
     """A pruned copy of a classifier; its last linear layer keeps its outputs.
 
@@ -31,10 +46,7 @@ def prune(model: nn.Module, x: Tensor, share: float, *, all_layers: bool = True)
     Raises:
         MissingPackageError: `torch-pruning` is not installed.
     """
-    try:
-        package: Any = importlib.import_module("torch_pruning")
-    except ModuleNotFoundError as error:
-        raise missing("the peer for pruning", "peers", "torch-pruning") from error
+    package = load("the peer for pruning")
     training = model.training
     small = copy.deepcopy(model).eval()
     last = [layer for layer in small.modules() if isinstance(layer, nn.Linear)][-1]

@@ -8,7 +8,6 @@ Reference: Fang, Ma, Song, Mi, Wang, *DepGraph: towards any structural pruning*,
 """
 
 import copy
-import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -21,10 +20,10 @@ from pydantic import dataclasses as checked
 from torch import Tensor, nn
 
 from retrograde.errors import OptionError
-from retrograde.extras import missing
+from retrograde.lab.peers import pruning
 from retrograde.lab.peers.base import Peer
+from retrograde.spectral.factorisation.factors import parameters_of
 
-_Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Mish)
@@ -92,14 +91,11 @@ def narrowed(model: nn.Module, example: Tensor, width: float) -> nn.Module:
         OptionError: the package finds nothing to take away, or what it leaves does not run.
         MissingPackageError: `torch-pruning` is not installed.
     """
-    try:
-        package: Any = importlib.import_module("torch_pruning")
-    except ModuleNotFoundError as error:
-        raise missing("a narrower network", "peers", "torch-pruning") from error
+    package = pruning.load("a narrower network")
     training = model.training
     small = copy.deepcopy(model).eval()
     shape, before = _run(small, example).shape, _inputs(small)
-    whole = _count(small)
+    whole = parameters_of(small)
     last = [call.module for call in _calls(small, example) if isinstance(call.module, _LAYERS)][-1]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of the package, about parameters that it leaves alone
@@ -118,7 +114,7 @@ def narrowed(model: nn.Module, example: Tensor, width: float) -> nn.Module:
                 f"{type(model).__name__} cannot be made narrower by its channels: {error}. Give a model whose forward "
                 "takes its sizes from its layers, or narrow it yourself."
             ) from error
-    if _count(small) == whole or after != shape:
+    if parameters_of(small) == whole or after != shape:
         raise OptionError(
             f"{type(model).__name__} cannot be made narrower by its channels: width={width} takes nothing away. Give "
             "a larger share to lose, or narrow it yourself."
@@ -255,7 +251,3 @@ def _inputs(model: nn.Module) -> dict[str, int]:
         for name, module in model.named_modules()
         if isinstance(module, _LAYERS)
     }
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
