@@ -1,8 +1,5 @@
 """What every test shares: the random seed, and the conformance table printed at the end."""
 
-import gc
-import itertools
-
 import pytest
 import torch
 
@@ -10,19 +7,10 @@ CONFORMANCE: pytest.StashKey[dict[tuple[str, str], dict[str, str]]] = pytest.Sta
 """(method, layer kind) → mode → outcome."""
 
 
-_COLLECT_EVERY = 200
-_count = itertools.count(1)
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Each test starts from the same random state, in whatever order it runs.
-
-    Sessions of models that are gone are garbage in cycles, and until it is collected every optimizer step tells them.
-    """
+    """Each test starts from the same random state, in whatever order it runs."""
     torch.manual_seed(0)
-    if next(_count) % _COLLECT_EVERY == 0:
-        gc.collect()
 
 
 def pytest_configure(config: pytest.Config) -> None:

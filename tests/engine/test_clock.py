@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import retrograde as rg
 from cases import batch, mlp, program, seeded, train
+from retrograde.engine import clock
 from retrograde.engine.maps import base
 from retrograde.errors import NoEffectError, RetrogradeWarning
 
@@ -43,6 +44,17 @@ def test_session_not_kept() -> None:
     gc.collect()
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), (6, 8), 3)
     assert steps(model) == [3, 3, 3]
+
+
+def test_sessions_of_models_that_are_gone_are_not_told_for_ever() -> None:
+    """Every step of the process tells each listener, and Python's collector seldom runs over so few objects."""
+    gc.disable()
+    try:
+        for _ in range(200):
+            rg.attach(nn.Linear(4, 4), rg.Dither(), strict=False)
+        assert len(clock._running) < 64
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["sgd", "lbfgs"])
