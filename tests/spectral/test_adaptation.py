@@ -136,6 +136,27 @@ def test_the_gate_closes_again_where_the_stream_is_clean(model, adapted):
         assert adapted.limits[0] > adapted.limits[1] > 0
 
 
+@pytest.mark.parametrize("far", [3.0, 300.0])
+def test_it_closes_as_soon_after_a_far_off_stream_as_after_a_near_one(far):
+    """What the stream's own averages forget slowly does not hold it open: after three windows they begin afresh."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    source = [torch.randn(16, 20) for _ in range(100)]
+    adapted = spectral.adapt(model, source, window=100)
+    with torch.no_grad():
+        for _ in range(20):
+            adapted(far * torch.randn(16, 20) + far)
+            assert adapted.active
+        count = 0
+        while adapted.active and count < 40:
+            adapted(torch.randn(16, 20))
+            count += 1
+        assert 18 < count < 24  # of 16 rows: three windows, and at most a few batches before the trial begins
+        for _ in range(50):
+            x = torch.randn(16, 20)
+            assert torch.equal(adapted(x), model(x))
+
+
 def test_a_batch_of_one_and_one_image_alone(model, adapted):
     with torch.no_grad():
         for x in images(20, size=4, seed=1):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from retrograde.spectral.adaptation.features import channel_axis, rows_of
-from retrograde.spectral.adaptation.tracking import Tracker, corrected, source_of, weight_of
+from retrograde.spectral.adaptation.tracking import Tracker, corrected, source_of
 from retrograde.spectral.moments import Moments
 
 D = 6
@@ -39,6 +39,11 @@ def covariance(rows):
     return torch.cov(rows.T, correction=0)
 
 
+def let_count(tracker, rows, share):
+    """Let the rows count for `share` of the stream."""
+    tracker.update(rows, math.inf if share == 1 else -math.log1p(-share))
+
+
 def test_source_statistics_are_the_eigenpairs_of_the_covariance(source):
     tracker = tracker_of(source, rank=2)
     values, vectors = torch.linalg.eigh(covariance(source))
@@ -59,26 +64,32 @@ def test_the_rank_follows_the_energy(source):
 
 def test_the_stream_is_averaged_by_examples_whatever_its_batches(source):
     """n examples in one batch, or its halves after each other, keep the same share of what was before."""
-    assert (1 - weight_of(3, 10.0)) * (1 - weight_of(4, 10.0)) == pytest.approx(1 - weight_of(7, 10.0))
+    once, twice = tracker_of(source), tracker_of(source)
+    rows = source[:1].expand(7, -1)
+    once.update(rows, 0.7)
+    twice.update(rows[:3], 0.3)
+    twice.update(rows[3:], 0.4)
+    torch.testing.assert_close(once.stream.mean, twice.stream.mean)
+    torch.testing.assert_close(once.stream.covariance, twice.stream.covariance)
     tracker = tracker_of(source)
     # The mixture's own moments: rows of the old stream and of the new batch, in the proportion of their weights.
     batch = shifted(source[:1000])
-    tracker.update(batch, 0.2)
+    let_count(tracker, batch, 0.2)
     both = torch.cat([source, batch])
     mean = 0.8 * source.mean(0) + 0.2 * batch.mean(0)
     weights = torch.cat([torch.full((4000,), 0.8 / 4000), torch.full((1000,), 0.2 / 1000)]).double()
     centred = both - mean
-    torch.testing.assert_close(tracker.mean, mean)
-    torch.testing.assert_close(tracker.covariance, (centred * weights[:, None]).T @ centred)
+    torch.testing.assert_close(tracker.stream.mean, mean)
+    torch.testing.assert_close(tracker.stream.covariance, (centred * weights[:, None]).T @ centred)
 
 
 def test_the_basis_turns_to_the_streams_leading_subspace(source):
     tracker, rows = tracker_of(source, rank=2), shifted(source)
     assert tracker.shift()[0].item() == pytest.approx(0, abs=1e-9)
     for _ in range(60):
-        tracker.update(rows, 0.5)
+        let_count(tracker, rows, 0.5)
     leading = torch.linalg.eigh(covariance(rows))[1][:, -2:]
-    assert (leading.T @ tracker.basis).square().sum().item() == pytest.approx(2, abs=1e-6)
+    assert (leading.T @ tracker.stream.basis).square().sum().item() == pytest.approx(2, abs=1e-6)
     expected = 1 - (tracker.source_basis.T @ leading).square().sum().item() / 2
     assert tracker.shift()[0].item() == pytest.approx(expected, abs=1e-6)
     assert expected > 0.01
@@ -86,8 +97,8 @@ def test_the_basis_turns_to_the_streams_leading_subspace(source):
 
 def test_displacement_and_spectrum_see_what_drift_does_not(source):
     moved, paler = tracker_of(source), tracker_of(source)
-    moved.update(source + 1, 1.0)
-    paler.update((source - source.mean(0)) * 0.5 + source.mean(0), 1.0)
+    let_count(moved, source + 1, 1.0)
+    let_count(paler, (source - source.mean(0)) * 0.5 + source.mean(0), 1.0)
     assert moved.shift()[0].item() == pytest.approx(0, abs=1e-6)
     assert moved.shift()[1].item() > 0.01
     assert moved.shift()[2].item() == pytest.approx(0, abs=1e-4)
@@ -98,7 +109,7 @@ def test_displacement_and_spectrum_see_what_drift_does_not(source):
 @pytest.mark.parametrize("correction", ["transport", "colour"])
 def test_matched_covariances(source, correction):
     tracker, rows = tracker_of(source), shifted(source)
-    tracker.update(rows, 1.0)
+    let_count(tracker, rows, 1.0)
     found = applied(tracker, rows, correction)
     torch.testing.assert_close(found.mean(0), source.mean(0))
     torch.testing.assert_close(covariance(found), covariance(source))
@@ -110,12 +121,12 @@ def test_transport_in_a_subspace_is_that_of_the_two_models(source):
 
     tracker, rows = tracker_of(source, rank=2), shifted(source)
     for _ in range(3):
-        tracker.update(rows, 0.7)
+        let_count(tracker, rows, 0.7)
     eye = torch.eye(D).double()
-    q, t = tracker.source_basis, tracker.basis
+    q, t = tracker.source_basis, tracker.stream.basis
     old = tracker.source_rest * eye + (q * (tracker.source_values - tracker.source_rest)) @ q.T
-    inner = t.T @ tracker.covariance @ t
-    rest = (tracker.covariance.trace() - inner.trace()) / (D - 2)
+    inner = t.T @ tracker.stream.covariance @ t
+    rest = (tracker.stream.covariance.trace() - inner.trace()) / (D - 2)
     new = rest * eye + t @ (inner - rest * torch.eye(2)) @ t.T
     ridge = 0.1 * tracker.source_values.mean()
     expected = optimal_transport(new + ridge * eye, root(old + ridge * eye, 0.5))
@@ -123,20 +134,20 @@ def test_transport_in_a_subspace_is_that_of_the_two_models(source):
     assert left.shape == (D, 4)
     torch.testing.assert_close(gain * eye + left @ right.T, expected)
     found = corrected(rows, 1, tracker, (gain, left, right))
-    torch.testing.assert_close(found, tracker.source_mean + (rows - tracker.mean) @ expected.T)
+    torch.testing.assert_close(found, tracker.source_mean + (rows - tracker.stream.mean) @ expected.T)
 
 
 def test_the_other_corrections_are_their_equations(source):
     tracker, rows = tracker_of(source, rank=2), shifted(source)
     for _ in range(3):
-        tracker.update(rows, 0.7)
-    q, t, eye = tracker.source_basis, tracker.basis, torch.eye(D).double()
-    centred, mean = rows - tracker.mean, tracker.source_mean
-    along_q, along_t = ((b.T @ tracker.covariance @ b).diagonal() for b in (q, t))
+        let_count(tracker, rows, 0.7)
+    q, t, eye = tracker.source_basis, tracker.stream.basis, torch.eye(D).double()
+    centred, mean = rows - tracker.stream.mean, tracker.source_mean
+    along_q, along_t = ((b.T @ tracker.stream.covariance @ b).diagonal() for b in (q, t))
     tau = 0.3 * tracker.source_values.mean()
     u, _, v = torch.linalg.svd(q.T @ t)
     p_s, p_t = q @ q.T, t @ t.T
-    rest = (tracker.source_rest / ((tracker.covariance.trace() - along_q.sum()) / (D - 2))).sqrt()
+    rest = (tracker.source_rest / ((tracker.stream.covariance.trace() - along_q.sum()) / (D - 2))).sqrt()
     shrunk = t @ torch.diag(along_t / (along_t + tau)) @ t.T
     scaled = q @ torch.diag(((tracker.source_values + tau) / (along_q + tau)).sqrt()) @ q.T
     expected = {
@@ -164,7 +175,7 @@ def test_an_unmoved_stream_is_left_alone(source, correction):
 def test_layouts(source, rank):
     """Channels of an image and the last axis of a sequence: the same map of every row."""
     tracker = tracker_of(source, rank)
-    tracker.update(shifted(source), 0.5)
+    let_count(tracker, shifted(source), 0.5)
     affine = tracker.map("transport", 1e-3, False)
     images = torch.randn(2, D, 3, 5).double()
     rows = corrected(images.movedim(1, -1).reshape(-1, D), 1, tracker, affine)
@@ -197,7 +208,7 @@ def test_all_directions_of_a_few_in_float32(correction):
     tracker = tracker_of(rows)
     assert tracker.source_values.shape == (40,)
     for _ in range(5):
-        tracker.update(stream + 1, 0.9)
+        let_count(tracker, stream + 1, 0.9)
     found = applied(tracker, stream + 1, correction, 1e-3)
     torch.testing.assert_close(covariance(found), covariance(rows), rtol=0.02, atol=0.2)
     # The subspace is everything: it cannot turn.
@@ -210,7 +221,7 @@ def test_dead_and_constant_features_stay_finite():
     dead = torch.randn(200, 4) * torch.tensor([1.0, 0.0, 1.0, 0.0])
     for one, rows in ((tracker, constant), (tracker_of(dead), dead * 3), (tracker_of(dead), constant)):
         for _ in range(3):
-            one.update(rows, 0.9)
+            let_count(one, rows, 0.9)
         assert one.shift().isfinite().all()
         for correction in ("transport", "colour", "mean", "scale", "align", "shrink"):
             assert applied(one, rows, correction, 1e-3).isfinite().all(), correction
@@ -221,15 +232,15 @@ def test_bad_rows_are_not_learnt_from(source):
     tracker = tracker_of(source)
     rows = source.clone()
     rows[3, 2] = math.nan
-    tracker.update(rows, 0.5)
-    assert torch.equal(tracker.mean, tracker.source_mean)
+    let_count(tracker, rows, 0.5)
+    assert torch.equal(tracker.stream.mean, tracker.source_mean)
 
 
 def test_reset_and_what_is_of_the_source(source):
     tracker = tracker_of(source, 3)
     fresh = {k: v.clone() for k, v in tracker.state_dict().items()}
-    tracker.update(shifted(source), 0.5)
-    assert not torch.equal(tracker.mean, fresh["mean"])
+    let_count(tracker, shifted(source), 0.5)
+    assert not torch.equal(tracker.stream.mean, fresh["stream.mean"])
     again = Tracker(source_of(tracker))
     tracker.reset()
     for one in (tracker, again):

@@ -293,17 +293,16 @@ _running: "weakref.WeakSet[Listener]" = weakref.WeakSet()
 _hooks: list[Any] = []
 _few = 32
 """Listeners that every step of the process may tell without a thought."""
-_tidy_at = _few
+_tidy_at = [_few]
 
 
 def _listen(clock: Listener) -> None:
-    global _tidy_at
     _running.add(clock)
     # A session and its model hold each other, so one that is gone listens until it is collected, and the collector
     # counts objects, of which models have few: a process that attached to many models would tell all of them.
-    if len(_running) >= _tidy_at:
+    if len(_running) >= _tidy_at[0]:
         gc.collect()
-        _tidy_at = max(_few, 2 * len(_running))
+        _tidy_at[0] = max(_few, 2 * len(_running))
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_tell_before))
         _hooks.append(register_optimizer_step_post_hook(_tell_after))

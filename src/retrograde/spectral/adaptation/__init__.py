@@ -20,7 +20,9 @@ there, and s is the median of q/m over all layers and measures. The largest one 
 so both limits come from source data alone. f = (1 − 2/(9ν) − 1.645 √(2/(9ν)))⁻³, 2.7 to 1 as there are more batches, is
 what the number B = ν + 1 of source batches leaves uncertain: the upper 95 % bound of a variance over its estimate. The
 stream of source batches is held against statistics of other ones (`retrograde.spectral.adaptation.gate`). While the
-gate is closed the model runs as it is, bit for bit.
+gate is closed the model runs as it is, bit for bit. What (1) keeps of a far-off stream fades slowly, so while the gate
+is open each layer has a second set of statistics on trial: it begins as the source's, begins anew whenever its level
+is above 1, and takes the place of the first when it has lasted for three windows and is below the closing level.
 
 While it is open, with P_s = Q_s Q_sᵀ, P_t = Q_t Q_tᵀ and τ relative to the mean of Λ_s,
 
@@ -39,9 +41,9 @@ outside the subspace: that is ``rest="drop"``. Q_s Q_tᵀ pairs eigenvectors by 
 and sign where eigenvalues are close; R does not depend on either. The sources act on the last features alone; here
 the outputs of all linear-like layers but the last one are corrected, which are the inputs of norms where these follow.
 
-Cost for each batch and layer: 2·rows·d² for C_t, 2d²k for (2); while open 4dk (or 2d²) for each row, and in (7) the
-eigenvectors of one matrix of min(2k, d) a side. Memory 2d² + 2dk numbers a layer. On a GPU the
-gate waits for the device a few times in each layer.
+Cost for each batch and layer: 2·rows·d² for C_t, 2d²k for (2); while open both twice, 4dk (or 2d²) for each row, and in
+(7) the eigenvectors of one matrix of min(2k, d) a side. Memory 2d² + 3dk numbers a layer. On a GPU the gate waits for
+the device a few times in each layer.
 
 References:
     Muthuraman, *Dynamic spectral backpropagation*, arXiv 2505.23369 (the idea, from summaries).
@@ -269,11 +271,9 @@ class Adapted(nn.Module):
         found: list[Shift] = []
         for name, module in zip(self._names, self.trackers, strict=True):
             tracker = cast(Tracker, module)
-            shift = tracker.shift()
-            level = float((shift / tracker.usual).max())
-            drift, displacement, spectrum = shift.tolist()
+            drift, displacement, spectrum = tracker.shift().tolist()
             rank = tracker.source_values.shape[0]
-            found.append(Shift(name, rank, drift, displacement, spectrum, level))
+            found.append(Shift(name, rank, drift, displacement, spectrum, tracker.level()))
         return tuple(found)
 
     def reset(self) -> None:
@@ -331,11 +331,15 @@ class Adapted(nn.Module):
     def _on_call(
         self, name: str, tracker: Tracker, levels: list[float], layer: nn.Module, x: Any
     ) -> Tensor | None:
-        x, axis = follow(name, tracker, self._options.rows, self._options.window, layer, x)
+        opens, closes = self.limits.tolist()
+        trial = (opens, closes) if bool(self.is_open) else None
+        x, axis = follow(name, tracker, self._options.rows, self._options.window, layer, x, trial)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            levels.append(float((tracker.shift() / tracker.usual).max()))
-            if levels[-1] > float(self.limits[0]):
+            levels.append(tracker.level())
+            if levels[-1] > opens and not bool(self.is_open):
                 self.is_open.fill_(True)
+                for other in self.trackers:
+                    cast(Tracker, other).start_trial()
             if not self.active:
                 return None
             affine = tracker.map(self._options.correction, self._options.tau, self._options.rest == "drop")
@@ -427,7 +431,7 @@ def adapt(
     for tracker, own in zip(trackers.values(), usual, strict=True):
         tracker.usual.copy_(own)
     levels = torch.stack((torch.ones_like(closing), closing))
-    return Adapted(model, trackers, levels.to(next(iter(trackers.values())).mean), options)
+    return Adapted(model, trackers, levels.to(next(iter(trackers.values())).source_mean), options)
 
 
 def _chosen(model: nn.Module, layers: Choice | None) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.maps.base import spread, wide
 from retrograde.errors import AttachError, StateError
-from retrograde.spectral.adaptation.tracking import Tracker, weight_of
+from retrograde.spectral.adaptation.tracking import Tracker
 
 _FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SECOND = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm)
@@ -44,9 +44,17 @@ def width_of(layer: nn.Module, at: str) -> int | None:
 
 
 def follow(
-    name: str, tracker: Tracker, budget: int, window: float, layer: nn.Module, x: Any
+    name: str,
+    tracker: Tracker,
+    budget: int,
+    window: float,
+    layer: nn.Module,
+    x: Any,
+    trial: tuple[float, float] | None = None,
 ) -> tuple[Tensor, int]:
     """Let what the layer gave, or was given, move the stream's statistics; those features, and their axis.
+
+    With `trial`, the levels above which the gate opens and below which it closes, they count in the trial too.
 
     Raises:
         AttachError: they are not one floating-point tensor.
@@ -62,9 +70,12 @@ def follow(
         )
     # The statistics outlive a caller's inference mode, in which they could not be loaded or trained through.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        rows = rows_of(x, axis, budget).to(tracker.mean)
+        rows = rows_of(x, axis, budget).to(tracker.source_mean)
         if rows.shape[0]:
-            tracker.update(rows, weight_of(x.shape[0] if axis else 1, window))
+            windows = (x.shape[0] if axis else 1) / window
+            tracker.update(rows, windows)
+            if trial is not None:
+                tracker.put_on_trial(rows, windows, *trial)
     return x, axis
 
 
