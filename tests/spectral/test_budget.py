@@ -326,6 +326,18 @@ def test_frozen_layers_are_left():
     assert row.why == "frozen"
 
 
+def test_frozen_layers_in_evaluation_mode_are_counted() -> None:
+    """A backbone that is frozen and kept in eval() costs what it costs: the budget is a share of all."""
+    macs: list[float] = []
+    for evaluating in (False, True):
+        model = net()
+        model[0].requires_grad_(False).train(not evaluating)
+        schedule = schedule_of(model, sgd(model))
+        train(model, schedule._optimizer, 12)
+        macs.append(schedule.fold()[1].macs[0])
+    assert macs == [16 * 24 + 24 * 20 + 20 * 4] * 2
+
+
 def test_a_layer_that_is_silent_is_said():
     model = nn.ModuleDict({"used": nn.Linear(16, 16), "other": nn.Linear(16, 16)})
     optimizer = sgd(model)

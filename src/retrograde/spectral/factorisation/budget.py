@@ -249,7 +249,8 @@ class BudgetSchedule:
 
     def _gathers(self, layer: nn.Module) -> bool:
         """Whether the forward pass that runs now brings rows for the next projection."""
-        if not layer.training or self.step >= self._end:
+        # A frozen part that is kept in evaluation mode is run, and paid for, all the same.
+        if not (layer.training or self._model.training) or self.step >= self._end:
             return False
         # Activation checkpointing runs a part of the model again, within the backward pass: its rows were counted.
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
