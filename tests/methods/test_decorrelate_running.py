@@ -714,6 +714,24 @@ def test_a_resumed_run_tracks_the_same_directions() -> None:
     assert_bitwise(weights(first), weights(second))
 
 
+def test_directions_lie_in_one_piece() -> None:
+    """Products with a few columns take five times as long where these are strided; a resumed run has them so too."""
+    model, resumed = attached(Decorrelate, rank=3, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        torch.sin(model(shifted((6, 8), seed=step))).square().mean().backward()
+        optimizer.step()
+    rules = [rule_of(one[0]) for one in (model, resumed)]  # type: ignore[index]
+    state = {
+        name: v.contiguous() if isinstance(v, Tensor) else v for name, v in rules[0].state_dict().items()
+    }
+    rules[1].load_state_dict(state)
+    for rule in rules:
+        assert rule._basis.shape == rule._scaled.shape == (1, 8, 3)
+        assert rule._basis.mT.is_contiguous()
+        assert rule._scaled.mT.is_contiguous()
+
+
 def test_settled_inputs_are_looked_at_less_often() -> None:
     """The same rows in every step: R is learnt in steps 0, 2, 6, 14, then every 8 steps; other rows bring it back."""
     layer = nn.Linear(64, 16)

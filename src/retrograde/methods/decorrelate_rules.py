@@ -25,7 +25,7 @@ _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
 _MOST, _FEWEST = 32, 4
 """Directions, where no rank is given."""
-_CACHED = 2**16
+_CACHED = 2**17
 """Entries of a block."""
 _SLOW = 4.0
 """FLOPs of statistics take so many times longer than a product's: they are passes over memory for the most part."""
@@ -272,7 +272,7 @@ class LeadingRule(DecorrelateRule):
             rest = decorrelate.rest_variance(eigenvalues, variance, d)
             basis, eigenvalues = decorrelate.second_moment(mean, basis, eigenvalues, rest)
             variance = variance + mean.square().mean(-1)
-        self._basis = basis.contiguous()
+        self._basis = _columns(basis)
         self._gain = decorrelate.gains(eigenvalues, self._settings.damping * variance)
         self._scale = decorrelate.scale(eigenvalues, self._gain, variance, d)
 
@@ -283,7 +283,9 @@ class LeadingRule(DecorrelateRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
-        self._basis, self._gain, self._scale = state["basis"], state["gain"], float(state["scale"])
+        basis = state["basis"]
+        self._basis = None if basis is None else _columns(basis)
+        self._gain, self._scale = state["gain"], float(state["scale"])
 
 
 class LowRankRule(LeadingRule, CoordinateRule):
@@ -324,7 +326,7 @@ class LowRankRule(LeadingRule, CoordinateRule):
         if self._basis is None or self._gain is None:
             self._scaled = None
         else:
-            self._scaled = self._basis * (self._gain - 1).unsqueeze(-2)
+            self._scaled = _columns(self._basis * (self._gain - 1).unsqueeze(-2))
 
     def _vector_flops(self) -> float:
         # Of each of the gradient and the step 4·d·k.
@@ -425,6 +427,11 @@ class PreconditionRule(LeadingRule):
     def _update(self, step: Step) -> None:
         assert self.statistics.mean is not None
         self._take(self.statistics.mean, step)
+
+
+def _columns(matrix: Tensor) -> Tensor:
+    """The same (g, d, k) with each column in one piece: products with a few of them take a fifth of the time."""
+    return matrix.mT.contiguous().mT
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:

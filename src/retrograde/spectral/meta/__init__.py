@@ -419,15 +419,15 @@ class MetaLearner(nn.Module):
         return torch.stack(outputs) if same else outputs
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The bases and the count of outer steps."""
+        """The bases, how they are found, and the count of outer steps."""
         subspaces = {name: subspace.state_dict() for name, subspace in self._subspaces.items()}
-        return {"outer_steps": self._outer_steps, "subspaces": subspaces}
+        return {"basis": self.basis, "outer_steps": self._outer_steps, "subspaces": subspaces}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `get_extra_state` gave.
 
         Raises:
-            StateError: it is of other layers, or of another rank.
+            StateError: it is of other layers, of another rank, or of bases that are found in another way.
         """
         self._check_state(state)
         self._outer_steps = int(state["outer_steps"])
@@ -435,6 +435,12 @@ class MetaLearner(nn.Module):
             subspace.load_state_dict(state["subspaces"][name])
 
     def _check_state(self, state: dict[str, Any]) -> None:
+        basis = state.get("basis", self.basis)
+        if basis != self.basis:
+            raise StateError(
+                f"maml: a state with basis={basis!r} does not fit a learner with basis={self.basis!r}, which would "
+                f"go on from directions of another kind. Make it with basis={basis!r}."
+            )
         theirs: dict[str, dict[str, Any]] = state["subspaces"]
         if theirs.keys() != self._layers.keys():
             raise StateError(
