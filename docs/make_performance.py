@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PAGE = "performance.md"
-RESULTS = ("kernel-growth", "never-slower", "bench-kernels", "bench-steps", "gpu-kernels")
+RESULTS = (
+    "kernel-growth",
+    "never-slower",
+    "bench-kernels",
+    "bench-steps",
+    "decorrelate-overhead",
+    "gpu-kernels",
+)
 """In their order; those of other classes of processor stand beside them, with the class behind the name."""
 WORST = 12
 """Rows of the table of the worst ratios."""
@@ -291,6 +298,7 @@ def page(results: dict[str, Result]) -> str:
         "never-slower": never_slower,
         "bench-kernels": bench_kernels,
         "bench-steps": bench_steps,
+        "decorrelate-overhead": decorrelate_overhead,
         "gpu-kernels": gpu_kernels,
     }
     parts = [INTRODUCTION.strip()]
@@ -545,6 +553,29 @@ def never_slower(result: Result) -> list[str]:
 
 def predicted(result: Result) -> list[Row]:
     return [row for row in result["rows"] if row["predicted_seconds"] and row["measured_seconds"]]
+
+
+def decorrelate_overhead(result: Result) -> list[str]:
+    rows = [row for row in result["rows"] if row["way"] != "plain"]
+    columns: Columns = {
+        "model": at("model"),
+        "`Decorrelate`": lambda row: code(row["way"]) if "=" in row["way"] else row["way"],
+        "ms of a step": at("step_ms", lambda ms: milliseconds(ms / 1e3)),
+        "to plain": at("ratio", times),
+        "settled": at("settled", times),
+        "forecast": at("forecast", times),
+    }
+    return [
+        "## What decorrelation adds to a step",
+        prose(
+            f"Whole training steps under AdamW, {result['rounds']} readings of {result['steps']} steps in turns with "
+            "the plain model. *To plain* is the ratio of the sums, with all updates of R and their statistics in them; "
+            "*settled* the median of the readings' ratios. Inputs are random walks, whose leading directions are few "
+            "and stay; where they keep changing, R is learnt more often. *Forecast* is what the plan said of the "
+            "forward and backward pass beforehand, with a refresh in each 32nd step."
+        ),
+        table(columns, rows, 2),
+    ]
 
 
 def bench_kernels(result: Result) -> list[str]:

@@ -45,15 +45,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from retrograde.lab.claims.compression import compress as compress
+    from retrograde.lab.loading import load_run as load_run
+
+
+_OF_THE_LABORATORY = {"compress": "claims.compression", "load_run": "loading"}
 
 
 def __getattr__(name: str) -> Any:
     """What needs the packages of the extra ``lab``, imported when it is asked for."""
-    if name != "compress":
+    if name not in _OF_THE_LABORATORY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     from retrograde.extras import LAB, require
 
-    require("rg.compress", "lab", LAB)
-    from retrograde.lab.claims.compression import compress
-
-    return compress
+    require(f"rg.{name}", "lab", LAB)
+    return getattr(import_module(f"retrograde.lab.{_OF_THE_LABORATORY[name]}"), name)

@@ -48,7 +48,7 @@ class Compress(OnYourModel):
             output.log.print(f"left out: {claim.note}", highlight=False)
         folder = self.runs or default_folder(claim)
         result = self.train(claim, given, folder, self.jobs)
-        found = judge(result, self.tolerance / 100)
+        found = judge(result, self.tolerance / 100, folder)
         lead = f"Recommended: {found.step(found.recommended).label}: {found.why}."
         earned = f"Dendrites: {found.dendrites}." if found.dendrites else ""
         page = write_claims([result], self.output, claim.title, f"{lead} {earned}".rstrip())
@@ -58,6 +58,7 @@ class Compress(OnYourModel):
             "",
             lead,
             *([earned] if earned else []),
+            f"load it: rg.load_run({found.step(found.recommended).run!r})",
             f"report: {page}",
             as_json=self.json,
         )

@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_claims import made_up
 
 import retrograde as rg
+from retrograde.engine.layers import AttachedLayer
 from retrograde.errors import OptionError
 from retrograde.lab import models
 from retrograde.lab.claims.compression import Compression, Ladder, compress, judge, ladder
 from retrograde.lab.claims.verdict import complete
 from retrograde.lab.data import first_batch
+from retrograde.lab.measure import evaluate
 from retrograde.lab.peers.structure import Shape
 from retrograde.lab.recipe import make_recipe
 
@@ -36,7 +39,7 @@ def judged(figures: dict[str, tuple[float, list[float]]], tolerance: float = 0.0
         }
         for name, (parameters, accuracy) in figures.items()
     }
-    return judge(complete(made_up(made), []), tolerance)  # pyright: ignore[reportArgumentType]
+    return judge(complete(made_up(made), []), tolerance, Path("ladder"))  # pyright: ignore[reportArgumentType]
 
 
 def test_all_others_have_no_more_parameters_than_the_one_with_dendrites() -> None:
@@ -135,3 +138,11 @@ def test_it_runs_and_resumes(tmp_path: Path) -> None:
     assert found.step("0.25").parameters < grown.parameters
     assert found.step("0.25=width").parameters <= grown.parameters
     assert compress("mlp", "digits", **settings) == found, "what has run is not run again"
+    test = make_recipe(RECIPE, "test").load_data().test
+    for step in found.steps:
+        model = rg.load_run(step.run)
+        assert sum(p.numel() for p in model.parameters()) == step.parameters
+        figures = evaluate(model, test, torch.device("cpu"), "float32")
+        assert figures["accuracy"] == pytest.approx(step.accuracy.mean)
+        assert not model.training
+        assert not any(isinstance(module, AttachedLayer) for module in model.modules())

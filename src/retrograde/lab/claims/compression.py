@@ -13,7 +13,7 @@ from retrograde.errors import NoEffectError, OptionError
 from retrograde.lab import models
 from retrograde.lab.claims.adhoc import BASELINE, rate_around
 from retrograde.lab.claims.definition import Claim, Tuning, Variant
-from retrograde.lab.claims.grid import Grid, Places
+from retrograde.lab.claims.grid import RUNS, Grid, Places
 from retrograde.lab.claims.result import Result
 from retrograde.lab.claims.statistics import Estimate, estimate
 from retrograde.lab.claims.wording import points
@@ -66,6 +66,7 @@ class Step(BaseModel):
         seconds: of a forward pass of 128 rows, mean over seeds.
         accuracy: on the test set.
         lost: accuracy minus that of the whole network, seed by seed; None for that network.
+        run: folder of its first seed's run: ``rg.load_run(step.run)`` is the trained network.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Step(BaseModel):
     seconds: float
     accuracy: Estimate
     lost: Estimate | None
+    run: str
 
 
 class Compression(BaseModel):
@@ -166,15 +168,16 @@ def ladder(recipe: Recipe, data: Data, ladder: Ladder) -> Claim:
     )
 
 
-def judge(result: Result, tolerance: float) -> Compression:
+def judge(result: Result, tolerance: float, folder: Path) -> Compression:
     """The smallest network whose accuracy is within `tolerance` of the whole one's, as far as the seeds can tell.
 
     Args:
         result: of the claim of `ladder`.
         tolerance: of accuracy, a share: 0.005 is half a point. The lower end of the 95 % interval must keep to it, or
             the mean where there is one seed.
+        folder: of the runs.
     """
-    steps = [_step(result, name) for name in result.contestants]
+    steps = [_step(result, name, folder) for name in result.contestants]
     steps.sort(key=lambda step: -step.parameters)
     whole = next(step for step in steps if step.name == BASELINE)
 
@@ -218,7 +221,7 @@ def _earned(result: Result, steps: Sequence[Step]) -> str:
     return "; ".join(said)
 
 
-def _step(result: Result, name: str) -> Step:
+def _step(result: Result, name: str, folder: Path) -> Step:
     found = result.summaries[name]
     against = result.against_baseline.get(name, {}).get("accuracy")
     return Step(
@@ -229,6 +232,7 @@ def _step(result: Result, name: str) -> Step:
         seconds=found["forward_seconds_128"].mean,
         accuracy=found["accuracy"],
         lost=against.minus if against else None,
+        run=str(folder / RUNS / next(run.folder for run in result.runs if run.contestant == name)),
     )
 
 
@@ -300,7 +304,7 @@ def compress(
     claim = ladder(made, made.load_data(where), Ladder(widths, dendrites, seeds, trials))
     place = Path(folder) if folder is not None else default_folder(claim)
     result = Grid(claim, Places(place, where, jobs)).run(command="rg.compress")
-    return judge(result, tolerance)
+    return judge(result, tolerance, place)
 
 
 def default_folder(claim: Claim) -> Path:

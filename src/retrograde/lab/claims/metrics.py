@@ -107,6 +107,7 @@ def summary(record: RunRecord, variant: str) -> Run:
         contestant=variant,
         seed=record.seed,
         commit=record.description.commit,
+        folder=record.folder.name,
         # Most steps that compile or try kernels are over by then.
         metrics={**of_run(outcome), "late_step_seconds": number(record.epochs[-1].step_seconds)},
         flops={name: value for name, value in counts.items() if value is not None},

@@ -34,6 +34,7 @@ class Run(_Part):
         contestant: by name.
         seed: paired: the same initial weights and order of data for all variants.
         commit: of the checkout that trained it.
+        folder: its name, in the claim's folder of runs; empty where there is none.
         metrics: see `retrograde.lab.claims.metrics`; None where a figure does not apply or was not reached.
         flops: dense, needed, executed and discounted FLOPs of the whole run, and the method's overhead.
         peak_memory_bytes: of the process that trained all variants of the seed.
@@ -43,6 +44,7 @@ class Run(_Part):
     contestant: str
     seed: int
     commit: str | None
+    folder: str = ""
     metrics: dict[str, float | None]
     flops: dict[str, float]
     peak_memory_bytes: int | None

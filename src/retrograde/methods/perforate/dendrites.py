@@ -3,7 +3,7 @@
 The sets of a growth are a submodule, ``dendrites.g`` for the g-th, see `retrograde.methods.perforate.sets`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -266,6 +266,15 @@ def fold(layer: Dendritic) -> nn.Module:
     for index in range(count):
         growth(layer, index).fold()
     return layer
+
+
+def regrow(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put as many growths of each layer into use as the model's folded state has, which can then be loaded."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Dendritic):
+            mine = f"{name}.dendrites." if name else "dendrites."
+            found = {key[len(mine) :].partition(".")[0] for key in state if key.startswith(mine)}
+            layer._dendrite_state.growths = len(found)  # pyright: ignore[reportPrivateUsage]
 
 
 def restore(layer: Dendritic) -> None:

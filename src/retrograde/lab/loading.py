@@ -1,0 +1,62 @@
+"""The network that a run has trained, as a module again."""
+
+from pathlib import Path
+
+from torch import nn
+
+from retrograde.assignment import assign
+from retrograde.errors import RunError
+from retrograde.lab import files, models
+from retrograde.lab.data import first_batch
+from retrograde.lab.recipe import make_recipe
+from retrograde.lab.record import read_description
+from retrograde.methods.perforate.dendrites import regrow
+from retrograde.session import attached
+
+
+def load_run(folder: str | Path, *, data_dir: str | Path | None = None) -> nn.Module:
+    """The trained network of a finished run: folded, an ordinary module, in evaluation mode and on the CPU.
+
+    It is built as the run built it, in the shape that peers gave it, with the dendrites that it grew.
+
+    Args:
+        folder: of a run of `retrograde train`, or of one within a comparison; `Step.run` of `rg.compress` is one.
+        data_dir: where data sets lie, by which a network's inputs and classes are known; None reads
+            ``RETROGRADE_DATA``.
+
+    Raises:
+        RunError: there is no finished run, or it kept no network, as trials of a search do.
+    """
+    folder = Path(folder)
+    description, path = read_description(folder), folder / files.MODEL
+    if not path.is_file():
+        raise RunError(
+            f"the run in {folder} has no {files.MODEL}: it has not finished, or is a trial of a search, which keeps no "
+            "network. Resume it, or give the folder of a finished run."
+        )
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, load_model
+
+    recipe = make_recipe(description.recipe, str(folder / files.RUN))
+    data = recipe.load_data(None if data_dir is None else Path(data_dir))
+    model = models.build(recipe.model, data, seed=recipe.seed, options=recipe.model_options)
+    peers, example = recipe.make_peers(), first_batch(data.train, 2)[0]
+    for peer in peers:
+        model = peer.prepare(model, example)
+    try:
+        state = load_file(path)
+        if any("dendrites." in key for key in state):
+            names = [row.name for row in description.plan.layers if row.status == "attached"]
+            methods = assign(recipe.make_methods()).for_run(recipe.length(data))
+            session = attached(model, methods, names, None, None, False, recipe.seed, None, False)
+            regrow(model, state)
+            model = session.fold()
+        for peer in reversed(peers):
+            model = peer.finish(model)
+        load_model(model, path)
+    except (SafetensorError, RuntimeError) as error:
+        raise RunError(
+            f"{path} does not fit {recipe.model}, as {folder / files.RUN} describes it: {error}. The model's code or "
+            "the data has changed since, or the file is damaged: load it where they are the same, or train again."
+        ) from error
+    return model.eval()
