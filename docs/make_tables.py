@@ -159,7 +159,8 @@ def when() -> str:
     other = claim(_EXACT).machine
     return (
         f"{made}\n\n*{machine['cores']} cores ({machine['cpu']}; `Exact` and `factorise`: {other['cpu']}, "
-        f"{other['instructions']}), torch {machine['torch']}. Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with "
+        f"{other['instructions']}), torch {machine['torch']}. "
+        f"Claims: mean over {seeds} seeds with its 95 % interval, each variant tuned with "
         "the same number of trials, but for `Exact`, whose gradients are plain training's.*"
     )
 
