@@ -331,6 +331,7 @@ def test_state_copies_and_pickles_go_on_as_the_original():
             {"rank": RANK, "skip_head": False},
             "bases of 0, 3, 5 does not fit a learner that projects 0, 3, 5, 8",
         ),
+        ({"rank": RANK, "basis": "random"}, "basis='tracked' does not fit a learner with basis='random'"),
     ],
 )
 def test_the_state_of_another_learner_is_refused_before_it_is_loaded(options, says):
