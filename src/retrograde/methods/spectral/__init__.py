@@ -186,6 +186,11 @@ class Spectral(Method):
         if self.random and self.basis != "top":
             raise OptionError(f"Spectral: random={self.random} needs basis='top', not {self.basis!r}.")
 
+    @property
+    def lightens(self) -> bool:
+        """Where no step after the first ones keeps a layer's input whole, a ReLU before it must not keep it either."""
+        return self.side == "input" and self.residual in ("unbiased", "none")
+
     def make_rule(self, site: Site) -> Rule | str:
         """Every linear layer and convolution that is wide enough."""
         if self.skip_head and site.last:
