@@ -808,6 +808,31 @@ def test_unbiased_keeps_an_eighth_from_the_first_step_on() -> None:
     assert session.metrics()["layers"]["0"]["saved_bytes_fraction"] == 1 / 8
 
 
+@pytest.mark.parametrize("residual", ["unbiased", "none", "scaled"])
+def test_a_relu_keeps_a_bit_of_what_no_step_keeps_whole(residual: Any) -> None:
+    """Its output is the next layer's input: kept by torch's ReLU, it would stay whole for that one's sake alone."""
+    n, d = 2048, 64
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d)))
+
+    model, plain = (seeded(make) for _ in range(2))
+    session = rg.attach(model, Spectral(8, residual=residual, warmup=0, every=5, skip_head=False))
+    x, optimizer = batch((n, d)), sgd(model)
+    shares: list[float] = []
+    for _ in range(8):
+        shares.append(saved_bytes(model, lambda: model(x)) / saved_bytes(plain, lambda: plain(x)))
+        gradients(model, x)
+        optimizer.step()
+    if residual == "scaled":
+        assert max(shares) > 0.9
+    else:
+        # 1/8 of x and a bit of each of two thirds of it; rows for U before a refresh come and go.
+        assert min(shares) < 0.2
+        assert max(shares[1:]) < 0.75
+    assert type(session.fold()[1]) is nn.ReLU
+
+
 def test_unbiased_learns_where_a_projection_stalls() -> None:
     """Least squares with a target along the weakest direction: what a fixed subspace never sees."""
     torch.manual_seed(0)

@@ -38,8 +38,9 @@ input when k is below the input channels of a group times the stride's product, 
 
 Cost for each projected call: 2nk(d + o) + 2kdo against 2ndo. Each refresh: about 8·rows·d·k. Full steps keep all of X,
 and the few steps before a refresh up to `rows` rows of it, so with the default periods the *average* of memory falls;
-its peak does not. Behind a ReLU of torch's, which keeps its output, nothing falls. Without full steps
-(``residual="none"``) accuracy falls, and `random` directions did not help.
+its peak does not, and behind a ReLU of torch's, which keeps its output, nothing falls. Where no step is full
+(``"unbiased"``, ``"none"``) `nn.ReLU` modules keep a bit of each activation; functional ones, pooling and GELU still
+keep it. With ``"none"`` accuracy falls, and `random` directions did not help.
 
 Suggested settings: the defaults, for layers from about 64 inputs on. They were chosen on the validation split of
 Fashion-MNIST (two hidden layers of 128, SGD and AdamW): ``"scaled"`` every 2nd step came nearest to plain
