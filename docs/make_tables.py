@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is ``when``, what each method is for and what
 it gave; ``verdicts``, how many claims came out how; ``hand-written``, what such kernels gain; ``ablation``, what
-training in subspaces comes to; or the name of a method, whose claims are listed that have been run. No figure is typed:
-the texts have gaps that `FIGURES` fills.
+training in subspaces comes to; ``kept``, what steps keep for their backward pass; or the name of a method, whose claims
+are listed that have been run. No figure is typed: the texts have gaps that `FIGURES` fills.
 """
 
 import json
@@ -125,6 +125,14 @@ SUBSPACES = {
 """Rows of `ablation`, in words."""
 
 
+KEEPING = {
+    "4 bits": "`Dither(keep=4)`",
+    "2 bits": "`Dither(keep=2)`",
+    "sketch": '`Spectral(residual="unbiased")`',
+}
+"""Rows of `kept`, in code."""
+
+
 def fill(text: str, document: Path) -> str:
     """The document with every table made anew."""
 
@@ -149,6 +157,8 @@ def render(name: str) -> str:
         return hand_written()
     if name == "ablation":
         return ablation()
+    if name == "kept":
+        return kept()
     entries = Library(ROOT / "repro").entries()
     if name == "verdicts":
         return verdicts(entries)
@@ -203,6 +213,33 @@ def ablation() -> str:
         f"{made.markdown(literal=False)}\n\n*Test accuracy on {options['data']} after {options['epochs']} epochs, "
         f"{options['model']}, {options['rank']} directions or channels in each layer, {options['seeds']} seeds "
         f"± their standard deviation; `{found[0]['command']}`*"
+    )
+
+
+def kept() -> str:
+    """What a step keeps for its backward pass, and the peak of its process, each over plain training's."""
+    found = measured("kept-memory")
+    by = {(row["model"], row["way"]): row for row in found["rows"]}
+    models = list(dict.fromkeys(model for model, _ in by))
+
+    def over(model: str, way: str, key: str) -> str:
+        return f"×{by[model, way][key] / by[model, 'plain'][key]:.2f}"
+
+    rows: list[tuple[str, ...]] = [
+        ("plain", *(f"{by[model, 'plain']['saved_bytes'] / 2**20:.0f} MiB" for model in models))
+    ]
+    rows += [
+        (
+            label,
+            *(f"{over(model, way, 'saved_bytes')} ({over(model, way, 'peak_bytes')})" for model in models),
+        )
+        for way, label in KEEPING.items()
+    ]
+    made = make_table(("kept (process)", *models), rows, texts=1)
+    return (
+        f"{made.markdown(literal=False)}\n\n*Activations kept for the backward pass after {found['steps']} steps, "
+        f"and in brackets the peak of the process, with its code, weights and moments, both over plain training's; "
+        f"`{found['command']}`*"
     )
 
 
