@@ -572,7 +572,7 @@ def decorrelate_overhead(result: Result) -> list[str]:
             "the plain model. *To plain* is the ratio of the sums, with all updates of R and their statistics in them; "
             "*settled* the median of the readings' ratios. Inputs are random walks, whose leading directions are few "
             "and stay; where they keep changing, R is learnt more often. *Forecast* is what the plan said of the "
-            "forward and backward pass beforehand, with a refresh in each 32nd step."
+            f"forward and backward pass beforehand, with a refresh every {result['steps']} steps."
         ),
         table(columns, rows, 2),
     ]

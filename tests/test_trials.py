@@ -103,9 +103,9 @@ def test_bytes_are_those_that_training_keeps(kind: str, methods: str) -> None:
 
 
 def test_a_layer_keeps_its_input_whoever_else_does() -> None:
-    """ReLU keeps its output, the next layer's input: the layer keeps less, and the step as much as before."""
+    """A sigmoid keeps its output, the next layer's input: the layer keeps less, and the step as much as before."""
     model = nn.Sequential(
-        *(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.Linear(64, 10))
+        *(nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.Linear(64, 10))
     )
     method = rg.Spectral(rank=4, warmup=0, residual="none", every=1000, rows=64, skip_head=False)
     plan = rg.make_plan(model, method, example=losses(model), only=["2", "4"])
