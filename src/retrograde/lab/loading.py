@@ -11,6 +11,7 @@ from retrograde.lab.data import first_batch
 from retrograde.lab.recipe import make_recipe
 from retrograde.lab.record import read_description
 from retrograde.methods.perforate.dendrites import regrow
+from retrograde.patterns import escape
 from retrograde.session import attached
 
 
@@ -46,7 +47,7 @@ def load_run(folder: str | Path, *, data_dir: str | Path | None = None) -> nn.Mo
     try:
         state = load_file(path)
         if any("dendrites." in key for key in state):
-            names = [row.name for row in description.plan.layers if row.status == "attached"]
+            names = [escape(row.name) for row in description.plan.layers if row.status == "attached"]
             methods = assign(recipe.make_methods()).for_run(recipe.length(data))
             session = attached(model, methods, names, None, None, False, recipe.seed, None, False)
             regrow(model, state)
