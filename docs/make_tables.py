@@ -124,7 +124,6 @@ SUBSPACES = {
 }
 """Rows of `ablation`, in words."""
 
-
 KEEPING = {
     "4 bits": "`Dither(keep=4)`",
     "2 bits": "`Dither(keep=2)`",
@@ -151,14 +150,9 @@ def fill(text: str, document: Path) -> str:
 
 
 def render(name: str) -> str:
-    if name == "when":
-        return when()
-    if name == "hand-written":
-        return hand_written()
-    if name == "ablation":
-        return ablation()
-    if name == "kept":
-        return kept()
+    makers = {"when": when, "hand-written": hand_written, "ablation": ablation, "kept": kept}
+    if name in makers:
+        return makers[name]()
     entries = Library(ROOT / "repro").entries()
     if name == "verdicts":
         return verdicts(entries)

@@ -6,7 +6,7 @@ An MLP, a VGG-like network, a residual network with BatchNorm and a GPT, each tr
 neighbouring features move together, with labels that a fixed network gave. A reading is 32 steps, so that a refresh
 falls into each of the first ones; ways take turns, reading by reading. `ratio` is that of the sums over all readings,
 refreshes included; `settled` the median of the readings' ratios, which are mostly without one; `forecast` is what the
-plan says by operations. About 10 minutes on two cores.
+plan says beforehand of the forward and backward pass. About 10 minutes on two cores.
 
 Results: results/decorrelate-overhead.json
 """
@@ -66,7 +66,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     runs = {way: steps(copy.deepcopy(model), batches, method) for way, method in WAYS.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RetrogradeWarning)
-        times = interleave({way: run for way, (run, _) in runs.items()}, rounds, warmups=1)
+        times = interleave({way: run for way, (run, _) in runs.items()}, rounds)
     plain = sum(times.seconds["plain"])
     rows: list[dict[str, Any]] = []
     for way, (_, forecast) in runs.items():

@@ -99,8 +99,8 @@ class Tracker(_Precise):
         with torch.inference_mode(False):
             for name in SOURCE:
                 self.register_buffer(name, source[name].clone(memory_format=torch.contiguous_format))
-            self.stream = Stream(*self._beginning())
-            self.trial = Stream(*self._beginning())
+            beginning = self._beginning()
+            self.stream, self.trial = Stream(*beginning), Stream(*beginning)
 
     @classmethod
     def of(cls, moments: Moments, rank: int | None, energy: float = 1.0) -> "Tracker":
