@@ -43,31 +43,6 @@ def test_gains_limits() -> None:
     assert float(more[0, 0]) == pytest.approx((6 / 1005) ** 0.5)
 
 
-@pytest.mark.parametrize("skew", [0.0, 1e-3], ids=["orthonormal", "not_quite"])
-def test_transform(skew: float) -> None:
-    """``W R`` with R written out, for each group its own, also when rounding has tilted U."""
-    basis = rotation(12)[..., :4] + skew * torch.randn(2, 12, 4).double()
-    gain = torch.tensor([[0.01, 0.1, 0.5, 1.0], [0.02, 0.3, 0.9, 1.0]]).double()
-    weight = torch.randn(2, 5, 12).double()
-    R = torch.eye(12).double() + basis @ torch.diag_embed(gain - 1) @ basis.mT
-    torch.testing.assert_close(decorrelate.transform(weight, basis, gain), weight @ R, rtol=1e-12, atol=1e-12)
-
-
-def test_transform_scales_directions() -> None:
-    """A row along a column of U is scaled by its gain; one across all of them keeps its values."""
-    turn, gain = rotation(12), torch.tensor([[0.01, 0.1, 0.5], [0.02, 0.3, 0.9]]).double()
-    found = decorrelate.transform(turn.mT, turn[..., :3], gain)
-    factors = torch.cat([gain, torch.ones(2, 9).double()], -1)
-    torch.testing.assert_close(found, turn.mT * factors.unsqueeze(-1), rtol=1e-12, atol=1e-12)
-
-
-def test_gain_one_is_exact() -> None:
-    """R = I leaves every bit of W as it is."""
-    weight = torch.randn(2, 5, 12)
-    basis, gain = rotation(12)[..., :4].float(), torch.ones(2, 4)
-    assert torch.equal(decorrelate.transform(weight, basis, gain), weight)
-
-
 @pytest.mark.parametrize("k", [3, 12])
 def test_second_moment(k: int) -> None:
     """Eigenpairs of Cov + μμᵀ, for a covariance that is isotropic outside U."""

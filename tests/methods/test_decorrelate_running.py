@@ -727,9 +727,11 @@ def test_directions_lie_in_one_piece() -> None:
     }
     rules[1].load_state_dict(state)
     for rule in rules:
-        assert rule._basis.shape == rule._scaled.shape == (1, 8, 3)
-        assert rule._basis.mT.is_contiguous()
-        assert rule._scaled.mT.is_contiguous()
+        found = rule._coordinates
+        # With the mean beside them.
+        assert found.basis.shape == found.scaled.shape == (1, 8, 4)
+        assert found.basis.mT.is_contiguous()
+        assert found.scaled.mT.is_contiguous()
 
 
 def test_settled_inputs_are_looked_at_less_often() -> None:

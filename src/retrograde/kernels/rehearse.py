@@ -1,4 +1,7 @@
-"""A few products of common shapes, computed once: the kernels are compiled then, and no training run has to."""
+"""A few products of common shapes and the passes around a step, computed once.
+
+The kernels are compiled then, and no training run has to.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from retrograde.kernels import reference
+from retrograde.kernels.coordinates import Coordinates
 from retrograde.kernels.delta import Delta
 from retrograde.kernels.dispatch import Products
 from retrograde.kernels.geometry import Geometry
@@ -41,6 +45,11 @@ def rehearse(tell: Callable[[str], object] = lambda what: None) -> list[Rehearse
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_SIZE, _SIZE, generator=generator)
     images, kernel = torch.randn(_IMAGES, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
+    tell("changes of coordinates")
+    basis, turned = torch.linalg.qr(weight[:, :4])[0].unsqueeze(0), weight.clone().unsqueeze(0)
+    coordinates = Coordinates.of(basis, torch.full((1, 4), 0.5), 1.0, weight[:1])
+    coordinates.turn(turned, weight[:1])
+    coordinates.advance(turned, turned.clone(), 1.0, True)
     linear = f"linear layer, {_SIZE} rows, {_SIZE}→{_SIZE}"
     convolution = f"3×3 convolution, 64→64 channels, {_IMAGES[0]} images of 32×32"
     for layer, shape, orders in (

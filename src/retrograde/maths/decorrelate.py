@@ -63,11 +63,6 @@ def scale(eigenvalues: Tensor, gain: Tensor, variance: Tensor, d: int) -> float:
     return min(_LARGEST_SCALE, math.sqrt(trace / max(left, trace / _LARGEST_SCALE**2)))
 
 
-def transform(weight: Tensor, basis: Tensor, gain: Tensor) -> Tensor:
-    """``W R`` with R of equation (2): 4·o·d·k operations."""
-    return torch.baddbmm(weight, (weight @ basis) * (gain - 1).unsqueeze(-2), basis.mT)
-
-
 def second_moment(mean: Tensor, basis: Tensor, eigenvalues: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of E[xxᵀ] = Cov + μμᵀ from those of the covariance.
 

@@ -4,7 +4,6 @@ The low-rank and the full mode change coordinates around the optimizer's step an
 changes gradients alone.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -16,6 +15,7 @@ from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Method, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
 from retrograde.errors import OptionError
+from retrograde.kernels.coordinates import Coordinates
 from retrograde.maths import decorrelate
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
 _MOST, _FEWEST = 32, 4
 """Directions, where no rank is given."""
-_CACHED = 2**17
-"""Entries of a block."""
 _SLOW = 4.0
 """FLOPs of statistics take so many times longer than a product's: they are passes over memory for the most part."""
 
@@ -117,8 +115,8 @@ class CoordinateRule(DecorrelateRule):
         self._mean: Tensor | None = None
         self._before: Tensor | None = None
         """A (g, o, d) before the optimizer's step."""
-        self._shift: Tensor | None = None
-        """``A μ`` then; None where no mean is taken away."""
+        self._centred = False
+        """Whether the mean is taken away in this step."""
 
     # What R is.
 
@@ -126,12 +124,16 @@ class CoordinateRule(DecorrelateRule):
         """Whether R is another matrix than I."""
         raise NotImplementedError
 
-    def _rotate(self, gradient: Tensor) -> None:
-        """``G ← G Rᵀ`` for G (g, o, d), in place."""
+    def _turn(self, gradient: Tensor, rows: Tensor | None) -> None:
+        """Equation (6) for dA (g, o, d), in place, and db (g, o), where a mean is taken away."""
         raise NotImplementedError
 
-    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
-        """Equation (7), in place, where the optimizer kept this share of A; `before` may be overwritten."""
+    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> Tensor | None:
+        """Equation (7), in place, where the optimizer kept this share of A; `before` may be overwritten.
+
+        Returns:
+            ``ΔA μ``, (g, o); None where no mean is taken away.
+        """
         raise NotImplementedError
 
     def _vector_flops(self) -> float:
@@ -148,18 +150,17 @@ class CoordinateRule(DecorrelateRule):
     def grad(self, step: Step) -> None:
         """Equation (6)."""
         weight, bias, map = step.weight, step.bias, step.map
-        self._before = self._shift = None
+        self._before = None
         self._refuse_line_search(step)
         if weight is None or weight.grad is None or map is None or not self._ready():
             return
         matrix, gradient = _matrix(weight, map), _matrix(weight.grad, map)
         self._follow(matrix)
+        rows = None
         if self._mean is not None and bias is not None and bias.grad is not None:
-            self._shift = matrix @ self._mean.unsqueeze(-1)
             rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
-            gradient.baddbmm_(rows.unsqueeze(-1), self._mean.unsqueeze(-2), alpha=-1)
-        self._before = matrix.clone()
-        self._rotate(gradient)
+        self._centred, self._before = rows is not None, matrix.clone()
+        self._turn(gradient, rows)
         _store(weight.grad, gradient, map)
         self._spend(step, 2 * weight.numel() / matrix.shape[-1] * self._vector_flops())
 
@@ -168,23 +169,19 @@ class CoordinateRule(DecorrelateRule):
         """What equations (7) and (8) need, of A as it is now."""
         if self._before is None or step.weight is None or step.map is None:
             return
-        matrix = _matrix(step.weight, step.map)
-        self._before = matrix.clone()
-        if self._shift is not None and self._mean is not None:
-            self._shift = matrix @ self._mean.unsqueeze(-1)
+        self._before = _matrix(step.weight, step.map).clone()
 
     @torch.no_grad()
     def _finish(self, step: Step) -> None:
         """Equations (7) and (8)."""
-        weight, map, before, shift = step.weight, step.map, self._before, self._shift
-        self._before = self._shift = None
+        weight, map, before = step.weight, step.map, self._before
+        self._before = None
         if before is None or weight is None or map is None:
             return
         matrix = _matrix(weight, map)
-        self._advance(matrix, before, _kept(step, weight))
+        moved = self._advance(matrix, before, _kept(step, weight))
         bias = step.bias
-        if shift is not None and bias is not None and self._mean is not None:
-            moved = (matrix @ self._mean.unsqueeze(-1) - shift).squeeze(-1)
+        if moved is not None and bias is not None:
             ranks.write(bias, ranks.whole(bias) - map.per_output(moved, weight.shape).to(bias.dtype))
         _store(weight, matrix, map)
 
@@ -241,6 +238,8 @@ class LeadingRule(DecorrelateRule):
         self._basis: Tensor | None = None
         self._gain: Tensor | None = None
         self._scale = 1.0
+        self._coordinates: Coordinates | None = None
+        """Of R, or of its power."""
 
     def _affordable(self, step: Step) -> int:
         """The most directions whose products and statistics keep to `max_overhead`, four at least.
@@ -272,9 +271,24 @@ class LeadingRule(DecorrelateRule):
             rest = decorrelate.rest_variance(eigenvalues, variance, d)
             basis, eigenvalues = decorrelate.second_moment(mean, basis, eigenvalues, rest)
             variance = variance + mean.square().mean(-1)
-        self._basis = _columns(basis)
+        self._basis = basis
         self._gain = decorrelate.gains(eigenvalues, self._settings.damping * variance)
         self._scale = decorrelate.scale(eigenvalues, self._gain, variance, d)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self._basis is None or self._gain is None:
+            self._coordinates = None
+        else:
+            self._coordinates = self._weighed(self._basis, self._gain, self._scale)
+
+    def _weighed(self, basis: Tensor, gain: Tensor, scale: float) -> Coordinates:
+        raise NotImplementedError
+
+    def _follow(self, like: Tensor) -> None:
+        super()._follow(like)
+        if self._coordinates is not None:
+            self._coordinates = self._coordinates.like(like)
 
     def state_dict(self) -> dict[str, Any]:
         """U, g and γ too."""
@@ -283,9 +297,9 @@ class LeadingRule(DecorrelateRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         super().load_state_dict(state)
-        basis = state["basis"]
-        self._basis = None if basis is None else _columns(basis)
+        self._basis = state["basis"]
         self._gain, self._scale = state["gain"], float(state["scale"])
+        self._prepare()
 
 
 class LowRankRule(LeadingRule, CoordinateRule):
@@ -294,39 +308,22 @@ class LowRankRule(LeadingRule, CoordinateRule):
     passes = 10.0
     """Eight, and as much again as two for the copy of the weights."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
-        super().__init__(name, settings)
-        self._scaled: Tensor | None = None
-        """``U diag(g − 1)``."""
-
     def _ready(self) -> bool:
-        return self._scaled is not None
+        return self._coordinates is not None
 
-    def _rotate(self, gradient: Tensor) -> None:
-        assert self._basis is not None
-        assert self._scaled is not None
-        gradient.baddbmm_(gradient @ self._scaled, self._basis.mT, beta=self._scale, alpha=self._scale)
+    def _weighed(self, basis: Tensor, gain: Tensor, scale: float) -> Coordinates:
+        return Coordinates.of(basis, gain, scale, self._mean)
 
-    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
-        # A + s R = P + (γ − 1) s + γ s U diag(g − 1) Uᵀ for the step s = P − kept · A.
-        assert self._basis is not None
-        assert self._scaled is not None
-        for now, then in _blocks(matrix, before):
-            step = torch.sub(now, then, alpha=kept, out=then)
-            turned = step @ self._scaled
-            if self._scale != 1:
-                now.add_(step, alpha=self._scale - 1)
-            now.baddbmm_(turned, self._basis.mT, alpha=self._scale)
+    def _turn(self, gradient: Tensor, rows: Tensor | None) -> None:
+        assert self._coordinates is not None
+        self._coordinates.turn(gradient, rows)
+
+    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> Tensor | None:
+        assert self._coordinates is not None
+        return self._coordinates.advance(matrix, before, kept, self._centred)
 
     def _learn(self, step: Step) -> None:
         self._take(None if self._mean is not None else self.statistics.mean, step)
-        self._weigh()
-
-    def _weigh(self) -> None:
-        if self._basis is None or self._gain is None:
-            self._scaled = None
-        else:
-            self._scaled = _columns(self._basis * (self._gain - 1).unsqueeze(-2))
 
     def _vector_flops(self) -> float:
         # Of each of the gradient and the step 4·d·k.
@@ -334,8 +331,9 @@ class LowRankRule(LeadingRule, CoordinateRule):
 
     def _features(self, rows: Tensor, chosen: Tensor) -> Tensor:
         assert self._basis is not None
-        assert self._scaled is not None
-        turned = (rows @ self._scaled.to(rows)) @ self._basis[:, chosen].mT.to(rows)
+        assert self._gain is not None
+        basis = self._basis.to(rows)
+        turned = ((rows @ basis) * (self._gain.to(rows) - 1).unsqueeze(-2)) @ basis[:, chosen].mT
         return self._scale * (rows[..., chosen] + turned)
 
     def metrics(self) -> dict[str, float]:
@@ -344,11 +342,6 @@ class LowRankRule(LeadingRule, CoordinateRule):
             return super().metrics()
         own = {"rank": self._gain.shape[-1], "scale": self._scale, "period": self.statistics.period}
         return {**super().metrics(), **own}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        super().load_state_dict(state)
-        self._weigh()
 
 
 class FullRule(CoordinateRule):
@@ -361,14 +354,19 @@ class FullRule(CoordinateRule):
     def _ready(self) -> bool:
         return self._matrix is not None
 
-    def _rotate(self, gradient: Tensor) -> None:
+    def _turn(self, gradient: Tensor, rows: Tensor | None) -> None:
         assert self._matrix is not None
+        if rows is not None and self._mean is not None:
+            gradient.baddbmm_(rows.unsqueeze(-1), self._mean.unsqueeze(-2), alpha=-1)
         gradient.copy_(gradient @ self._matrix.mT)
 
-    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> None:
+    def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> Tensor | None:
         assert self._matrix is not None
         step = matrix.sub(before, alpha=kept)
         matrix.copy_(torch.baddbmm(before, step, self._matrix, beta=kept))
+        if not self._centred or self._mean is None:
+            return None
+        return ((matrix - before) @ self._mean.unsqueeze(-1)).squeeze(-1)
 
     def _learn(self, step: Step) -> None:
         settings, found = self._settings, self.statistics
@@ -411,34 +409,26 @@ class PreconditionRule(LeadingRule):
 
     passes = 4.0
 
+    def _weighed(self, basis: Tensor, gain: Tensor, scale: float) -> Coordinates:
+        power = 2 * self._settings.power
+        return Coordinates.of(basis, gain**power, scale**power, None)
+
     @torch.no_grad()
     def grad(self, step: Step) -> None:
         """``dW ← γ^(2p) dW (I + U diag(g^(2p) − 1) Uᵀ)``."""
         self._refuse_line_search(step)
         weight, map = step.weight, step.map
-        if weight is None or weight.grad is None or map is None or self._basis is None or self._gain is None:
+        if weight is None or weight.grad is None or map is None or self._coordinates is None:
             return
-        matrix, power = _matrix(weight.grad, map), 2 * self._settings.power
+        matrix = _matrix(weight.grad, map)
         self._follow(matrix)
-        changed = decorrelate.transform(matrix, self._basis, self._gain**power).mul_(self._scale**power)
-        _store(weight.grad, changed, map)
-        self._spend(step, 4.0 * weight.numel() * self._gain.shape[-1])
+        self._coordinates.turn(matrix)
+        _store(weight.grad, matrix, map)
+        self._spend(step, 4.0 * weight.numel() * self._coordinates.k)
 
     def _update(self, step: Step) -> None:
         assert self.statistics.mean is not None
         self._take(self.statistics.mean, step)
-
-
-def _columns(matrix: Tensor) -> Tensor:
-    """The same (g, d, k) with each column in one piece: products with a few of them take a fifth of the time."""
-    return matrix.mT.contiguous().mT
-
-
-def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of matrices (g, o, d) that stay in a core's cache while passes go over them; on a GPU all of them."""
-    groups, outputs, d = matrices[0].shape
-    rows = max(1, _CACHED // (groups * d)) if matrices[0].device.type == "cpu" else outputs
-    return zip(*(matrix.split(rows, 1) for matrix in matrices), strict=True)
 
 
 def _kept(step: Step, weight: Tensor) -> float:
