@@ -92,14 +92,20 @@ def main_figures(claim: Claim) -> list[str]:
 
 
 def best_peer(claim: Claim, result: Result) -> str | None:
-    """The peer with the best figure: a variant beside baseline and subject that runs by none of our methods."""
-    metric = main_figures(claim)[0]
+    """The peer with the best figure: a variant beside baseline and subject that runs by none of our methods.
+
+    Variants of an experiment may be on other tasks, or ours too: its peers are those that a check sets the subject
+    against.
+    """
+    metric, about = main_figures(claim)[0], subject(claim)
+    if claim.experiment is None:
+        rivals = {name for name, entry in result.contestants.items() if not entry.recipe.get("methods")}
+    else:
+        rivals = {rival for check in claim.checks if check.of == about for rival in (check.minus, check.over)}
     peers = {
         name: result.summaries[name][metric].mean
-        for name, entry in result.contestants.items()
-        if name not in (claim.baseline, subject(claim))
-        and not entry.recipe.get("methods")
-        and metric in result.summaries[name]
+        for name in result.contestants
+        if name in rivals - {claim.baseline, about} and metric in result.summaries[name]
     }
     best = max if metric in MORE_IS_BETTER else min
     return best(peers, key=lambda name: peers[name]) if peers else None
