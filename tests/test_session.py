@@ -464,3 +464,28 @@ def test_given_optimizer_owns_nothing() -> None:
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(rg.errors.RetrogradeError, match="optimizer"):
         rg.attach(mlp(), rg.Dither(), optimizer=other)
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was() -> None:
+    """Whatever fails last: it can be attached again, and nothing acts meanwhile."""
+
+    class Fails(rg.Dither):
+        name = "fails"
+
+        def conductor(self, model: nn.Module, rules: object) -> object:
+            raise ZeroDivisionError
+
+    def classes(model: nn.Module) -> list[type]:
+        return [type(module) for module in model.modules()]
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    before = classes(model)
+    stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), 1e-3)
+    with pytest.raises(AttachError, match="owns no parameter"):
+        rg.attach(model, rg.Spectral(residual="unbiased"), optimizer=stranger)
+    assert classes(model) == before
+    with pytest.raises(ZeroDivisionError):
+        rg.attach(model, Fails())
+    assert classes(model) == before
+    rg.attach(model, rg.Perforate()).detach()
+    assert classes(model) == before

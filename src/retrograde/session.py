@@ -275,7 +275,7 @@ class Summary:
         if self.kept:
             plain, kept = self.kept
             sizes = f"{mebibytes(plain)} → {mebibytes(kept)} MiB ({kept / plain:.1%})"
-            lines.append(f"inputs kept for backward {sizes}")
+            lines.append(f"inputs kept for backward {sizes}, where no other operation keeps them")
         if self.best:
             lines.append(f"best validation score    {self.best[1]:.4g} at step {self.best[0]}")
         return "\n".join(lines)
@@ -309,24 +309,16 @@ class Session:
         for place in decision.layers:
             names = place.kind.names(place.site.layer)
             self._programs[place.name] = LayerProgram(place.name, place.rules, seed, names)
-        # Nothing is changed before every program could be made: an error leaves the model as it was.
-        for place in decision.layers:
-            swap_in(place.site.layer, place.kind, self._programs[place.name])
-            self._layers[place.name] = place.site.layer
-        lightens = any(m.lightens for place in decision.layers for m in place.methods.values())
-        self._light = Lightened(model.modules() if lightens else ())
-        self._blocks = _make_blocks(decision.blocks, self._programs, seed)
+        self._light = Lightened(())
+        self._blocks: dict[str, BlockProgram] = {}
         self._block_window: dict[str, dict[str, int]] = {}
-        swap_in_blocks(list(self._blocks.values()))
-        pairs = [(self._layers[name], program) for name, program in self._programs.items()]
-        self._conductors = self._make_conductors(decision)
         self._schedules: dict[tuple[str, str], Callable[[int], Any]] = {}
-        blocks = Blocks(model, list(self._blocks.values())) if self._blocks else None
-        after = weakref.WeakMethod(self._follow_schedules)
-        conductors = *self._conductors.values(), _Schedules(after)
-        self._clock = Clock(pairs, conductors, optimizer, strict, blocks)
-        for program in self._programs.values():
-            program.owner = self
+        try:
+            self._take_over(decision, optimizer, strict)
+        except BaseException:
+            # An error leaves the model as it was, so that it can be attached again.
+            self._give_back(to_fold=False)
+            raise
         self._acting = {place.name: tuple(place.methods.values()) for place in decision.layers}
         self._attached = True
         self._pauses = 0
@@ -336,6 +328,29 @@ class Session:
         layers = f"{len(self._programs)} of {len(self._plan.rows)} layers"
         end = f"step {self.step}" if self._attached else "detached"
         return f"Session({type(self.model).__name__}: {methods}; {layers}; {end})"
+
+    def _take_over(self, decision: Decision, optimizer: torch.optim.Optimizer | None, strict: bool) -> None:
+        model = self.model
+        for place in decision.layers:
+            swap_in(place.site.layer, place.kind, self._programs[place.name])
+            self._layers[place.name] = place.site.layer
+        if any(m.lightens for place in decision.layers for m in place.methods.values()):
+            self._light = Lightened(model.modules())
+        self._blocks = _make_blocks(decision.blocks, self._programs, self._seed)
+        swap_in_blocks(list(self._blocks.values()))
+        pairs = [(self._layers[name], program) for name, program in self._programs.items()]
+        self._conductors = self._make_conductors(decision)
+        blocks = Blocks(model, list(self._blocks.values())) if self._blocks else None
+        after = weakref.WeakMethod(self._follow_schedules)
+        conductors = *self._conductors.values(), _Schedules(after)
+        self._clock = Clock(pairs, conductors, optimizer, strict, blocks)
+        for program in self._programs.values():
+            program.owner = self
+
+    def _give_back(self, *, to_fold: bool) -> None:
+        swap_out_blocks(list(self._blocks.values()))
+        swap_out(self._layers, to_fold=to_fold)
+        self._light.end()
 
     def _make_conductors(self, decision: Decision) -> dict[str, Conductor]:
         found: dict[str, Conductor] = {}
@@ -551,9 +566,7 @@ class Session:
         return self.model
 
     def _swap_out(self, *, to_fold: bool) -> None:
-        swap_out_blocks(list(self._blocks.values()))
-        swap_out(self._layers, to_fold=to_fold)
-        self._light.end()
+        self._give_back(to_fold=to_fold)
         self._clock.stop()
         for program in self._programs.values():
             program.owner = None

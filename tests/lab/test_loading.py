@@ -1,5 +1,6 @@
 """The network of a finished run, as a module again."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import retrograde as rg
 from retrograde.engine.layers import AttachedLayer
-from retrograde.errors import RunError
+from retrograde.errors import OptionError, RunError
 from retrograde.lab import files
 from retrograde.lab.measure import evaluate
 from retrograde.lab.recipe import make_recipe
@@ -40,6 +41,23 @@ def test_it_computes_what_was_tested(method: str, tmp_path: Path) -> None:
     assert evaluate(model, data.test, torch.device("cpu"), "float32") == pytest.approx(test)
     assert any("dendrites" in name for name, _ in model.named_modules()) == (method == "perforate")
     assert not any(isinstance(module, AttachedLayer) for module in model.modules())
+
+
+def test_a_folder_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even to find out that it is no network; where the code is named, it is the network."""
+    (tmp_path / "own_code.py").write_text(
+        "from pathlib import Path\nfrom torch import nn\nPath('ran').touch()\n"
+        "def net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = run(tmp_path / "run", model="own_code:net", model_options={}, epochs=1)
+    (tmp_path / "ran").unlink()
+    monkeypatch.delitem(sys.modules, "own_code")
+    with pytest.raises(OptionError, match=r"names code.*model='own_code:net'"):
+        rg.load_run(folder)
+    assert not (tmp_path / "ran").exists()
+    assert isinstance(rg.load_run(folder, model="own_code:net")[1], torch.nn.Linear)
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -88,6 +89,25 @@ def test_few_source_batches_do_not_open_it_on_clean_data(batches, seed):
     assert adapted.active
 
 
+@pytest.mark.parametrize("batches", [10, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_window_as_long_as_the_source_stays_closed_on_clean_data(batches, seed):
+    """The stream that limits are taken from must have forgotten how it began; and the gate closes again."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+    adapted = spectral.adapt(model, [torch.randn(16, 20) for _ in range(batches)], window=1000)
+    with torch.no_grad():
+        for _ in range(300):
+            adapted(torch.randn(16, 20))
+            assert not adapted.active
+        for _ in range(100):
+            adapted(3 * torch.randn(16, 20) + 2)
+        assert adapted.active
+        for _ in range(400):
+            adapted(torch.randn(16, 20))
+        assert not adapted.active
+
+
 def test_uncertainty_of_a_variance():
     """Against quantiles of chi-square, 3.325, 10.12 and 77.05, of 9, 19 and 99 degrees of freedom."""
     for freedom, quantile in ((9, 3.325), (19, 10.117), (99, 77.046)):
@@ -95,7 +115,10 @@ def test_uncertainty_of_a_variance():
 
 
 def test_readings_are_the_sources_own(model):
-    """Twice of many batches; of few ones a fixed number, and the model and torch's random numbers stay as they were."""
+    """Twice of many batches; of few ones a fixed number, more often of less than three windows.
+
+    The model and torch's random numbers stay as they were.
+    """
 
     class Counting(list):
         read = 0
@@ -104,7 +127,7 @@ def test_readings_are_the_sources_own(model):
             self.read += 1
             return super().__iter__()
 
-    for count, read in ((100, 2), (50, 6), (10, 12)):
+    for count, read in ((100, 2), (50, 6), (10, 20)):
         source, state = Counting(images(count)), torch.get_rng_state()
         spectral.adapt(model, source)
         assert source.read == read
@@ -305,6 +328,73 @@ def test_ready_statistics_bring_the_options_that_they_were_made_with(model):
         spectral.adapt(model, old, **same)
 
 
+def test_a_state_brings_the_gate_and_refuses_another_correction(model):
+    """Else it would not go on as it was."""
+    made = spectral.adapt(model, images(), correction="mean", tau=0.01)
+    made.gate = "open"
+    again = spectral.adapt(model, images(), correction="mean", tau=0.01)
+    again.load_state_dict(made.state_dict())
+    assert again.gate == "open"
+    x = images(1, seed=4)[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
+    for options, says in (
+        ({"correction": "colour", "tau": 0.01}, "correction='colour' contradicts .* correction='mean'"),
+        ({"correction": "mean"}, r"tau=0\.001 contradicts .* tau=0\.01"),
+        ({"correction": "mean", "tau": 0.01, "rest": "drop"}, "rest='drop' contradicts .* rest='keep'"),
+    ):
+        with pytest.raises(StateError, match=f"adapt: {says}"):
+            spectral.adapt(model, images(), **options).load_state_dict(made.state_dict())
+
+
+def test_a_state_of_an_earlier_version_is_taken(model, adapted):
+    state = adapted.state_dict()
+    state["_extra_state"] = state["_extra_state"][:6]
+    spectral.adapt(model, images()).load_state_dict(state)
+
+
+def test_threads_take_turns_and_the_model_itself_is_plain(model, adapted):
+    """Two streams' calls overlap as far as they can: each batch counts once, and the model's own call sees nothing."""
+    x, y = images(2, seed=5)
+    adapted.gate = "open"
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if threading.current_thread().name == "slow":
+            inside.set()
+            assert go_on.wait(60)
+
+    found = {}
+
+    def call(name, module, x):
+        with torch.no_grad():
+            found[name] = module(x)
+
+    handle = model.fc.register_forward_pre_hook(wait)
+    slow = threading.Thread(target=call, args=("slow", adapted, x), name="slow")
+    slow.start()
+    assert inside.wait(60)
+    other = threading.Thread(target=call, args=("other", adapted, y))
+    other.start()
+    call("plain", model, x)
+    assert other.is_alive()
+    go_on.set()
+    slow.join()
+    other.join()
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(found["plain"], model(x))
+    assert not torch.equal(found["slow"], found["plain"])
+    assert float(adapted.trackers[0].stream.age) == pytest.approx(2 * 16 / 100)
+
+
+def test_a_source_that_is_not_finite(model):
+    source = images()
+    source[7][0, 0, 0, 0] = torch.nan
+    with pytest.raises(OptionError, match=r"batch 7 of the source .* 'conv' that are not finite"):
+        spectral.adapt(model, source)
+
+
 def test_a_state_of_another_window_is_refused_before_it_is_loaded(model, adapted):
     other = spectral.adapt(model, images(60), window=20)
     before = copy.deepcopy(other.state_dict())
@@ -369,7 +459,7 @@ def test_half_precision(model, mode):
     if mode == "bfloat16":
         adapted = adapted.bfloat16()
         x = [one.bfloat16() for one in x]
-    assert {b.dtype for b in adapted.trackers.buffers()} == {torch.float32}
+    assert {b.dtype for b in adapted.trackers.buffers()} == {adapted.limits.dtype} == {torch.float32}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         for one in x:
             found = adapted(one)

@@ -52,13 +52,15 @@ class Compress(OnYourModel):
         lead = f"Recommended: {found.step(found.recommended).label}: {found.why}."
         earned = f"Dendrites: {found.dendrites}." if found.dendrites else ""
         page = write_claims([result], self.output, claim.title, f"{lead} {earned}".rstrip())
+        # A folder alone runs no code.
+        code = f", model={recipe.model!r}" if ":" in recipe.model else ""
         output.tell(
             {**found.model_dump(), "report": str(page), "runs": str(folder)},
             _table(found, claim.title),
             "",
             lead,
             *([earned] if earned else []),
-            f"load it: rg.load_run({found.step(found.recommended).run!r})",
+            f"load it: rg.load_run({found.step(found.recommended).run!r}{code})",
             f"report: {page}",
             as_json=self.json,
         )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from retrograde.engine.boundary import has_batches, has_tangent, transforming
 from retrograde.engine.layers import copied, reduced, subclass
-from retrograde.errors import DoubleBackwardError
 from retrograde.kernels import pack
 from retrograde.kernels.cpu_memory import lies_channels_last
 
@@ -26,26 +25,20 @@ class _Relu(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
         z = x.relu_() if inplace else x.relu()
-        ctx.last = lies_channels_last(z)
-        ctx.save_for_backward((z <= 0).logical_not() if torch.compiler.is_compiling() else pack.signs(z))
+        ctx.last, ctx.compiled = lies_channels_last(z), torch.compiler.is_compiling()
+        ctx.save_for_backward((z <= 0).logical_not() if ctx.compiled else pack.signs(z))
         return z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         (delta,) = grad_outputs
-        if torch.compiler.is_compiling():
-            return torch.where(bits, delta, 0), None
-        if torch.is_grad_enabled():
-            # Gradients are only recorded in a backward pass that was run with create_graph=True.
-            raise DoubleBackwardError(
-                "a gradient of a gradient was asked for (create_graph=True) through a ReLU that keeps a bit of each "
-                "activation, which has no derivative. Compute that term inside `with session.paused():`, forward pass "
-                "included, where plain autograd runs."
-            )
-        if has_batches(delta):
-            # No kernel reads them, and torch's own does the same.
-            return torch.where(pack.mask(bits, delta.shape, ctx.last), delta, 0), None
+        # torch's operations where a kernel would not be followed: by compilers (compiled autograd meets what an eager
+        # forward pass kept), by batches of gradients, and by a gradient of this gradient, which is torch's own: of x
+        # it knows nothing but where it is positive.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or has_batches(delta):
+            where = bits if ctx.compiled else pack.mask(bits, delta.shape, ctx.last)
+            return torch.where(where, delta, 0), None
         return pack.where_positive(delta, bits, ctx.last), None
 
 

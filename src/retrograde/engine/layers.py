@@ -11,6 +11,7 @@ from torch import nn
 from retrograde.engine.maps import attention, convolution, linear
 from retrograde.engine.maps.base import LayerKind, kind_of
 from retrograde.engine.program import LayerProgram
+from retrograde.engine.slots import Rule
 from retrograde.errors import DetachError, TransformError
 
 __all__ = ["AttachedLayer", "attention", "convolution", "find_kind", "linear", "swap_in", "swap_out"]
@@ -120,8 +121,15 @@ class _AsPlain:
 
 def swap_in(layer: nn.Module, kind: LayerKind, program: LayerProgram) -> None:
     """Attach `program` to `layer` in place."""
-    for rule in program.rules:
-        rule.prepare(layer)
+    prepared: list[Rule] = []
+    try:
+        for rule in program.rules:
+            rule.prepare(layer)
+            prepared.append(rule)
+    except BaseException:
+        for rule in reversed(prepared):
+            rule.release(layer)
+        raise
     layer.__class__ = _attached_class(type(layer))
     object.__setattr__(layer, "_retrograde", program)
     object.__setattr__(layer, "_retrograde_kind", kind)

@@ -66,7 +66,8 @@ class Step(BaseModel):
         seconds: of a forward pass of 128 rows, mean over seeds.
         accuracy: on the test set.
         lost: accuracy minus that of the whole network, seed by seed; None for that network.
-        run: folder of its first seed's run: ``rg.load_run(step.run)`` is the trained network.
+        run: folder of its first seed's run: ``rg.load_run(step.run)`` is the trained network, of code of your own
+            ``rg.load_run(step.run, model="module:callable")``.
     """
 
     name: str

@@ -39,8 +39,10 @@ input when k is below the input channels of a group times the stride's product, 
 Cost for each projected call: 2nk(d + o) + 2kdo against 2ndo. Each refresh: about 8·rows·d·k. Full steps keep all of X,
 and the few steps before a refresh up to `rows` rows of it, so with the default periods the *average* of memory falls;
 its peak does not, and behind a ReLU of torch's, which keeps its output, nothing falls. Where no step is full
-(``"unbiased"``, ``"none"``) `nn.ReLU` modules keep a bit of each activation; functional ones, pooling and GELU still
-keep it. With ``"none"`` accuracy falls, and `random` directions did not help.
+(``"unbiased"``; ``"none"`` after its `warmup`, whose steps all are) `nn.ReLU` modules keep a bit of each activation;
+functional ones, pooling and GELU still keep it, and where all are of that kind the step keeps as much as before. In
+batches of fewer rows than about d/4 U outweighs what is saved. With ``"none"`` accuracy falls, and `random` directions
+did not help.
 
 Suggested settings: the defaults, for layers from about 64 inputs on. They were chosen on the validation split of
 Fashion-MNIST (two hidden layers of 128, SGD and AdamW): ``"scaled"`` every 2nd step came nearest to plain

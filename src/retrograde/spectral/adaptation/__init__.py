@@ -56,8 +56,10 @@ References:
 
 import copy
 import inspect
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -82,6 +84,7 @@ from retrograde.spectral.adaptation.gate import FEWEST_BATCHES, limits, measure
 from retrograde.spectral.adaptation.tracking import (
     SOURCE,
     Correction,
+    Precise,
     Tracker,
     corrected,
     is_source,
@@ -164,6 +167,29 @@ class _Options:
             for option, number in zip(_MADE, numbers, strict=True)
         }
 
+    def corrects(self) -> tuple[float, ...]:
+        """How features are corrected, as numbers to be saved."""
+        return get_args(Correction).index(self.correction), self.tau, ("keep", "drop").index(self.rest)
+
+    def must_correct(self, saved: Sequence[float]) -> None:
+        """Refuse a state that another correction was saved with, by what `corrects` gave.
+
+        Raises:
+            StateError: it is another one.
+        """
+        own = self.corrects()
+        theirs = {
+            "correction": get_args(Correction)[int(saved[0])],
+            "tau": saved[1],
+            "rest": ("keep", "drop")[int(saved[2])],
+        }
+        for (option, value), number, other in zip(theirs.items(), own, saved, strict=True):
+            if number != other:
+                raise StateError(
+                    f"adapt: {option}={getattr(self, option)!r} contradicts a state saved with {option}={value!r}, so "
+                    f"it would not go on as it was. Give {option}={value!r} to adapt."
+                )
+
     def taking(self, saved: Mapping[str, Tensor], what: str) -> "_Options":
         """These, with `rank`, `energy` and `quantile` of what was `saved` by `made`.
 
@@ -184,12 +210,23 @@ class _Options:
         return replace(self, rank=rank, energy=energy, quantile=numbers["quantile"])
 
 
-class Adapted(nn.Module):
+_locks: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _lock_of(adapted: nn.Module) -> Any:
+    # Beside the module, whose copies and pickles must hold none.
+    with _making:
+        return _locks.setdefault(adapted, threading.RLock())
+
+
+class Adapted(Precise):
     """A model with the statistics that correct its features; made by `adapt`.
 
-    It is called as the model is. In evaluation mode every call counts as a batch of the test stream; in training mode
-    the model runs as it is. The model itself is never changed: hooks are on it during a call alone. The statistics are
-    buffers, saved and moved with the rest, and stay float32 or wider when the model is cast.
+    It is called as the model is; calls from several threads take turns. In evaluation mode every call counts as a batch
+    of the test stream; in training mode the model runs as it is. The model itself is never changed: hooks are on it
+    during a call alone, and act in its thread alone. The statistics are buffers, saved and moved with the rest, and
+    stay float32 or wider when the model is cast.
 
     Attributes:
         model: the model, as it was.
@@ -229,6 +266,10 @@ class Adapted(nn.Module):
                     stacklevel=2,
                 )
             return self.model(*args, **kwargs)
+        with _lock_of(self):
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         levels: list[float] = []
         hooks = {
             name: partial(self._on_call, name, cast(Tracker, tracker), levels)
@@ -294,12 +335,24 @@ class Adapted(nn.Module):
         }
 
     def get_extra_state(self) -> Tensor:
-        """The options that the statistics were made with, (6,)."""
-        return torch.stack(list(self._options.made().values()))
+        """The options that the statistics were made with, how features are corrected, and the gate: (10,)."""
+        own = (*self._options.corrects(), get_args(Gate).index(self.gate))
+        made = torch.stack(list(self._options.made().values()))
+        return torch.cat([made, torch.tensor(own, dtype=made.dtype)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take back what `get_extra_state` gave."""
-        self._options = self._options.taking(dict(zip(_MADE, state, strict=True)), "a state")
+        """Take back what `get_extra_state` gave.
+
+        Raises:
+            StateError: it was made with another `at`, `window` or `rows`, or corrects in another way.
+        """
+        options = self._options.taking(dict(zip(_MADE, state, strict=False)), "a state")
+        corrects = state[len(_MADE) :].tolist()
+        # One of an earlier version does not say.
+        if corrects:
+            options.must_correct(corrects[:-1])
+            self._gate = get_args(Gate)[int(corrects[-1])]
+        self._options = options
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         state_dict, prefix = args[:2]
@@ -366,11 +419,11 @@ def adapt(
     Args:
         model: it stays as it is; the wrapper calls it.
         source: batches of data like those of training, held out where there are some: 10 batches at least, in
-            random order, but in the same one each time. They are read twice, and up to twelve times where they are
-            fewer than 100. A shuffled DataLoader without a `generator` of its own keeps its order here. Batches are
-            inputs, tuples that begin with them, or mappings of keyword arguments. Or what `Adapted.statistics` gave:
-            then `at`, `window` and `rows` must be those that it was made with, and `rank`, `energy` and `quantile`
-            are settled.
+            random order, but in the same one each time. They are read twice, up to twelve times where they are
+            fewer than 100, and more often where half of them are less than three windows. A shuffled DataLoader without
+            a `generator` of its own keeps its order here. Batches are inputs, tuples that begin with them, or mappings
+            of keyword arguments. Or what `Adapted.statistics` gave: then `at`, `window` and `rows` must be those that
+            it was made with, and `rank`, `energy` and `quantile` are settled.
         layers: by patterns over full names, or a function of name and layer; None takes every linear-like layer but the
             last one that is called (the first one, with ``at="input"``).
         at: correct what these layers return, or what they are given.
@@ -389,8 +442,8 @@ def adapt(
 
     Raises:
         OptionError: a value out of its range, or too few source batches, or batches that can be read only once, or
-            that the model does not take; or a `rank`, `energy` or `quantile` beside ready statistics, which were made
-            with another.
+            that the model does not take, or whose features are not finite; or a `rank`, `energy` or `quantile` beside
+            ready statistics, which were made with another.
         PatternError: a pattern that matches no layer.
         NoEffectError: no layer to adapt, or one that is never called.
         AttachError: a compiled model, or a layer whose features are not one floating-point tensor.
@@ -483,8 +536,8 @@ def _ready(model: nn.Module, source: Statistics, layers: Choice | None, options:
         if width is not None and width != len(own["source_mean"]):
             raise StateError(
                 f"adapt: ready statistics do not fit {type(model).__name__}: layer {name!r} has {width} features at "
-                f"its {options.at}, and they are of {len(own['source_mean'])}. Give source batches instead, the "
-                "statistics of this model."
+                f"its {options.at}, and they are of {len(own['source_mean'])}. Give source batches "
+                "instead, or the statistics of this model."
             )
     names = list(source)
     if layers is not None:

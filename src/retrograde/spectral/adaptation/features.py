@@ -1,6 +1,7 @@
 """How `retrograde.spectral.adapt` reaches features: hooks that are on the model during a call alone, and rows."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
@@ -83,16 +84,22 @@ def follow(
 def hooked(
     model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, Any], Any]], at: str
 ) -> Generator[None]:
-    """Within: each hook is given its layer and the layer's output, or first input, and may return another."""
+    """Within: each hook is given its layer and the layer's output, or first input, and may return another.
+
+    Calls of the model in other threads see nothing of it.
+    """
     modules = dict(model.named_modules())
     handles: list[Any] = []
+    thread = threading.get_ident()
 
     def before(hook: Callable[[nn.Module, Any], Any], layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        if threading.get_ident() != thread:
+            return None
         found = hook(layer, args[0] if args else None)
         return None if found is None else (found, *args[1:])
 
     def after(hook: Callable[[nn.Module, Any], Any], layer: nn.Module, args: Any, output: Any) -> Any:
-        return hook(layer, output)
+        return hook(layer, output) if threading.get_ident() == thread else None
 
     try:
         for name, hook in hooks.items():

@@ -4,8 +4,8 @@ The equations and symbols are those of `retrograde.spectral.adaptation`, equatio
 batches make statistics, and the others are the stream that is held against them, for rows that statistics were taken
 from are nearer to them than new ones are. Of few batches one such pair says little: its halves may happen to be alike,
 and the stream ends before its window is full. So below 100 batches halves are drawn anew, up to four times, and each
-stream is read twice in a row. What B batches cannot say is left to f: shifts are squares, so they spread as estimates
-of a variance do.
+stream is read twice in a row, or more often until it has lasted for three windows. What B batches cannot say is left
+to f: shifts are squares, so they spread as estimates of a variance do.
 
 References:
     Wilson, Hilferty, *The distribution of chi-square*, PNAS 17, 1931: f.
@@ -33,6 +33,8 @@ _ENOUGH = 100
 """Batches for which one pair of halves will do."""
 _DRAWS, _READINGS = 4, 2
 """Below: pairs of halves, at most, and times that each stream is read."""
+_WINDOWS = 3
+"""That each stream lasts, at least: it is read as often."""
 _CONFIDENCE = 1.645
 """Standard deviations of a normal distribution's 95 % quantile."""
 _TINY = 1e-12
@@ -50,12 +52,20 @@ def measure(
         names: of the layers.
         at: whether their output or input.
         sides: 0 or 1 for each batch: its half; None takes them in turns.
+
+    Raises:
+        OptionError: features of a batch are not finite.
     """
     found: dict[str, tuple[Moments, Moments]] = {}
     count = 0
 
     def add(name: str, layer: nn.Module, x: Any) -> None:
         rows = rows_of(features(name, x), channel_axis(layer, x), 2**62)
+        if not bool(rows.isfinite().all()):
+            raise OptionError(
+                f"adapt: batch {count} of the source gives features at layer {name!r} that are not finite, and no "
+                "statistics follow from them. Leave out examples with NaN or infinite entries."
+            )
         side = count % 2 if sides is None else sides[count % len(sides)]
         found.setdefault(name, (Moments(), Moments()))[side].add(rows)
 
@@ -91,9 +101,10 @@ def limits(
     Raises:
         OptionError: the source gave no batches when it was read again.
     """
-    few = count < _ENOUGH
+    draws, readings = min(_DRAWS, -(-_ENOUGH // count)), _READINGS if count < _ENOUGH else 1
     found: list[Tensor] = []
-    for draw in range(min(_DRAWS, -(-_ENOUGH // count))):
+    draw = 0
+    while draw < draws:
         sides = [number % 2 for number in range(count)]
         if draw:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(draw)).tolist()
@@ -105,11 +116,19 @@ def limits(
         }
         hooks = {name: partial(_watch, name, tracker, rows, window) for name, tracker in own.items()}
         with evaluating(model), hooked(model, hooks, at):
-            for _ in range(_READINGS if few else 1):
+            reading, young = 0, False
+            while reading < readings or young:
+                before = len(found)
                 for batch, side in zip(source, sides, strict=False):
                     if side:
                         _RUN(model, batch)
                         found.append(torch.stack([tracker.shift() for tracker in own.values()]))
+                if len(found) == before:
+                    break
+                reading, young = reading + 1, _is_young(own.values())
+                # What lasts for few windows is few, however many batches it has.
+                draws = _DRAWS if young else draws
+        draw += 1
         if not found:
             raise OptionError(
                 "adapt: the source gave no batches when it was read for the second time. Give a DataLoader or a list, "
@@ -120,6 +139,13 @@ def limits(
     scatter = high / middle
     usual = bound(count - 1) * high * scatter.clamp_min(scatter.median())
     return usual, (shifts / usual).amax((1, 2)).quantile(quantile).clamp_max(1)
+
+
+def _is_young(trackers: Iterable[Tracker]) -> bool:
+    """Whether a stream must be read again: its statistics began as the source's, and still are for the most part."""
+    ages = [float(tracker.stream.age) for tracker in trackers]
+    # A layer that only other batches call stays as it was.
+    return 0 < min(ages) < _WINDOWS
 
 
 def _watch(name: str, tracker: Tracker, budget: int, window: float, layer: nn.Module, x: Any) -> None:

@@ -23,10 +23,10 @@ _FLOOR = 1e-6
 """Of the largest eigenvalue: variances below it count as it does in ratios."""
 
 
-class _Precise(nn.Module):
+class Precise(nn.Module):
     """Its buffers stay float32 or float64: of a model that is cast to half precision they only follow the device."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Precise":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Precise":
         for child in self.children():
             child._apply(fn)  # pyright: ignore[reportPrivateUsage]
         for name, buffer in self.named_buffers(recurse=False):
@@ -37,7 +37,7 @@ class _Precise(nn.Module):
         return self
 
 
-class Stream(_Precise):
+class Stream(Precise):
     """Mean (d,), covariance (d, d) and leading subspace (d, k) of a stream, and the windows that it has lasted."""
 
     mean: Tensor
@@ -77,7 +77,7 @@ class Stream(_Precise):
         return (q * (self.covariance @ q)).sum(0).clamp_min(0)
 
 
-class Tracker(_Precise):
+class Tracker(Precise):
     """Statistics of one layer's features.
 
     Attributes:
