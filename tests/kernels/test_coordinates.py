@@ -123,13 +123,3 @@ def test_scales_directions(way: str) -> None:
     Coordinates.of(basis[..., :3], gain, 2.0, None).turn(rows)
     factors = 2 * torch.cat([gain, torch.ones(2, 9)], -1)
     torch.testing.assert_close(rows, basis.mT * factors.unsqueeze(-1), rtol=1e-5, atol=1e-6)
-
-
-def test_follows_the_layer() -> None:
-    """Cast once, and in one piece again."""
-    found = made(2, 40, 3, True)[0]
-    assert found.like(random(1)) is found
-    wide = found.like(random(1).double())
-    assert wide.scaled.dtype == wide.basis.dtype == torch.float64
-    assert wide.scaled.mT.is_contiguous()
-    assert wide.basis.mT.is_contiguous()

@@ -48,14 +48,6 @@ class Coordinates:
             scale,
         )
 
-    def like(self, tensor: Tensor) -> "Coordinates":
-        """Where a layer is now, in its precision."""
-        if self.scaled.dtype == tensor.dtype and self.scaled.device == tensor.device:
-            return self
-        return Coordinates(
-            columns(self.scaled.to(tensor)), columns(self.basis.to(tensor)), self.k, self.scale
-        )
-
     def turn(self, gradient: Tensor, rows: Tensor | None = None) -> None:
         """``G ← (G − db μᵀ) Rᵀ``, in place.
 

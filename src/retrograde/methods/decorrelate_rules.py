@@ -4,6 +4,7 @@ The low-rank and the full mode change coordinates around the optimizer's step an
 changes gradients alone.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -14,7 +15,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Method, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
-from retrograde.errors import OptionError
+from retrograde.errors import OptionError, RetrogradeWarning
 from retrograde.kernels.coordinates import Coordinates
 from retrograde.maths import decorrelate
 
@@ -25,6 +26,8 @@ _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
 _MOST, _FEWEST = 32, 4
 """Directions, where no rank is given."""
+_ASKED = 64
+"""Rows that are looked at for clipped entries."""
 _SLOW = 4.0
 """FLOPs of statistics take so many times longer than a product's: they are passes over memory for the most part."""
 
@@ -117,6 +120,8 @@ class CoordinateRule(DecorrelateRule):
         """A (g, o, d) before the optimizer's step."""
         self._centred = False
         """Whether the mean is taken away in this step."""
+        self._told = False
+        """Of clipped gradients."""
 
     # What R is.
 
@@ -159,10 +164,37 @@ class CoordinateRule(DecorrelateRule):
         rows = None
         if self._mean is not None and bias is not None and bias.grad is not None:
             rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
+            rows = None if self._is_clipped(gradient, rows, self._mean) else rows
         self._centred, self._before = rows is not None, matrix.clone()
         self._turn(gradient, rows)
         _store(weight.grad, gradient, map)
         self._spend(step, 2 * weight.numel() / matrix.shape[-1] * self._vector_flops())
+
+    def _is_clipped(self, gradient: Tensor, rows: Tensor, mean: Tensor) -> bool:
+        """Whether dA and db were clipped apart from each other, so that taking db μᵀ away would add to dA.
+
+        Where entries were, the largest one is that of several rows, to the last bit. Otherwise what dA has along μ
+        would more than double: that may happen by chance where there is next to nothing to be taken away.
+        """
+        chosen = torch.linspace(0, rows.shape[1] - 1, min(_ASKED, rows.shape[1]), device=rows.device).long()
+        some, away = gradient[:, chosen], rows[:, chosen].unsqueeze(-1)
+        along = some @ mean.unsqueeze(-1)
+        left = (along - away * mean.square().sum(-1)[:, None, None]).square().sum()
+        before = along.square().sum()
+        largest = torch.cat([some, away], -1).abs().amax(-1).flatten()
+        tied = (largest == largest.max()).sum() > 1
+        entries = bool(tied & (left > before / 4) & (largest.max() > 0))
+        if entries and not self._told:
+            self._told = True
+            warnings.warn(
+                f"Decorrelate: entries of the gradients of layer {self.name!r} were clipped one by one "
+                "(clip_grad_value_, signs), so those of weight and bias no longer belong together: in such steps the "
+                "input's mean is not taken away. Clip the norm of all gradients together (clip_grad_norm_), or attach "
+                "Decorrelate(mode='precondition').",
+                RetrogradeWarning,
+                stacklevel=2,
+            )
+        return entries or bool(left > 4 * before)
 
     @torch.no_grad()
     def remember(self, step: Step) -> None:
@@ -287,8 +319,10 @@ class LeadingRule(DecorrelateRule):
 
     def _follow(self, like: Tensor) -> None:
         super()._follow(like)
-        if self._coordinates is not None:
-            self._coordinates = self._coordinates.like(like)
+        now = self._coordinates
+        if now is not None and (now.scaled.dtype, now.scaled.device) != (like.dtype, like.device):
+            # From what is saved, as a resumed run makes them.
+            self._prepare()
 
     def state_dict(self) -> dict[str, Any]:
         """U, g and γ too."""
