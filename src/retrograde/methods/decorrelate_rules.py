@@ -164,7 +164,9 @@ class CoordinateRule(DecorrelateRule):
         rows = None
         if self._mean is not None and bias is not None and bias.grad is not None:
             rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
-            rows = None if self._is_clipped(gradient, rows, self._mean) else rows
+            # Of a transposed convolution db belongs to dA on average alone.
+            whole = rows.numel() == bias.numel()
+            rows = None if whole and self._is_clipped(gradient, rows, self._mean) else rows
         self._centred, self._before = rows is not None, matrix.clone()
         self._turn(gradient, rows)
         _store(weight.grad, gradient, map)
