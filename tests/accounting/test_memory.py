@@ -1,5 +1,8 @@
 """Bytes kept for the backward pass, against examples computed by hand. Floats have 4 bytes."""
 
+import gc
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +77,21 @@ def test_dither_keeps_what_plain_training_keeps_of_convolutions() -> None:
     expected = 4 * (2 * 3 * 64 + 2 * 4 * 64)
     assert saved_bytes(plain, lambda: plain(x)) == expected
     assert saved_bytes(attached, lambda: attached(x)) == expected
+
+
+def test_nothing_is_left_of_it() -> None:
+    """ReLU and softmax keep their own outputs: were these kept as they are, the graph would keep itself alive."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.LogSoftmax(1))
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def forward() -> Tensor:
+        z = model(torch.randn(3, 4))
+        outputs.append(weakref.ref(z))
+        return z
+
+    assert saved_bytes(model, forward) > 0
+    gc.collect()
+    assert outputs[0]() is None
 
 
 def test_gradients_flow_after_counting() -> None:

@@ -39,7 +39,8 @@ def saved_storages(
         noticed(storage.data_ptr())
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation that keeps its own output would keep itself by it, for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # The graph must live until the storages are known, or a freed one's address could come back and be missed.
