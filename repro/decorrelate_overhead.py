@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "VGG 32-64-128, batch 64": (lambda: VGG((3, 32, 32), 10, [[32], [64], [128]]), IMAGES),
     "ResNet-14 with BatchNorm, batch 64": (lambda: ResNet((3, 32, 32), 10, blocks=2), IMAGES),
-    "GPT 4×512, batch 8×128": (lambda: GPT(64, 128, layers=4, width=512, heads=8), (8, 128)),
+    "GPT 4×512, batch 4×128": (lambda: GPT(64, 128, layers=4, width=512, heads=8), (4, 128)),
 }
 
 

@@ -13,6 +13,7 @@ import retrograde as rg
 from cases import assert_bitwise, batch, gradients, seeded
 from retrograde.accounting.memory import saved_bytes
 from retrograde.engine.activations import Lightened, LightReLU
+from retrograde.errors import TransformError
 
 
 def net(inplace: bool = False) -> nn.Module:
@@ -67,6 +68,16 @@ def test_copies_and_pickles_are_plain() -> None:
 class Mine(nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         return input.clamp(0, 6)
+
+
+def test_scripting_is_refused() -> None:
+    """As that of attached layers; inside paused() it is a plain module's."""
+    model = nn.Sequential(nn.ReLU())
+    kept = Lightened(model.modules())
+    with pytest.raises(TransformError, match=r"jit\.script"):
+        torch.jit.script(model)
+    kept.pause(True)
+    assert torch.equal(torch.jit.script(model)(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
 
 
 def test_what_is_not_plain_is_left() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retrograde.engine.boundary import has_batches, has_tangent, transforming
 from retrograde.engine.layers import copied, reduced, subclass
+from retrograde.errors import TransformError
 from retrograde.kernels import pack
 from retrograde.kernels.cpu_memory import lies_channels_last
 
@@ -58,6 +59,13 @@ class LightReLU(nn.Module):
         if torch.compiler.is_compiling():
             return self.inplace
         return input.is_nested or transforming() or has_tangent(input)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch would put what is returned into the model that trains.
+        raise TransformError(
+            "torch.jit.script compiles a module's source, and this ReLU of an attached model keeps a bit of each "
+            "activation. Script the folded model (session.fold()), or inside `with session.paused():`."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copied(self, nn.ReLU, self.__dict__, memo)

@@ -190,13 +190,15 @@ def judge(result: Result, tolerance: float, folder: Path) -> Compression:
 
     best = min((step for step in steps if keeps(step)), key=lambda step: step.parameters)
     if best.lost is None:
-        why = f"no smaller network is as accurate, to {100 * tolerance:g} points, for sure"
+        why = f"no smaller network keeps its accuracy to {100 * tolerance:g} points, as far as these seeds can tell"
     else:
         share = 100 * best.parameters / whole.parameters
         why = (
             f"{best.label} has {best.parameters:,} parameters, {share:.1f} % of the whole network's, and its accuracy "
             f"differs by {points(best.lost)}"
         )
+    if len(result.seeds) == 1:
+        why += "; of one seed, which says nothing of how far that varies"
     return Compression(steps=steps, recommended=best.name, why=why, dendrites=_earned(result, steps))
 
 
