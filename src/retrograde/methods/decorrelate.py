@@ -45,8 +45,8 @@ are left as they are when R changes. Decoupled weight decay (`AdamW`, `Muon`) is
 gradient (SGD's) is multiplied by R like the rest of the step. LBFGS is refused: its line search needs the loss's own
 gradient. (6) takes dA and db to be the loss's, or scaled alike (`clip_grad_norm_`). Where they were clipped apart from
 each other, so that taking db μᵀ away would more than double what dA has along μ, or entries were clipped one by one
-(with a warning), μ counts as 0 in that step. A mask on a weight's gradient and not on its bias's is not noticed: use
-`mode="precondition"` with it.
+(with a warning, on a CPU), μ counts as 0 in that step. A mask on a weight's gradient and not on its bias's is not
+noticed: use `mode="precondition"` with it.
 
 Cost for each step, weight (o × d): 8·o·d·k operations and a copy of the weight, counted as 2·o·d·k more (full: 4·o·d²;
 precondition: 4·o·d·k), nothing for each row, so a layer's share of its own 6·n·o·d for n rows is 10k/6n. k is the

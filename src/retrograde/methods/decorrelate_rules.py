@@ -118,8 +118,8 @@ class CoordinateRule(DecorrelateRule):
         self._mean: Tensor | None = None
         self._before: Tensor | None = None
         """A (g, o, d) before the optimizer's step."""
-        self._centred = False
-        """Whether the mean is taken away in this step."""
+        self._centred: Tensor | None = None
+        """1 where the mean is taken away in this step, 0 where gradients were clipped; None of a layer without one."""
         self._told = False
         """Of clipped gradients."""
 
@@ -161,19 +161,20 @@ class CoordinateRule(DecorrelateRule):
             return
         matrix, gradient = _matrix(weight, map), _matrix(weight.grad, map)
         self._follow(matrix)
-        rows = None
+        self._centred = rows = None
         if self._mean is not None and bias is not None and bias.grad is not None:
             rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
             # Of a transposed convolution db belongs to dA on average alone.
             whole = rows.numel() == bias.numel()
-            rows = None if whole and self._is_clipped(gradient, rows, self._mean) else rows
-        self._centred, self._before = rows is not None, matrix.clone()
+            self._centred = self._unclipped(gradient, rows, self._mean) if whole else rows.new_ones(())
+            rows = rows * self._centred
+        self._before = matrix.clone()
         self._turn(gradient, rows)
         _store(weight.grad, gradient, map)
         self._spend(step, 2 * weight.numel() / matrix.shape[-1] * self._vector_flops())
 
-    def _is_clipped(self, gradient: Tensor, rows: Tensor, mean: Tensor) -> bool:
-        """Whether dA and db were clipped apart from each other, so that taking db μᵀ away would add to dA.
+    def _unclipped(self, gradient: Tensor, rows: Tensor, mean: Tensor) -> Tensor:
+        """0 where dA and db were clipped apart from each other, so that taking db μᵀ away would add to dA; else 1.
 
         Where entries were, the largest one is that of several rows, to the last bit. Otherwise what dA has along μ
         would more than double: that may happen by chance where there is next to nothing to be taken away.
@@ -184,9 +185,10 @@ class CoordinateRule(DecorrelateRule):
         left = (along - away * mean.square().sum(-1)[:, None, None]).square().sum()
         before = along.square().sum()
         largest = torch.cat([some, away], -1).abs().amax(-1).flatten()
-        tied = (largest == largest.max()).sum() > 1
-        entries = bool(tied & (left > before / 4) & (largest.max() > 0))
-        if entries and not self._told:
+        tied = ((largest == largest.max()).sum() > 1) & (largest.max() > 0)
+        entries = tied & (left > before / 4)
+        # On a GPU the host would wait to know.
+        if entries.is_cpu and not self._told and bool(entries):
             self._told = True
             warnings.warn(
                 f"Decorrelate: entries of the gradients of layer {self.name!r} were clipped one by one "
@@ -196,7 +198,7 @@ class CoordinateRule(DecorrelateRule):
                 RetrogradeWarning,
                 stacklevel=2,
             )
-        return entries or bool(left > 4 * before)
+        return (entries | (left > 4 * before)).logical_not().to(rows)
 
     @torch.no_grad()
     def remember(self, step: Step) -> None:
@@ -215,7 +217,8 @@ class CoordinateRule(DecorrelateRule):
         matrix = _matrix(weight, map)
         moved = self._advance(matrix, before, _kept(step, weight))
         bias = step.bias
-        if moved is not None and bias is not None:
+        if moved is not None and bias is not None and self._centred is not None:
+            moved = moved * self._centred
             ranks.write(bias, ranks.whole(bias) - map.per_output(moved, weight.shape).to(bias.dtype))
         _store(weight, matrix, map)
 
@@ -356,7 +359,7 @@ class LowRankRule(LeadingRule, CoordinateRule):
 
     def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> Tensor | None:
         assert self._coordinates is not None
-        return self._coordinates.advance(matrix, before, kept, self._centred)
+        return self._coordinates.advance(matrix, before, kept, self._centred is not None)
 
     def _learn(self, step: Step) -> None:
         self._take(None if self._mean is not None else self.statistics.mean, step)
@@ -400,7 +403,7 @@ class FullRule(CoordinateRule):
         assert self._matrix is not None
         step = matrix.sub(before, alpha=kept)
         matrix.copy_(torch.baddbmm(before, step, self._matrix, beta=kept))
-        if not self._centred or self._mean is None:
+        if self._centred is None or self._mean is None:
             return None
         return ((matrix - before) @ self._mean.unsqueeze(-1)).squeeze(-1)
 
