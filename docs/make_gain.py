@@ -24,7 +24,7 @@ METRIC = "seconds_to_target"
 LONGEST = 24
 """Letters of a label that fit."""
 
-WIDTH, LEFT, RIGHT, BAR, GAP, TOP, FOOT = 760, 190, 130, 26, 12, 74, 34
+WIDTH, LEFT, RIGHT, BAR, GAP, TOP, FOOT = 760, 212, 140, 26, 12, 74, 34
 INK, FAINT, PLAIN, ACCENT = "#24292f", "#57606a", "#a8b1bb", "#0072b2"
 FONT = "-apple-system,'Segoe UI','Helvetica Neue',Arial,sans-serif"
 
@@ -82,7 +82,7 @@ def heading(result: Result) -> tuple[str, str, str]:
     machine, seeds = result.machine, len(result.seeds)
     return (
         f"Seconds of training to where {target} ends",
-        f"{str(recipe['model']).upper()} on CIFAR-10; learning rate and weight decay searched for each; "
+        f"{str(recipe['model']).upper()} on CIFAR-10; rate and decay searched for each; "
         f"mean of {seeds} seeds ± half of the 95 % interval",
         f"{machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}; float32. "
         f"retrograde repro run {result.claim}",
