@@ -45,7 +45,6 @@ def rehearse(tell: Callable[[str], object] = lambda what: None) -> list[Rehearse
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_SIZE, _SIZE, generator=generator)
     images, kernel = torch.randn(_IMAGES, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
-    tell("changes of coordinates")
     basis, turned = torch.linalg.qr(weight[:, :4])[0].unsqueeze(0), weight.clone().unsqueeze(0)
     coordinates = Coordinates.of(basis, torch.full((1, 4), 0.5), 1.0, weight[:1])
     coordinates.turn(turned, weight[:1])

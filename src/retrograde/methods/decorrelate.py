@@ -43,10 +43,9 @@ In (4) R changes every T steps, not in each, with a step that λ_max bounds, and
 c = 0.001·tr/d (seen through R) added, without which the row of a silent feature grows for ever. The optimizer's moments
 are left as they are when R changes. Decoupled weight decay (`AdamW`, `Muon`) is exactly decay of A; decay inside the
 gradient (SGD's) is multiplied by R like the rest of the step. LBFGS is refused: its line search needs the loss's own
-gradient. (6) takes dA and db to be the loss's, or scaled alike (`clip_grad_norm_`). Where they were clipped apart from
-each other, so that taking db μᵀ away would more than double what dA has along μ, or entries were clipped one by one
-(with a warning, on a CPU), μ counts as 0 in that step. A mask on a weight's gradient and not on its bias's is not
-noticed: use `mode="precondition"` with it.
+gradient. (6) takes dA and db to be the loss's, or scaled alike (`clip_grad_norm_`). Clipped entry by entry
+(`clip_grad_value_`) or each by its own norm, or masked one without the other, more is left of db than of dA, and where
+|μ| is large the gradient is turned round: use `mode="precondition"` with these.
 
 Cost for each step, weight (o × d): 8·o·d·k operations and a copy of the weight, counted as 2·o·d·k more (full: 4·o·d²;
 precondition: 4·o·d·k), nothing for each row, so a layer's share of its own 6·n·o·d for n rows is 10k/6n. k is the

@@ -4,7 +4,6 @@ The low-rank and the full mode change coordinates around the optimizer's step an
 changes gradients alone.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,7 +14,7 @@ from retrograde.engine import ranks
 from retrograde.engine.maps.base import Map, wide
 from retrograde.engine.slots import Method, Rule, Step
 from retrograde.engine.statistics import StatisticsSpec
-from retrograde.errors import OptionError, RetrogradeWarning
+from retrograde.errors import OptionError
 from retrograde.kernels.coordinates import Coordinates
 from retrograde.maths import decorrelate
 
@@ -26,8 +25,6 @@ _VARIANCE_FLOOR = 1e-3
 _MEASURED_FEATURES = 256
 _MOST, _FEWEST = 32, 4
 """Directions, where no rank is given."""
-_ASKED = 64
-"""Rows that are looked at for clipped entries."""
 _SLOW = 4.0
 """FLOPs of statistics take so many times longer than a product's: they are passes over memory for the most part."""
 
@@ -118,10 +115,8 @@ class CoordinateRule(DecorrelateRule):
         self._mean: Tensor | None = None
         self._before: Tensor | None = None
         """A (g, o, d) before the optimizer's step."""
-        self._centred: Tensor | None = None
-        """1 where the mean is taken away in this step, 0 where gradients were clipped; None of a layer without one."""
-        self._told = False
-        """Of clipped gradients."""
+        self._centred = False
+        """Whether the mean is taken away in this step."""
 
     # What R is.
 
@@ -161,44 +156,13 @@ class CoordinateRule(DecorrelateRule):
             return
         matrix, gradient = _matrix(weight, map), _matrix(weight.grad, map)
         self._follow(matrix)
-        self._centred = rows = None
+        rows = None
         if self._mean is not None and bias is not None and bias.grad is not None:
             rows = map.per_row(wide(ranks.whole(bias.grad)), weight.shape)
-            # Of a transposed convolution db belongs to dA on average alone.
-            whole = rows.numel() == bias.numel()
-            self._centred = self._unclipped(gradient, rows, self._mean) if whole else rows.new_ones(())
-            rows = rows * self._centred
-        self._before = matrix.clone()
+        self._centred, self._before = rows is not None, matrix.clone()
         self._turn(gradient, rows)
         _store(weight.grad, gradient, map)
         self._spend(step, 2 * weight.numel() / matrix.shape[-1] * self._vector_flops())
-
-    def _unclipped(self, gradient: Tensor, rows: Tensor, mean: Tensor) -> Tensor:
-        """0 where dA and db were clipped apart from each other, so that taking db μᵀ away would add to dA; else 1.
-
-        Where entries were, the largest one is that of several rows, to the last bit. Otherwise what dA has along μ
-        would more than double: that may happen by chance where there is next to nothing to be taken away.
-        """
-        chosen = torch.linspace(0, rows.shape[1] - 1, min(_ASKED, rows.shape[1]), device=rows.device).long()
-        some, away = gradient[:, chosen], rows[:, chosen].unsqueeze(-1)
-        along = some @ mean.unsqueeze(-1)
-        left = (along - away * mean.square().sum(-1)[:, None, None]).square().sum()
-        before = along.square().sum()
-        largest = torch.cat([some, away], -1).abs().amax(-1).flatten()
-        tied = ((largest == largest.max()).sum() > 1) & (largest.max() > 0)
-        entries = tied & (left > before / 4)
-        # On a GPU the host would wait to know.
-        if entries.is_cpu and not self._told and bool(entries):
-            self._told = True
-            warnings.warn(
-                f"Decorrelate: entries of the gradients of layer {self.name!r} were clipped one by one "
-                "(clip_grad_value_, signs), so those of weight and bias no longer belong together: in such steps the "
-                "input's mean is not taken away. Clip the norm of all gradients together (clip_grad_norm_), or attach "
-                "Decorrelate(mode='precondition').",
-                RetrogradeWarning,
-                stacklevel=2,
-            )
-        return (entries | (left > 4 * before)).logical_not().to(rows)
 
     @torch.no_grad()
     def remember(self, step: Step) -> None:
@@ -217,8 +181,7 @@ class CoordinateRule(DecorrelateRule):
         matrix = _matrix(weight, map)
         moved = self._advance(matrix, before, _kept(step, weight))
         bias = step.bias
-        if moved is not None and bias is not None and self._centred is not None:
-            moved = moved * self._centred
+        if moved is not None and bias is not None:
             ranks.write(bias, ranks.whole(bias) - map.per_output(moved, weight.shape).to(bias.dtype))
         _store(weight, matrix, map)
 
@@ -359,7 +322,7 @@ class LowRankRule(LeadingRule, CoordinateRule):
 
     def _advance(self, matrix: Tensor, before: Tensor, kept: float) -> Tensor | None:
         assert self._coordinates is not None
-        return self._coordinates.advance(matrix, before, kept, self._centred is not None)
+        return self._coordinates.advance(matrix, before, kept, self._centred)
 
     def _learn(self, step: Step) -> None:
         self._take(None if self._mean is not None else self.statistics.mean, step)
@@ -403,7 +366,7 @@ class FullRule(CoordinateRule):
         assert self._matrix is not None
         step = matrix.sub(before, alpha=kept)
         matrix.copy_(torch.baddbmm(before, step, self._matrix, beta=kept))
-        if self._centred is None or self._mean is None:
+        if not self._centred or self._mean is None:
             return None
         return ((matrix - before) @ self._mean.unsqueeze(-1)).squeeze(-1)
 
