@@ -2,8 +2,9 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. NAME is ``when``, what each method is for and what
 it gave; ``verdicts``, how many claims came out how; ``hand-written``, what such kernels gain; ``ablation``, what
-training in subspaces comes to; ``kept``, what steps keep for their backward pass; or the name of a method, whose claims
-are listed that have been run. No figure is typed: the texts have gaps that `FIGURES` fills.
+training in subspaces comes to; ``kept``, what steps keep for their backward pass; ``transfer``, what
+fine-tuning gained and forgot; or the name of a method, whose claims are listed that have been run. No figure is typed:
+the texts have gaps that `FIGURES` fills.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from make_performance import digits
-from make_results import overview
+from make_results import anchor, overview
 
 from retrograde.lab.claims import wording
 from retrograde.lab.claims.library import Entry, Library
@@ -262,9 +263,7 @@ def transfer() -> str:
         for name, label in labels.items()
     ]
     made = make_table(("target; source", *head), rows, texts=1)
-    names = ", ".join(
-        f"[`{one.claim}`](docs/results.md#claim-{one.claim.replace('/', '-')})" for one in found
-    )
+    names = ", ".join(f"[`{one.claim}`](docs/results.md#{anchor(one.claim)})" for one in found)
     return (
         f"{made.markdown(literal=False)}\n\n*Test accuracy on the target, and of the source's old head on the new "
         f"features: mean over {len(found[0].seeds)} seeds with its 95 % interval; {names}*"
